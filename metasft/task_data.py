@@ -1,0 +1,164 @@
+"""Support and query sets on disk: found and checked without a model, tokenised by veRL's dataset on first use."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metasft.config import MetaConfig
+
+SUPPORT_SUFFIX = "_support.parquet"
+QUERY_SUFFIX = "_query.parquet"
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """One task's files and how many of their first examples a run uses (``query`` is None without a query set)."""
+
+    task: str
+    support: Path
+    query: Path | None
+    support_samples: int
+    query_samples: int
+
+
+def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list[TaskFiles]:
+    """Locate and check the support and query files that ``meta`` asks for.
+
+    Raises:
+        ValueError: the folder or a file is missing or not parquet, a column is missing, a file has fewer examples than
+            asked for, an example has an empty response, or a support example occurs in the query set.
+    """
+    folder = Path(meta.task_dir).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"meta.task_dir={meta.task_dir!r} is not a folder; make it with `python prepare_math_science_data.py`"
+        )
+    found = sorted(file.name.removesuffix(SUPPORT_SUFFIX) for file in folder.glob(f"*{SUPPORT_SUFFIX}"))
+    if not found:
+        raise ValueError(
+            f"meta.task_dir={meta.task_dir!r} holds no <task>{SUPPORT_SUFFIX}; make the data with "
+            "`python prepare_math_science_data.py`"
+        )
+    wanted = found if meta.tasks is None else list(meta.tasks)
+    unknown = [task for task in wanted if task not in found]
+    if unknown:
+        raise ValueError(
+            f"meta.tasks names {', '.join(unknown)}, but {meta.task_dir} has {', '.join(found)}; choose among those"
+        )
+    return [_check_task(folder, task, meta, messages_key) for task in wanted]
+
+
+def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) -> TaskFiles:
+    support = folder / f"{task}{SUPPORT_SUFFIX}"
+    support_messages = _read_messages(support, messages_key)
+    _check_count(support, len(support_messages), meta.support_samples, "meta.support_samples")
+    support_messages = support_messages[: meta.support_samples]
+    _check_responses(support, support_messages)
+    if not meta.query_batch_size:
+        return TaskFiles(task, support, None, meta.support_samples, 0)
+
+    query = folder / f"{task}{QUERY_SUFFIX}"
+    query_messages = _read_messages(query, messages_key)
+    query_samples = meta.query_samples if meta.query_samples is not None else len(query_messages)
+    _check_count(query, len(query_messages), query_samples, "meta.query_samples")
+    query_messages = query_messages[:query_samples]
+    _check_responses(query, query_messages)
+    shared = {json.dumps(m) for m in support_messages} & {json.dumps(m) for m in query_messages}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} examples of {support} occur in {query.name} too; the query set must hold other examples "
+            "than the support set: prepare the data again"
+        )
+    if query_samples < meta.query_batch_size:
+        raise ValueError(
+            f"{query} has {query_samples} examples, fewer than meta.query_batch_size={meta.query_batch_size}; "
+            "lower the batch or prepare more query examples"
+        )
+    return TaskFiles(task, support, query, meta.support_samples, query_samples)
+
+
+def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; every task needs a support and a query file: prepare the data again")
+    try:
+        # By name only: the other columns may be large, and only the conversations are compared.
+        schema = pq.read_schema(path)
+        if messages_key not in schema.names:
+            raise ValueError(
+                f"{path} has no column {messages_key!r} (it has {', '.join(schema.names)}); "
+                "set data.messages_key or prepare the data again"
+            )
+        return pq.read_table(path, columns=[messages_key]).column(messages_key).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}); prepare the data again") from error
+
+
+def _check_count(path: Path, have: int, want: int, key: str) -> None:
+    if have < want:
+        raise ValueError(
+            f"{path} has {have} examples, fewer than {key}={want}; set {key}={have}, or prepare more "
+            "(--support-ratio, --query-ratio, --samples-per-task)"
+        )
+
+
+def _check_responses(path: Path, conversations: Sequence[Any]) -> None:
+    for row, messages in enumerate(conversations):
+        turns = messages if isinstance(messages, list) else []
+        responses = [m for m in turns if isinstance(m, Mapping) and m.get("role") == "assistant"]
+        if not responses or not str(responses[-1].get("content") or "").strip():
+            raise ValueError(
+                f"{path} row {row} has no assistant response to learn from; remove or complete that example"
+            )
+
+
+class TokenizedSet:
+    """A support or query set, tokenised by veRL's ``MultiTurnSFTDataset`` when an example is first drawn, then cached.
+
+    Items are dicts of 1-D tensors: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens].
+    """
+
+    def __init__(self, path: Path, samples: int, tokenizer: Any, data_config: Any, processor: Any = None) -> None:
+        from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+
+        self._path = path
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
+            self._dataset = MultiTurnSFTDataset(
+                parquet_files=str(path),
+                tokenizer=tokenizer,
+                config=data_config,
+                processor=processor,
+                max_samples=samples,
+            )
+        self._cache: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises ValueError when the example does not fit ``data.max_length`` or keeps no response token."""
+        if index not in self._cache:
+            try:
+                example = self._dataset[index]
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._path} row {index}: {error}; raise data.max_length or set data.truncation"
+                ) from error
+            if not example["loss_mask"].any():
+                raise ValueError(
+                    f"{self._path} row {index} keeps no response token within data.max_length; raise data.max_length"
+                )
+            self._cache[index] = example
+        return self._cache[index]
+
+    def batch(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples at ``indices``, in that order."""
+        return [self[index] for index in indices]
