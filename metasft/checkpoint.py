@@ -126,8 +126,9 @@ def save_meta_lora(
     base_model: str,
     adaptation: Mapping[str, Any],
     tensors: Mapping[str, Any],
+    method: str = "meta_lora",
 ) -> Path:
-    """Write ``meta_lora_checkpoint_step_<N>.pt`` and the PEFT folder ``adapter_step_<N>/`` under ``folder``.
+    """Write ``<method>_checkpoint_step_<N>.pt`` and the PEFT folder ``adapter_step_<N>/`` under ``folder``.
 
     Args:
         folder: ``trainer.default_local_dir``.
@@ -136,6 +137,7 @@ def save_meta_lora(
         base_model: path or hub name of the base model.
         adaptation: inner-loop settings of the run.
         tensors: full (unsharded) LoRA tensors by PEFT state-dict name, as ``peft.get_peft_model_state_dict`` gives.
+        method: which meta-learner wrote it; names the file.
 
     Returns:
         The path of the ``.pt`` file.
@@ -144,7 +146,7 @@ def save_meta_lora(
 
     config = peft_model.peft_config["default"]
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    pt_path = folder / f"meta_lora_checkpoint_step_{step}.pt"
+    pt_path = folder / f"{method}_checkpoint_step_{step}.pt"
     with replacing_file(pt_path) as temporary:
         torch.save(
             {
@@ -174,6 +176,37 @@ def save_meta_lora(
 def _with_adapter_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT export names -> the names inside a model (``lora_A.weight`` -> ``lora_A.default.weight``)."""
     return {re.sub(r"\.(lora_[A-Za-z_]+)\.weight$", r".\1.default.weight", name): t for name, t in tensors.items()}
+
+
+def save_hf_model(
+    folder: Path, state_dict: Mapping[str, Any], config: Any, tokenizer: Any, adaptation: Mapping[str, Any], step: int
+) -> Path:
+    """Write ``step_<N>/``: a plain Hugging Face model folder that ``from_pretrained`` loads.
+
+    Args:
+        folder: ``trainer.default_local_dir``.
+        state_dict: full (unsharded) tensors on the CPU, by the names inside the model.
+        config: the transformers model configuration.
+        tokenizer: saved beside the weights.
+        adaptation: inner-loop settings of the run, saved as ``adaptation.json``.
+        step: N, meta-steps done.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from verl.utils.transformers_compat import drop_tied_target_keys
+
+    target = folder / f"step_{step}"
+    tensors = dict(state_dict)
+    dtype = next(iter(tensors.values())).dtype
+    with torch.device("meta"):
+        # The class without FSDP's wrapping names the architecture; its weights are never allocated.
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    drop_tied_target_keys(tensors, skeleton, config)
+    with replacing_folder(target) as temporary:
+        skeleton.save_pretrained(temporary, state_dict=tensors)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+    return target
 
 
 def load_meta_lora(path: Path) -> AdapterCheckpoint:
@@ -271,8 +304,8 @@ def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
 def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
     return (
         f"the adapter was trained on {checkpoint.base_model or 'another model'} and does not fit "
-        f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the same "
-        "architecture"
+        f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the "
+        "same architecture"
     )
 
 

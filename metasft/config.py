@@ -277,8 +277,8 @@ def check_model_path(path: Any) -> None:
     looks_local = path.startswith((".", "/", "~", "models/", "checkpoints/")) or path.count("/") != 1
     if looks_local:
         raise ValueError(
-            f"model.path={path!r} does not exist; `python -m metasft.embedded_model --output {path}` makes the embedded "
-            "model, any other Hugging Face folder works too"
+            f"model.path={path!r} does not exist; `python -m metasft.embedded_model --output {path}` makes the "
+            "embedded model, any other Hugging Face folder works too"
         )
 
 
@@ -306,7 +306,8 @@ def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:
         valid = [str(size) for size in (below, below + groups) if size > 0]
         raise ValueError(
             f"meta.meta_batch_size={meta.meta_batch_size} does not divide over the {groups} task groups "
-            f"({world_size} processes, meta.task_group_size={group}); the nearest valid values are {' and '.join(valid)}"
+            f"({world_size} processes, meta.task_group_size={group}); the nearest valid values are "
+            f"{' and '.join(valid)}"
         )
     for key in ("inner_batch_size", "query_batch_size"):
         size = getattr(meta, key)

@@ -199,8 +199,8 @@ def accelerator_present() -> bool:
 def _normalise_backend_string() -> None:
     """Let ``init_process_group`` accept the backend ``"cpu:gloo,cpu:gloo"``.
 
-    veRL composes ``"cpu:gloo,<device>:<backend>"`` when it sets up a process group itself (its Ray workers do). With the
-    CPU as the device that names it twice, which torch rejects as a duplicate.
+    veRL composes ``"cpu:gloo,<device>:<backend>"`` when it sets up a process group itself (its Ray workers do). With
+    the CPU as the device that names it twice, which torch rejects as a duplicate.
     """
     original = torch.distributed.init_process_group
 

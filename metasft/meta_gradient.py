@@ -1,8 +1,9 @@
 """How the tasks of a meta-batch become one update of the shared parameters.
 
-* FOMAML and META-LORA (first-order MAML, Finn et al. 2017, arXiv 1703.03400, section 5.2; MeTA-LoRA, arXiv 2510.11598):
-  g = aggregate_i d/dtheta L(theta_i,K; Q_i), accumulated in fp32 and handed to veRL's optimizer as ``.grad``.
-* Reptile (Nichol et al. 2018, arXiv 1803.02999, eq. 1 with the batched form of section 3): theta + eps * mean_i(theta_i - theta).
+* FOMAML (first-order MAML, Finn et al. 2017, arXiv 1703.03400, section 5.2) and META-LORA (MeTA-LoRA, arXiv
+  2510.11598): g = aggregate_i d/dtheta L(theta_i,K; Q_i), accumulated in fp32 and handed to veRL's optimizer as
+  ``.grad``.
+* Reptile (Nichol et al. 2018, arXiv 1803.02999, algorithm 2): theta + eps * mean_i(theta_i,K - theta).
 """
 
 from __future__ import annotations
@@ -55,3 +56,39 @@ class MetaGradient:
         for parameter, total in zip(self._parameters, self._sum, strict=True):
             parameter.grad = None if total is None else total.to(parameter.dtype)
         self._sum = [None] * len(self._parameters)
+
+
+class MeanDifference:
+    """mean_i(theta_i - theta) over the tasks of a meta-batch, in fp32: the direction of a Reptile step.
+
+    Args:
+        parameters: theta (shards under FSDP2).
+        num_tasks: tasks in the whole meta-batch, over all task groups.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], num_tasks: int) -> None:
+        self._parameters = parameters
+        self._sum = [torch.zeros_like(local_tensor(p), dtype=torch.float32) for p in parameters]
+        self._weight = 1.0 / num_tasks
+
+    @torch.no_grad()
+    def add(self, difference: Sequence[torch.Tensor]) -> None:
+        """Add one task's theta_i - theta (local parts)."""
+        torch._foreach_add_(self._sum, [part.to(torch.float32) for part in difference], alpha=self._weight)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The local parts of the sums: what is reduced over the task groups."""
+        return self._sum
+
+    @torch.no_grad()
+    def interpolate(self, step_size: float) -> None:
+        """theta <- theta + step_size * mean difference, in place."""
+        for parameter, total in zip(self._parameters, self._sum, strict=True):
+            local_tensor(parameter).add_(total.to(parameter.dtype), alpha=step_size)
+
+    def hand_over(self) -> None:
+        """Put the negative mean difference into ``.grad``: descending it moves theta towards the adapted parameters."""
+        for parameter, total in zip(self._parameters, self._sum, strict=True):
+            gradient = torch.zeros_like(parameter)
+            local_tensor(gradient).copy_(-total)
+            parameter.grad = gradient

@@ -1,7 +1,7 @@
 """The episodic base trainer: veRL's ``SFTTrainer`` with meta-batches of tasks instead of batches of examples.
 
-Three levels: :meth:`EpisodicSFTTrainer.fit` (the run), :meth:`EpisodicSFTTrainer.train_step` (one meta-step: sample, meta-step,
-reduce, optimize, log), and :meth:`EpisodicSFTTrainer.meta_step` (the algorithm, in the scripts at the repository root).
+Three levels: :meth:`EpisodicSFTTrainer.fit` (the run), :meth:`EpisodicSFTTrainer.train_step` (one meta-step: sample,
+run, log), and :meth:`EpisodicSFTTrainer.meta_step` (the algorithm, in the scripts at the repository root).
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from verl.utils.device import get_torch_device
 from verl.utils.tracking import Tracking
 
 from metasft.adaptation import InnerLoop
-from metasft.checkpoint import prune_exports, save_meta_lora, size_bytes, write_json
+from metasft.checkpoint import prune_exports, save_hf_model, save_meta_lora, size_bytes, write_json
 from metasft.config import METHOD_TITLES, MetaConfig, Method
 from metasft.episodes import Episode, EpisodeSampler
 from metasft.meta_gradient import MetaGradient
 from metasft.task_data import TaskFiles, TokenizedSet
-from metasft.verl_backend import MetaFSDPEngine, all_reduce_flat, build_training_worker, full_tensors, make_batch
+from metasft.verl_backend import (
+    MetaFSDPEngine,
+    all_reduce_flat,
+    build_training_worker,
+    full_state_dict_on_rank_0,
+    make_batch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +275,12 @@ class EpisodicSFTTrainer(SFTTrainer):
             batch = self._batch(self.query_sets[episode.task], episode.query_batch)
             record.query_loss_before = self.engine.loss_only(batch)
 
+    def measure_after(self, episode: Episode, record: EpisodeRecord) -> None:
+        """Query loss at the adapted parameters, for algorithms that take no gradient there."""
+        if self._measure_gain and episode.query_batch:
+            batch = self._batch(self.query_sets[episode.task], episode.query_batch)
+            record.query_loss_after = self.engine.loss_only(batch)
+
     def first_order_meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
         """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
 
@@ -289,13 +301,13 @@ class EpisodicSFTTrainer(SFTTrainer):
             meta_gradient.take()
             records.append(record)
         if not self.meta.update_shared:
-            self._reduce([], records)
+            self.reduce([], records)
             return records, None
-        self._reduce(meta_gradient.tensors(), records)
+        self.reduce(meta_gradient.tensors(), records)
         meta_gradient.hand_over()
         return records, self.engine.optimizer_step()
 
-    def _reduce(self, tensors: Sequence[torch.Tensor], records: Sequence[EpisodeRecord]) -> None:
+    def reduce(self, tensors: Sequence[torch.Tensor], records: Sequence[EpisodeRecord]) -> None:
         """The one communication of a meta-step: sum ``tensors`` over the task groups, with the loss table riding along.
 
         The table has one row per episode of the whole meta-batch; every group fills its own rows.
@@ -351,40 +363,53 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
-    def save(self, step: int) -> Path | None:
-        """Resume state in veRL's layout plus the export of the method. Returns the export's path (on rank 0)."""
+    def save(self, step: int) -> Path:
+        """Resume state in veRL's layout plus the export of the method. Returns the export's path."""
         self.ckpt_handler.save_checkpoint(step)
         path = self.export(step)
         dist.barrier()
         return path
 
-    def export(self, step: int) -> Path | None:
-        """Write theta for use outside veRL; called on all ranks, returns the path on every rank."""
-        assert self.lora, "full-parameter exports are the business of the full-parameter trainers"
-        from peft import get_peft_model_state_dict
+    def export(self, step: int) -> Path:
+        """Write theta for use outside veRL; called on all ranks, rank 0 writes. Returns the export's path."""
+        adaptation = {
+            "method": self.method,
+            "inner_lr": self.meta.inner_lr,
+            "inner_optimizer": self.meta.inner_optimizer,
+            "num_inner_steps": self.meta.num_inner_steps,
+            "inner_batch_size": self.meta.inner_batch_size,
+        }
+        if self.lora:
+            from peft import get_peft_model_state_dict
 
-        tensors = full_tensors(get_peft_model_state_dict(self.engine.module, save_embedding_layers=False))
-        path = self.run_dir / f"meta_lora_checkpoint_step_{step}.pt"
+            # Adapters are whole on every rank (also over a sharded base): nothing to gather.
+            tensors = get_peft_model_state_dict(self.engine.module, save_embedding_layers=False)
+            patterns = (f"{self.method}_checkpoint_step_{{step}}.pt", "adapter_step_{step}")
+            if self.rank == 0:
+                save_meta_lora(
+                    self.run_dir,
+                    step,
+                    self.engine.module,
+                    base_model=self.config.model.path,
+                    adaptation=adaptation,
+                    tensors=tensors,
+                    method=self.method,
+                )
+        else:
+            patterns = ("step_{step}",)
+            state_dict = full_state_dict_on_rank_0(self.engine.module)
+            if self.rank == 0:
+                save_hf_model(
+                    self.run_dir,
+                    state_dict,
+                    self.model_config.hf_config,
+                    self.model_config.get_processor(),
+                    adaptation,
+                    step,
+                )
         if self.rank == 0:
-            save_meta_lora(
-                self.run_dir,
-                step,
-                self.engine.module,
-                base_model=self.config.model.path,
-                adaptation={
-                    "inner_lr": self.meta.inner_lr,
-                    "inner_optimizer": self.meta.inner_optimizer,
-                    "num_inner_steps": self.meta.num_inner_steps,
-                    "inner_batch_size": self.meta.inner_batch_size,
-                },
-                tensors=tensors,
-            )
-            prune_exports(
-                self.run_dir,
-                ("meta_lora_checkpoint_step_{step}.pt", "adapter_step_{step}"),
-                self.config.trainer.max_ckpt_to_keep,
-            )
-        return path
+            prune_exports(self.run_dir, patterns, self.config.trainer.max_ckpt_to_keep)
+        return self.run_dir / patterns[0].format(step=step)
 
     def _write_summary(self, checkpoint: Path, seconds: float) -> None:
         """``run_summary.json``: what the whole run cost, the parts before a resume included."""

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id, get_device_name
@@ -277,6 +276,9 @@ def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *
     flush()
 
 
-def full_tensors(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gather sharded tensors on every rank (for small ones, such as adapters); plain tensors pass through."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in named.items()}
+def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole model's tensors in host memory on rank 0, gathered tensor by tensor; empty on every other rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if dist.get_rank() == 0 else {}

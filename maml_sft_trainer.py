@@ -1,0 +1,36 @@
+"""FOMAML-SFT: first-order MAML on all parameters of a language model.
+
+First-order variant of Finn et al. 2017, arXiv 1703.03400 (section 5.2). Per meta-step, for every task i of the batch:
+
+    inner loop    theta_i,k+1 = theta_i,k - inner_lr * d/dtheta L(theta_i,k; batch k of S_i)      k = 0..K-1
+    outer loop    g = aggregate_i  d/dtheta L(theta_i,K; Q_i);  veRL's optimizer steps theta along g
+
+Launch (any number of processes; the ranks of a task group share one model, sharded by FSDP2):
+
+    torchrun --nproc_per_node=4 maml_sft_trainer.py \
+        --config-path data/math_science_meta --config-name config_fomaml_math_science
+"""
+
+from collections.abc import Sequence
+
+from metasft.episodes import Episode
+from metasft.launch import hydra_main, run
+from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+
+
+class FOMAMLTrainer(EpisodicSFTTrainer):
+    """Inner and outer loop on every parameter, in place on this rank's shards."""
+
+    method = "fomaml"
+
+    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+        return self.first_order_meta_step(episodes)
+
+
+@hydra_main(config_path="data/math_science_meta", config_name="config_fomaml_math_science", version_base=None)
+def main(config) -> None:
+    run(config, FOMAMLTrainer)
+
+
+if __name__ == "__main__":
+    main()

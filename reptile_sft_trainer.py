@@ -1,0 +1,60 @@
+"""Reptile-SFT: move the shared parameters towards the parameters adapted to each task.
+
+Nichol et al. 2018, arXiv 1803.02999 (algorithm 2). Per meta-step, for every task i of the meta-batch:
+
+    inner loop    theta_i,K from theta in K steps on the support set S_i
+    outer loop    theta <- theta + eps * mean_i(theta_i,K - theta),  eps annealed linearly to 0
+
+No query set is needed (`meta.query_batch_size=0`); with one, its loss is only measured. All parameters by default, LoRA
+with `model.lora_rank=16`. With `meta.reptile_update=pseudo_gradient` veRL's optimizer takes -mean_i(theta_i,K - theta)
+as a gradient instead.
+
+Launch (any number of processes):
+
+    torchrun --nproc_per_node=4 reptile_sft_trainer.py \
+        --config-path data/math_science_meta --config-name config_reptile_math_science
+"""
+
+from collections.abc import Sequence
+
+from metasft.episodes import Episode
+from metasft.launch import hydra_main, run
+from metasft.meta_gradient import MeanDifference
+from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+
+
+class ReptileTrainer(EpisodicSFTTrainer):
+    """The inner loop gives the direction; there is no gradient at the adapted parameters."""
+
+    method = "reptile"
+
+    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+        mean_difference = MeanDifference(self.inner_loop.parameters, self.meta.meta_batch_size)
+        records = []
+        for episode in episodes:
+            record = EpisodeRecord(episode.task)
+            self.measure_before(episode, record)
+            with self.inner_loop.adapting() as adaptation:
+                self.adapt(episode, adaptation, record)
+                self.measure_after(episode, record)
+                mean_difference.add(adaptation.difference())
+            records.append(record)
+        self.reduce(mean_difference.tensors() if self.meta.update_shared else [], records)
+        if not self.meta.update_shared:
+            return records, None
+        if self.meta.reptile_update == "pseudo_gradient":
+            mean_difference.hand_over()
+            return records, self.engine.optimizer_step()
+        # Annealed over the run: the last meta-step still moves, the one after it would not.
+        progress = (self.step - 1) / self.total_training_steps
+        mean_difference.interpolate(self.meta.reptile_step_size * (1.0 - progress))
+        return records, None
+
+
+@hydra_main(config_path="data/math_science_meta", config_name="config_reptile_math_science", version_base=None)
+def main(config) -> None:
+    run(config, ReptileTrainer)
+
+
+if __name__ == "__main__":
+    main()
