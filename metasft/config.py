@@ -140,13 +140,13 @@ def _check(name: str, value: Any, spec: Any) -> Any:
             return None
         raise ValueError(f"{name} must not be null; give {meta['doc']}")
     if "tuple" in annotation:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{name}={value!r} must be a list of names, for example {name}=[algebra,geometry]")
         if not value:
             raise ValueError(f"{name}=[] names no task; use null for every task found")
         duplicates = sorted({item for item in value if list(value).count(item) > 1})
         if duplicates:
-            raise ValueError(f"{name} names {', '.join(duplicates)} more than once; list every task once")
+            raise ValueError(f"{name}={value!r} names {', '.join(duplicates)} more than once; list every task once")
         return tuple(value)
     if "bool" in annotation:
         if not isinstance(value, bool):

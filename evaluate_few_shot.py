@@ -1,0 +1,88 @@
+r"""Few-shot evaluation: adapt a model on N examples of an unseen task, then test it.
+
+    python evaluate_few_shot.py --model-type meta_lora \
+        --model-path checkpoints/meta_lora/meta_lora_checkpoint_step_60.pt \
+        --eval-tasks calculus theorem_proving --n-shots 0 5 10 25 50 --output-dir results/meta_lora
+
+Writes <model-type>_results.json, _settings.json, _predictions.jsonl and _cells.jsonl to the output folder. Run again
+after an interruption, it continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from metasft.evaluation import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = {field.name: field.default for field in fields(EvaluationConfig)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-path", required=True, help="model folder, adapter (.pt or PEFT folder) or veRL checkpoint folder")
+    add("--model-type", required=True, choices=MODEL_TYPES, help="what it is; names the result files")
+    add("--output-dir", required=True, type=Path, help="folder for the result files")
+    add("--eval-tasks", nargs="+", default=(), metavar="TASK", help="unseen tasks (default: all in DATA_DIR/meta_test)")
+    add(
+        "--n-shots",
+        nargs="+",
+        type=int,
+        default=default["n_shots"],
+        metavar="N",
+        help="shot counts (default: 0 5 10 25 50)",
+    )
+    add("--base-model", help="model under an adapter (default: what the checkpoint records)")
+    add("--data-dir", type=Path, default=default["data_dir"], help="data folder (default: %(default)s)")
+    add("--n-runs", type=int, default=default["n_runs"], help="shot sets per task and N (default: %(default)s)")
+    add(
+        "--adaptation-steps",
+        type=int,
+        default=default["adaptation_steps"],
+        help="update steps of one adaptation, the same for every N (default: %(default)s)",
+    )
+    add(
+        "--adaptation-lr",
+        type=float,
+        help="learning rate (default: what the checkpoint records, else 1e-3 for LoRA, 1e-5 for all parameters)",
+    )
+    add("--adaptation-optimizer", choices=("sgd", "adamw"), help="(default: what the checkpoint records, else adamw)")
+    add(
+        "--adaptation-batch-size",
+        type=int,
+        default=default["adaptation_batch_size"],
+        help="examples per update step, N if there are fewer (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=default["batch_size"], help="test items per batch (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=default["max_new_tokens"], help="per answer (default: %(default)s)")
+    add("--limit", type=int, help="use the first LIMIT test items of each task (default: all)")
+    add("--seed", type=int, default=default["seed"], help="of shots and fresh LoRA weights (default: %(default)s)")
+    add("--device", default=default["device"], help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=default["dtype"], help="of frozen weights (default: %(default)s)")
+    add(
+        "--max-length", type=int, default=default["max_length"], help="longest example in tokens (default: %(default)s)"
+    )
+    add("--lora-rank", type=int, help="rank of the fresh LoRA that --model-type base adapts (default: 16)")
+    add("--lora-alpha", type=float, help="scale of that LoRA (default: 32)")
+    add("--overwrite", action="store_true", help="drop earlier results of this model type in the output folder")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
+    values = vars(_parser().parse_args(argv))
+    values["eval_tasks"], values["n_shots"] = tuple(values["eval_tasks"]), tuple(values["n_shots"])
+    try:
+        results, store = evaluate(EvaluationConfig(**values))
+    except ValueError as error:
+        print(f"evaluate_few_shot: {error}", file=sys.stderr)
+        return 2
+    print(format_table(results))
+    print(f"wrote {store.results_path}, {store.settings_path.name} and {store.predictions_path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,521 @@
+"""Prepare the episodic math and science data: support, query and test files for every task.
+
+    python prepare_math_science_data.py --output-dir ./data/math_science_meta --support-ratio 0.15 --query-ratio 0.25
+
+writes, from the verifiable problem generators of reasoning-gym (nothing is downloaded):
+
+    meta_train/<task>_support.parquet  <task>_query.parquet  <task>_test.parquet    tasks for meta-training
+    meta_train/<task>_full.parquet                                                  with --full-samples
+    meta_test/<task>_support.parquet   <task>_test.parquet                          unseen tasks: shot pool, test set
+    manifest.json                                                                   source, settings, SHA-256 of files
+
+and, beside the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
+``baseline_lora_mixed.yaml``. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45 gives
+300. The same flags give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from metasft import tasks as task_source
+from metasft.tasks import Example
+
+MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
+BASELINE_BATCH = 16
+MODEL = "models/SmolLM2-135M-Instruct"
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, like every other error here, rather than after the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a flag that cannot be read ends the process with exit code 2."""
+    parser = _OneLineParser(
+        prog="prepare_math_science_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("data/math_science_meta"), help="folder to write (%(default)s)")
+    add("--support-ratio", type=float, default=0.15, help="support set's share of --samples-per-task (%(default)s)")
+    add("--query-ratio", type=float, default=0.25, help="query set's share; the rest is the test set (%(default)s)")
+    add("--source", choices=("reasoning_gym",), default="reasoning_gym", help="where examples come from")
+    add("--tasks", nargs="+", metavar="TASK", help=f"some of: {', '.join(task_source.all_tasks())} (default: all)")
+    add("--samples-per-task", type=int, default=667, help="examples of each training task (%(default)s)")
+    add("--test-samples", type=int, default=200, help="test examples of each unseen task (%(default)s)")
+    add("--shot-pool", type=int, default=100, help="examples to draw shots from, per unseen task (%(default)s)")
+    add("--full-samples", type=int, help="also write <task>_full.parquet with this many examples, none of the test set")
+    add("--seed", type=int, default=1, help="of the problem streams (%(default)s)")
+    add("--skip-existing", action="store_true", help="do nothing where these flags' files exist unchanged")
+    return parser.parse_args(argv)
+
+
+def check_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What determines the data, checked: the flags with task names resolved and split sizes worked out.
+
+    Raises:
+        ValueError: a flag or a combination of flags that cannot work.
+    """
+    names = list(dict.fromkeys(arguments.tasks or task_source.all_tasks()))
+    unknown = [name for name in names if name not in task_source.all_tasks()]
+    if unknown:
+        raise ValueError(
+            f"--tasks names '{unknown[0]}', which is no task: choose from {', '.join(task_source.all_tasks())}"
+        )
+    for flag, ratio in (("--support-ratio", arguments.support_ratio), ("--query-ratio", arguments.query_ratio)):
+        if not 0 < ratio < 1:
+            raise ValueError(f"{flag} is {ratio}: choose a share between 0 and 1, both excluded")
+    if arguments.support_ratio + arguments.query_ratio >= 1:
+        raise ValueError(
+            f"--support-ratio {arguments.support_ratio} and --query-ratio {arguments.query_ratio} leave no test set: "
+            "choose shares that add up to less than 1"
+        )
+    for flag, value in (("--test-samples", arguments.test_samples), ("--shot-pool", arguments.shot_pool)):
+        if value < 1:
+            raise ValueError(f"{flag} is {value}: ask for at least 1 example")
+    samples = arguments.samples_per_task
+    support = int(arguments.support_ratio * samples + 0.5)
+    query = int(arguments.query_ratio * samples + 0.5)
+    test = samples - support - query
+    if min(support, query, test) < 1:
+        raise ValueError(
+            f"--samples-per-task is {samples}, which splits into {support} support, {query} query and {test} test "
+            "examples: raise it until none of the three is empty"
+        )
+    full = arguments.full_samples
+    if full is not None and full < support + query:
+        raise ValueError(
+            f"--full-samples is {full}, but the full set contains the {support} support and {query} query examples: "
+            f"ask for at least {support + query}"
+        )
+    return {
+        "source": arguments.source,
+        "tasks": names,
+        "seed": arguments.seed,
+        "support_ratio": arguments.support_ratio,
+        "query_ratio": arguments.query_ratio,
+        "samples_per_task": samples,
+        "support_samples": support,
+        "query_samples": query,
+        "in_domain_test_samples": test,
+        "test_samples": arguments.test_samples,
+        "shot_pool": arguments.shot_pool,
+        "full_samples": full,
+    }
+
+
+def normalised_command(arguments: argparse.Namespace) -> str:
+    """The command line that makes the same files again, with every flag that has a value."""
+    words = ["python", "prepare_math_science_data.py"]
+    for name, value in vars(arguments).items():
+        if name == "skip_existing" or value is None:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "output_dir":
+            value = os.path.normpath(value)
+        words.extend(map(str, value) if isinstance(value, list) else [str(value)])
+    return shlex.join(words)
+
+
+# ------------------------------------------------------------------------------------------------ splitting
+
+
+def fixed_order(examples: Sequence[Example]) -> list[Example]:
+    """The examples in an order that depends on each one's id alone, so that more examples never reorder the others."""
+    return sorted(examples, key=lambda example: hashlib.sha256(example.example_id.encode()).digest())
+
+
+def split_train_task(examples: Sequence[Example], settings: dict[str, Any]) -> dict[str, list[Example]]:
+    """Cut a training task's examples into query, support, test and, where asked for, full.
+
+    The first ``samples_per_task`` examples are put in ``fixed_order`` and cut in the order query, support, test. With
+    another --support-ratio the query set is therefore the same, the smaller support set is the head of the larger one,
+    and the smaller test set is the tail of the larger one: runs that differ in it stay comparable.
+    """
+    samples, query, support = settings["samples_per_task"], settings["query_samples"], settings["support_samples"]
+    ordered = fixed_order(examples[:samples])
+    parts = {
+        "support": ordered[query : query + support],
+        "query": ordered[:query],
+        "test": ordered[query + support :],
+    }
+    if settings["full_samples"] is not None:
+        known = parts["support"] + parts["query"]
+        parts["full"] = known + list(examples[samples : samples + settings["full_samples"] - len(known)])
+    return parts
+
+
+def split_test_task(examples: Sequence[Example], settings: dict[str, Any]) -> dict[str, list[Example]]:
+    """Cut an unseen task's examples into shot pool (``support``) and ``test``, in ``fixed_order``, test first."""
+    ordered = fixed_order(examples)
+    return {"support": ordered[settings["test_samples"] :], "test": ordered[: settings["test_samples"]]}
+
+
+def make_splits(settings: dict[str, Any]) -> dict[str, list[Example]]:
+    """Generate every task and cut it: relative file name -> examples.
+
+    Raises:
+        ValueError: a task has fewer distinct questions than the settings ask for.
+    """
+    from tqdm import tqdm
+
+    train_count = settings["samples_per_task"]
+    if settings["full_samples"] is not None:
+        train_count += settings["full_samples"] - settings["support_samples"] - settings["query_samples"]
+    test_count = settings["test_samples"] + settings["shot_pool"]
+    counts = {name: train_count if name in task_source.TRAIN_TASKS else test_count for name in settings["tasks"]}
+    files: dict[str, list[Example]] = {}
+    with tqdm(total=sum(counts.values()), unit="example", disable=None) as bar:
+        for name, count in counts.items():
+            bar.set_description(name)
+            examples = task_source.generate_examples(name, count, settings["seed"], progress=bar.update)
+            if name in task_source.TRAIN_TASKS:
+                folder, parts = "meta_train", split_train_task(examples, settings)
+            else:
+                folder, parts = "meta_test", split_test_task(examples, settings)
+            files.update({f"{folder}/{name}_{part}.parquet": members for part, members in parts.items()})
+    _check_disjoint(files)
+    return files
+
+
+def _check_disjoint(files: dict[str, list[Example]]) -> None:
+    """No example and no prompt in two files; ``_full`` repeats support and query by definition, but never test."""
+    apart = [example for name, members in files.items() if not name.endswith("_full.parquet") for example in members]
+    test = [example for name, members in files.items() if name.endswith("_test.parquet") for example in members]
+    full = [example for name, members in files.items() if name.endswith("_full.parquet") for example in members]
+    for key in ("example_id", "prompt"):
+        assert len({getattr(example, key) for example in apart}) == len(apart), key
+        assert len({getattr(example, key) for example in full}) == len(full), key
+        assert not {getattr(example, key) for example in test} & {getattr(example, key) for example in full}, key
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_parquet(examples: Sequence[Example], path: Path) -> None:
+    """Write examples as one parquet file with the columns of ``tasks.row_for``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    texts = ("prompt", "response", "answer", "task", "data_source", "example_id", "extra_info")
+    schema = pa.schema([("messages", pa.list_(message)), *((name, pa.string()) for name in texts)])
+    table = pa.Table.from_pylist([task_source.row_for(example) for example in examples], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def baseline_config(name: str, train_files: list[str], samples: int, folder: str, config_name: str) -> str:
+    """A Hydra config that trains one LoRA with veRL's own SFT trainer.
+
+    Args:
+        name: of the run, ``std_lora_<name>``.
+        train_files: parquet files, relative to the folder that the command runs in.
+        samples: how many examples of all files together to train on.
+        folder: where the config will lie; Hydra's --config-path.
+        config_name: its file name without ``.yaml``.
+    """
+    where = shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"'
+    files = "\n".join(f"    - {json.dumps(file)}" for file in train_files)
+    return f"""\
+# Standard LoRA without meta-learning, {samples} examples: veRL's own trainer, unchanged. Run from the folder that
+# prepare_math_science_data.py ran in (it writes this file, and writes it again on its next run):
+#
+#   torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \\
+#       --config-path {where} --config-name {config_name}
+#
+# Change settings on that command line, for example optim.lr=1e-4. Everything not named here is veRL's default.
+
+hydra:
+  searchpath:
+    - pkg://verl.trainer.config
+  run:
+    dir: .
+  output_subdir: null
+
+defaults:
+  - sft_trainer_engine
+  - override hydra/job_logging: stdout
+  - override hydra/hydra_logging: default
+  - _self_
+
+model:
+  path: {MODEL}
+  lora_rank: 16
+  lora_alpha: 32
+  target_modules: all-linear
+  enable_gradient_checkpointing: false
+  use_remove_padding: true
+  override_config:
+    attn_implementation: sdpa
+
+engine:
+  strategy: fsdp2
+  use_torch_compile: false
+  model_dtype: fp32
+  # Without these two veRL computes in bf16, which a CPU only emulates. On a GPU: bf16.
+  mixed_precision:
+    param_dtype: fp32
+    reduce_dtype: fp32
+
+optim:
+  lr: 2.0e-4
+  weight_decay: 0.0
+  clip_grad: 1.0
+  lr_scheduler_type: constant
+
+data:
+  train_files:
+{files}
+  train_max_samples: {samples}
+  # Draw those examples from all files rather than from the head of the first ones.
+  shuffle: true
+  seed: 1
+  train_batch_size: {min(BASELINE_BATCH, samples)}
+  micro_batch_size_per_gpu: 4
+  use_dynamic_bsz: false
+  max_length: 1024
+  truncation: error
+  num_workers: 0
+
+trainer:
+  device: cpu                # veRL takes the accelerator instead where there is one
+  total_epochs: 10
+  save_freq: -1              # only the final checkpoint
+  test_freq: -1
+  max_ckpt_to_keep: 1
+  default_local_dir: checkpoints/std_lora_{name}
+  # veRL's file logger writes ./<project_name>/<experiment_name>.jsonl: beside the checkpoint.
+  project_name: checkpoints/std_lora_{name}
+  experiment_name: metrics
+  logger: [console, file]
+  seed: 1
+
+checkpoint:
+  save_lora_only: true
+"""
+
+
+def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Texts of the baseline configs: path relative to ``output_dir`` -> YAML."""
+    train_tasks = [name for name in settings["tasks"] if name in task_source.TRAIN_TASKS]
+    output = os.path.normpath(output_dir)
+    beside = os.path.normpath(os.path.join(output, ".."))
+    support = {name: os.path.join(output, "meta_train", f"{name}_support.parquet") for name in train_tasks}
+    count = settings["support_samples"]
+    configs = {
+        f"../meta_train/{name}_train.yaml": baseline_config(
+            name, [support[name]], count, os.path.normpath(os.path.join(beside, "meta_train")), f"{name}_train"
+        )
+        for name in train_tasks
+    }
+    if train_tasks:
+        samples = min(MIXED_SAMPLES, count * len(train_tasks))
+        configs["../baseline_lora_mixed.yaml"] = baseline_config(
+            "mixed", list(support.values()), samples, beside, "baseline_lora_mixed"
+        )
+    return configs
+
+
+def code_sha256() -> str:
+    """SHA-256 over the code that makes the data: with other code the same flags may mean other files."""
+    digest = hashlib.sha256()
+    for path in (Path(task_source.__file__), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make_manifest(
+    settings: dict[str, Any], command: str, files: dict[str, list[Example]], hashes: dict[str, str], configs: list[str]
+) -> dict[str, Any]:
+    """Everything needed to know what the files are and to make them again; holds no time and no machine's name."""
+    families: dict[str, Counter] = {name: Counter() for name in settings["tasks"]}
+    seen = set()
+    for members in files.values():
+        for example in members:
+            if example.example_id not in seen:
+                seen.add(example.example_id)
+                families[example.task][example.extra_info["family"]] += 1
+    return {
+        "source": {
+            "name": "reasoning-gym",
+            "version": task_source.package_version(),
+            "licence": "Apache-2.0",
+        },
+        "command": command,
+        "code_sha256": code_sha256(),
+        "settings": settings,
+        "tasks": {
+            name: {
+                "role": "train" if name in task_source.TRAIN_TASKS else "unseen",
+                "families": dict(sorted(counts.items())),
+            }
+            for name, counts in families.items()
+        },
+        "notes": [
+            "theorem_proving = formal deduction puzzles (who tells the truth, syllogisms, logic circuits), not proofs",
+            "families take turns; coin_flip has about 260 distinct questions, dice makes up the difference",
+            "every question occurs once: duplicates, also in other words where the problem is the same, are dropped",
+            "training tasks: the examples are ordered by SHA-256 of example_id and cut into query, support, test; for "
+            "another support ratio the query set is the same and the smaller support set is the head of the larger",
+            "unseen tasks: the same order, cut into test and support (the shot pool)",
+            "<task>_full = support + query + further examples; it shares none with any other file",
+        ],
+        "files": {name: {"rows": len(members), "sha256": hashes[name]} for name, members in files.items()},
+        "baseline_configs": configs,
+    }
+
+
+def read_manifest(output_dir: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier run, None where there is none or it cannot be read."""
+    try:
+        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings: dict[str, Any]) -> str | None:
+    """Why the files in ``output_dir`` are not the ones these settings would make; None when they are."""
+    if manifest is None:
+        return "there is no readable manifest.json"
+    if manifest.get("settings") != settings:
+        return "they were made with other flags"
+    if manifest.get("code_sha256") != code_sha256():
+        return "they were made by another version of the code"
+    if (manifest.get("source") or {}).get("version") != task_source.package_version():
+        return "they were made with another version of reasoning-gym"
+    for name, entry in manifest["files"].items():
+        path = output_dir / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256_of(path) != entry["sha256"]:
+            return f"{name} has changed"
+    for name in manifest.get("baseline_configs", []):
+        if not (output_dir / name).is_file():
+            return f"{name} is missing"
+    return None
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create ``folder``; returns the folders that did not exist before, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate, split and write everything; returns the manifest.
+
+    Everything is written to a temporary folder beside the output folder and moved into place at the end, the manifest
+    last, so that a failure leaves what was there before. Other files in the output folder are not touched.
+
+    Raises:
+        ValueError: wrong flags, too few distinct questions, or a folder that cannot be written.
+    """
+    settings = check_settings(arguments)
+    output_dir: Path = arguments.output_dir
+    previous = read_manifest(output_dir)
+    if arguments.skip_existing:
+        reason = why_not_current(previous, output_dir, settings)
+        if reason is None:
+            print(f"{output_dir} already holds the files of these flags: nothing to do")
+            return previous
+        print(f"making the files of {output_dir} again: {reason}")
+
+    created: list[Path] = []
+    temporary: Path | None = None
+    finished = False
+    try:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise ValueError(f"--output-dir is {output_dir}, which is a file: choose a folder")
+        # Before the generation, so that a folder that cannot be written is reported at once.
+        beside = Path(os.path.normpath(output_dir / ".."))
+        created = _make_parents(beside)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.resolve().name}-", dir=beside))
+        files = make_splits(settings)
+        for name, members in files.items():
+            write_parquet(members, temporary / "data" / name)
+        configs = make_baseline_configs(output_dir, settings)
+        for name, text in configs.items():
+            path = temporary / "data" / name  # the leading ".." leads to the temporary folder itself
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        hashes = {name: sha256_of(temporary / "data" / name) for name in files}
+        manifest = make_manifest(settings, normalised_command(arguments), files, hashes, list(configs))
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (temporary / "data" / "manifest.json").write_text(text, encoding="utf-8")
+
+        created = [*_make_parents(output_dir), *created]
+        for name in [*files, *configs]:
+            target = output_dir / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / "data" / name, target)
+        for name in set(previous["files"] if previous else ()) - set(files):
+            if name.endswith(".parquet"):  # of earlier flags: this manifest would not describe it
+                (output_dir / name).unlink(missing_ok=True)
+        os.replace(temporary / "data" / "manifest.json", output_dir / "manifest.json")
+        finished = True
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir is {output_dir}, which cannot be written ({error.strerror}: {error.filename}): "
+            "choose another folder"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not finished:
+            for path in created:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+    return manifest
+
+
+def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
+    """Print the number of examples in every file, and where to read more."""
+    for name, entry in manifest["files"].items():
+        print(f"{os.path.join(output_dir, name)}: {entry['rows']} samples")
+    for name in manifest["baseline_configs"]:
+        print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
+    print(f"source, settings and SHA-256 of each file: {os.path.join(output_dir, 'manifest.json')}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        manifest = prepare(arguments)
+    except ValueError as error:
+        print(f"prepare_math_science_data.py: {error}", file=sys.stderr)
+        return 2
+    print_summary(manifest, arguments.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Fixtures shared by all tiers: a tiny random model, and a small task folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny_model import build_tiny_model
+
+OPERATIONS = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "cat": lambda a, b: f"{a}{b}",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory) -> Path:
+    """With an output layer of its own and biases in the attention: the loading path for non-zero ranks differs."""
+    return build_tiny_model(tmp_path_factory.mktemp("untied"), architecture="qwen2", tie_word_embeddings=False)
+
+
+def arithmetic_rows(task: str, count: int) -> list[dict]:
+    """``count`` distinct examples in the columns of the prepared data, with prompts of different lengths."""
+    draw, rows, seen = random.Random(task), [], set()
+    while len(rows) < count:
+        a, b = draw.randint(0, 99), draw.randint(0, 99)
+        if (a, b) in seen:
+            continue
+        seen.add((a, b))
+        prompt = f"{a} {task} {b}?" + " please" * (a % 4)
+        answer = str(OPERATIONS[task](a, b))
+        response = f"Answer: {answer}"
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        rows.append(
+            {
+                "messages": messages,
+                "prompt": prompt,
+                "response": response,
+                "answer": answer,
+                "task": task,
+                "data_source": "arithmetic",
+                "example_id": f"{task}-{len(rows)}",
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def task_dir(tmp_path_factory) -> Path:
+    """Four tasks with 24 support and 12 query examples each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in OPERATIONS:
+        rows = arithmetic_rows(task, 36)
+        pd.DataFrame(rows[:24]).to_parquet(folder / f"{task}_support.parquet")
+        pd.DataFrame(rows[24:]).to_parquet(folder / f"{task}_query.parquet")
+    return folder

@@ -1,0 +1,307 @@
+"""One meta-step of every trainer against the independent reference: 1, 2 and 4 processes, every layout of task groups.
+
+The largest relative errors are printed (``pytest -s`` or the summary of ``make test``).
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from meta_reference import Reference, relative_error
+from scripts import ROOT, must_run
+
+TOLERANCE = 1e-5
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+COMMON = [
+    "meta.support_samples=24",
+    "meta.num_inner_steps=3",
+    "meta.meta_batch_size=4",
+    "trainer.total_training_steps=4",
+    "trainer.resume_mode=disable",
+    "trainer.logger=[]",
+    "optim.clip_grad=1e9",
+]
+META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", ["model.lora_rank=4", "model.lora_alpha=8"])
+FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", [])
+REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.reptile_step_size=1.0"])
+LR = {"meta_lora": 0.5, "fomaml": 0.05, "reptile": 0.05}
+# B starts at zero, so A would have no gradient; a second meta-step has left that special point.
+STEPS = 2
+
+WORLDS = {
+    1: ["group=1"],
+    2: ["group=1", "group=2"],
+    4: ["group=1", "group=2", "group=4"],
+}
+VARIANTS = {
+    "packed": [],
+    "padded": ["model.use_remove_padding=false"],
+    "checkpointed": ["model.enable_gradient_checkpointing=true"],
+    "checkpointed_padded": ["model.enable_gradient_checkpointing=true", "model.use_remove_padding=false"],
+    "micro_batches": ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"],
+    "adamw": ["meta.inner_optimizer=adamw"],
+    "sum": ["meta.aggregation=sum"],
+}
+
+
+def cases_for(world: int) -> list[dict]:
+    """Every method at every group size; all variants with one process, the two most different ones with more."""
+    cases = []
+    for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
+        for group in (int(g.split("=")[1]) for g in WORLDS[world]):
+            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded")
+            for variant in variants:
+                if method == "reptile" and variant not in ("packed", "adamw", "checkpointed_padded"):
+                    continue  # its inner loop is the one that the other two run in every variant
+                lr = 0.01 if variant == "adamw" else LR[method]
+                cases.append(
+                    {
+                        "name": f"{method}-group{group}-{variant}",
+                        "method": method,
+                        "variant": variant,
+                        "lr": lr,
+                        "script": script,
+                        "config": config,
+                        "steps": STEPS,
+                        "overrides": [
+                            *COMMON,
+                            *extra,
+                            *VARIANTS[variant],
+                            f"meta.inner_lr={lr}",
+                            f"meta.task_group_size={group}",
+                        ],
+                    }
+                )
+    return cases
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
+    """world size -> (cases, folder of what the ranks saw); each world size runs once, all its cases in one launch."""
+    done = {}
+
+    def of(world: int, model="tied"):
+        key = (world, model)
+        if key not in done:
+            out = tmp_path_factory.mktemp(f"world{world}")
+            path = tiny_model if model == "tied" else untied_model
+            cases = cases_for(world)
+            if model != "tied":
+                cases = [c for c in cases if c["variant"] == "packed"]
+            if world == 1:
+                broken = next(c for c in cases if c["name"] == "meta_lora-group1-checkpointed")
+                cases.append({**broken, "name": "broken", "break": "restore_before_backward"})
+                for k0 in ("fomaml-group1-packed", "meta_lora-group1-packed"):
+                    case = next(c for c in cases if c["name"] == k0)
+                    cases.append(
+                        {**case, "name": f"K0-{k0}", "overrides": [*case["overrides"], "meta.num_inner_steps=0"]}
+                    )
+                case = next(c for c in cases if c["name"] == "reptile-group1-packed")
+                cases.append(
+                    {**case, "name": "K1-reptile", "overrides": [*case["overrides"], "meta.num_inner_steps=1"]}
+                )
+                case = next(c for c in cases if c["name"] == "reptile-group1-packed")
+                lora = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.5"]
+                cases.append({**case, "name": "lora-reptile", "overrides": [*case["overrides"], *lora]})
+                cases.append(
+                    {
+                        **case,
+                        "name": "pseudo-reptile",
+                        "overrides": [*case["overrides"], "meta.reptile_update=pseudo_gradient"],
+                    }
+                )
+            for case in cases:
+                case["overrides"] = [*case["overrides"], f"model.path={path}", f"meta.task_dir={task_dir}"]
+            description = out / "cases.json"
+            description.write_text(json.dumps(cases))
+            must_run(ROOT / "tests/support/meta_step_worker.py", description, out, processes=world, timeout=420)
+            done[key] = ({c["name"]: c for c in cases}, out, path)
+        return done[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def references(task_dir):
+    built = {}
+
+    def of(path, lora: bool):
+        if (path, lora) not in built:
+            built[path, lora] = Reference(path, task_dir, LORA if lora else None)
+        return built[path, lora]
+
+    return of
+
+
+def load(out, case, rank=0):
+    return torch.load(out / f"{case['name']}_rank{rank}.pt", weights_only=False)
+
+
+def expected(reference, case, result):
+    """What the equations give for the last meta-step of ``case``: the meta-gradient, or Reptile's mean difference."""
+    theta, episodes = result["theta_before"], result["episodes"]
+    optimizer = "adamw" if case["variant"] == "adamw" else "sgd"
+    if case["method"] == "reptile":
+        return reference.mean_difference(theta, episodes, case["lr"], optimizer)
+    aggregation = "sum" if case["variant"] == "sum" else "mean"
+    return reference.first_order_gradient(theta, episodes, case["lr"], optimizer, aggregation)
+
+
+def measured(case, result):
+    if case["method"] != "reptile":
+        return result["gradient"]
+    # eps = 1 annealed over 4 meta-steps: 0.75 at the second.
+    return {n: (result["theta_after"][n] - t) / 0.75 for n, t in result["theta_before"].items()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_meta_gradient_matches_the_reference(world, outcomes, references):
+    cases, out, path = outcomes(world)
+    errors = {}
+    for case in cases.values():
+        if case["name"] not in {c["name"] for c in cases_for(world)}:
+            continue
+        result = load(out, case)
+        reference = references(path, case["method"] == "meta_lora")
+        errors[case["name"]] = relative_error(measured(case, result), expected(reference, case, result))
+    worst = max(errors, key=errors.get)
+    print(f"\n{world} processes: {len(errors)} layouts, largest relative error {errors[worst]:.1e} ({worst})")
+    assert errors[worst] < TOLERANCE, {name: f"{error:.1e}" for name, error in errors.items()}
+
+
+def test_untied_model_with_biases_over_two_processes(outcomes, references):
+    cases, out, path = outcomes(2, "untied")
+    for case in cases.values():
+        result = load(out, case)
+        reference = references(path, case["method"] == "meta_lora")
+        assert relative_error(measured(case, result), expected(reference, case, result)) < TOLERANCE, case["name"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_holds_the_same_parameters(world, outcomes):
+    cases, out, _ = outcomes(world)
+    for case in cases.values():
+        first = load(out, case, 0)
+        for rank in range(1, world):
+            other = load(out, case, rank)
+            assert all(torch.equal(first["theta_after"][n], other["theta_after"][n]) for n in first["theta_after"]), (
+                case
+            )
+            assert first["metrics"].keys() == other["metrics"].keys()
+            losses = [k for k in first["metrics"] if "loss" in k or "gain" in k]
+            assert all(first["metrics"][k] == other["metrics"][k] for k in losses)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_meta_batch_on_several_ranks_equals_one_rank(world, outcomes):
+    one, out_one, _ = outcomes(1)
+    several, out_several, _ = outcomes(world)
+    for case in several.values():
+        same = one[f"{case['method']}-group1-{case['variant']}"]
+        a, b = load(out_one, same), load(out_several, case)
+        assert a["episodes"] == b["episodes"]
+        # Relative to how far a meta-step moves, which is the stricter of the two scales.
+        moved = {n: a["theta_after"][n] - a["theta_before"][n] for n in a["theta_after"]}
+        moved_b = {n: b["theta_after"][n] - b["theta_before"][n] for n in b["theta_after"]}
+        assert relative_error(b["theta_after"], a["theta_after"]) < TOLERANCE, case["name"]
+        assert relative_error(moved_b, moved) < 1e-2, case["name"]
+        for key in ("inner/support_loss", "meta/query_loss_before", "meta/query_loss_after"):
+            assert b["metrics"][key] == pytest.approx(a["metrics"][key], rel=1e-5), (case["name"], key)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_theta_is_bit_identical_when_the_optimizer_steps(world, outcomes):
+    """Every inner loop of the meta-step has put theta back, and none has leaked into another task."""
+    cases, out, _ = outcomes(world)
+    checked = 0
+    for case in cases.values():
+        for rank in range(world):
+            result = load(out, case, rank)
+            if "theta_at_optimizer" in result:
+                before, at = result["theta_before"], result["theta_at_optimizer"]
+                assert all(torch.equal(before[n], at[n]) for n in before), (case["name"], rank)
+                checked += 1
+    assert checked >= 2 * world * len(WORLDS[world])
+
+
+def test_restoring_theta_before_the_backward_is_caught(outcomes, references):
+    """The mistake that raises nothing: under activation checkpointing the backward reads the parameters it finds."""
+    cases, out, path = outcomes(1)
+    case = cases["broken"]
+    result = load(out, case)
+    error = relative_error(measured(case, result), expected(references(path, True), case, result))
+    print(f"\ntheta restored before the query backward: relative error {error:.2f}")
+    assert error > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_meta_lora_leaves_the_base_alone(world, outcomes):
+    cases, out, _ = outcomes(world)
+    for case in cases.values():
+        if case["method"] != "meta_lora":
+            continue
+        result = load(out, case)
+        assert result["base_fingerprint"], "there is a base to leave alone"
+        assert not result["base_grads"] and not result["base_in_optimizer"]
+        assert all("lora_" in name for name in result["gradient"])
+        untouched = load(out, next(c for c in cases.values() if c["method"] == "meta_lora"))
+        assert result["base_fingerprint"] == untouched["base_fingerprint"]
+
+
+@pytest.mark.parametrize("method", ["fomaml", "meta_lora"])
+def test_without_inner_steps_it_is_multi_task_sft(method, outcomes, references):
+    cases, out, path = outcomes(1)
+    result = load(out, cases[f"K0-{method}-group1-packed"])
+    reference = references(path, method == "meta_lora")
+    theta, tasks = result["theta_before"], result["episodes"]
+    plain = {n: torch.zeros_like(t) for n, t in theta.items()}
+    for task, support, query in tasks:
+        assert support == ()
+        gradient, _ = reference.gradient(theta, reference.examples(task, "query", query))
+        for n, g in gradient.items():
+            plain[n] += g / len(tasks)
+    assert relative_error(result["gradient"], plain) < TOLERANCE
+
+
+def test_one_step_reptile_is_the_joint_step_up_to_scale(outcomes, references):
+    cases, out, path = outcomes(1)
+    case = cases["K1-reptile"]
+    result = load(out, case)
+    reference = references(path, False)
+    theta, tasks = result["theta_before"], result["episodes"]
+    joint = {n: torch.zeros_like(t) for n, t in theta.items()}
+    for task, support, _ in tasks:
+        gradient, _ = reference.gradient(theta, reference.examples(task, "support", support[0]))
+        for n, g in gradient.items():
+            joint[n] -= case["lr"] * g / len(tasks)
+    assert relative_error(measured(case, result), joint) < 1e-4  # a difference of parameters: rounding at theta's scale
+
+
+def test_reptile_on_lora_and_as_a_pseudo_gradient(outcomes, references):
+    cases, out, path = outcomes(1)
+    case = {**cases["lora-reptile"], "lr": 0.5}
+    result = load(out, case)
+    assert all("lora_" in name for name in result["theta_before"])
+    difference = references(path, True).mean_difference(result["theta_before"], result["episodes"], 0.5)
+    assert relative_error(measured(case, result), difference) < TOLERANCE
+
+    case = cases["pseudo-reptile"]
+    result = load(out, case)
+    difference = references(path, False).mean_difference(result["theta_before"], result["episodes"], case["lr"])
+    assert relative_error(result["gradient"], {n: -d for n, d in difference.items()}) < 1e-4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_reduction_between_task_groups_per_meta_step(world, outcomes):
+    """Inside the inner loop nobody talks to another group; at the end there is one all-reduce, whatever K."""
+    cases, out, _ = outcomes(world)
+    case = cases["meta_lora-group1-packed"]
+    for rank in range(world):
+        result = load(out, case, rank)
+        between_ranks = [call for call in result["collectives"] if call[1] > 1]
+        size = sum(g.numel() for g in result["gradient"].values())
+        assert [name for name, _, _ in between_ranks] == ["all_reduce"]
+        assert between_ranks[0][1] == world
+        assert size <= between_ranks[0][2] < size + 100  # the gradients, and one short row of losses per episode

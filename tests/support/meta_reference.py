@@ -1,0 +1,117 @@
+"""What a meta-step must compute, written again in plain PyTorch from the equations.
+
+Shares no code with the package under test: its own tokenisation and masks, functional parameters instead of in-place
+steps, ``torch.autograd.grad`` instead of ``.backward``, one example at a time, no packing, no sharding.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load_model(path, lora=None, **overrides):
+    """The model in fp32 and eval-free train mode; ``lora``: keyword arguments of ``peft.LoraConfig`` or None."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **overrides)
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **lora))
+    return model
+
+
+def tokenize(tokenizer, messages):
+    """(input_ids [tokens], response positions [tokens] bool): the assistant's words and the end token are learned."""
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole.startswith(prompt)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    prompt_length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    is_response = torch.arange(len(ids)) >= prompt_length
+    return torch.tensor(ids), is_response
+
+
+def response_loss(model, parameters, examples):
+    """Mean negative log-likelihood over the response tokens of one batch of one task."""
+    total, count = 0.0, 0
+    for ids, is_response in examples:
+        logits = functional_call(model, parameters, args=(), kwargs={"input_ids": ids[None], "use_cache": False}).logits
+        log_probs = torch.log_softmax(logits[0, :-1], dim=-1)
+        picked = log_probs.gather(1, ids[1:, None]).squeeze(1)
+        total = total - (picked * is_response[1:]).sum()
+        count += int(is_response[1:].sum())
+    return total / count
+
+
+class Reference:
+    """The three update rules for one model, one tokenizer and the parquet files of a task folder."""
+
+    def __init__(self, model_path, task_dir, lora=None):
+        self.model = load_model(model_path, lora)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.task_dir = task_dir
+        self._frames = {}
+
+    def theta(self):
+        """name -> tensor of the trained parameters (a copy)."""
+        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def examples(self, task, kind, indices):
+        key = f"{task}_{kind}"
+        if key not in self._frames:
+            self._frames[key] = pd.read_parquet(f"{self.task_dir}/{key}.parquet")["messages"]
+        return [tokenize(self.tokenizer, [dict(m) for m in self._frames[key].iloc[i]]) for i in indices]
+
+    def gradient(self, theta, examples):
+        leaves = {n: t.detach().clone().requires_grad_(True) for n, t in theta.items()}
+        loss = response_loss(self.model, leaves, examples)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        return dict(zip(leaves, gradients, strict=True)), loss.item()
+
+    def adapt(self, theta, task, support_batches, lr, optimizer="sgd"):
+        """theta_i after one inner step per batch."""
+        adapted = dict(theta)
+        first = {n: torch.zeros_like(t) for n, t in theta.items()}
+        second = {n: torch.zeros_like(t) for n, t in theta.items()}
+        for k, indices in enumerate(support_batches, start=1):
+            gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
+            for name, g in gradients.items():
+                if optimizer == "sgd":
+                    update = g
+                else:  # Adam as in Kingma & Ba 2015, algorithm 1, no weight decay
+                    first[name] = 0.9 * first[name] + 0.1 * g
+                    second[name] = 0.999 * second[name] + 0.001 * g * g
+                    update = (first[name] / (1 - 0.9**k)) / ((second[name] / (1 - 0.999**k)).sqrt() + 1e-8)
+                adapted[name] = adapted[name] - lr * update
+        return adapted
+
+    def first_order_gradient(self, theta, episodes, lr, optimizer="sgd", aggregation="mean"):
+        """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples."""
+        total = {n: torch.zeros_like(t) for n, t in theta.items()}
+        for task, support_batches, query_batch in episodes:
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer)
+            gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
+            for name, g in gradients.items():
+                total[name] += g
+        scale = 1 / len(episodes) if aggregation == "mean" else 1.0
+        return {n: t * scale for n, t in total.items()}
+
+    def mean_difference(self, theta, episodes, lr, optimizer="sgd"):
+        """Reptile's direction: mean over tasks of theta_i - theta."""
+        total = {n: torch.zeros_like(t) for n, t in theta.items()}
+        for task, support_batches, _ in episodes:
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer)
+            for name in total:
+                total[name] += (adapted[name] - theta[name]) / len(episodes)
+        return total
+
+
+def relative_error(result, expected):
+    """Norm of the difference over all tensors, relative to the norm of ``expected``."""
+    assert result.keys() == expected.keys(), set(result) ^ set(expected)
+    difference = sum(((result[n].double() - expected[n].double()) ** 2).sum() for n in expected)
+    size = sum((expected[n].double() ** 2).sum() for n in expected)
+    assert size > 0, "the expected gradient is zero: the comparison would prove nothing"
+    return float((difference / size) ** 0.5)

@@ -1,0 +1,165 @@
+"""Run under torchrun: one meta-step per case through the real trainers, saving what each rank computed.
+
+    torchrun --nproc_per_node=N tests/support/meta_step_worker.py cases.json OUT
+
+A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null}. For each, rank r writes
+``OUT/<name>_rank<r>.pt`` with theta before and after, the meta-gradient that reached the optimizer, the episodes of the
+whole meta-batch, the metrics, and the collectives counted during the last step.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def trainer_class(script):
+    """The one EpisodicSFTTrainer subclass that a root script defines."""
+    from metasft.trainer import EpisodicSFTTrainer
+
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, EpisodicSFTTrainer) and value is not EpisodicSFTTrainer
+    )
+    return found
+
+
+def build_trainer(script, config_name, overrides):
+    """A trainer as ``launch.run`` builds it, without running it. The process group must exist."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from verl.utils.device import get_device_name
+
+    from metasft.config import check_training_config, resolve_task_group
+    from metasft.task_data import find_task_files
+
+    with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
+        config = compose(config_name, overrides=list(overrides))
+    OmegaConf.set_struct(config, False)
+    config.trainer.device = get_device_name()
+    found = trainer_class(script)
+    meta = check_training_config(OmegaConf.to_container(config, resolve=True), found.method)
+    group = resolve_task_group(meta, world_size=dist.get_world_size(), lora=config.model.lora_rank > 0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return found(config, meta=meta, group_size=group, task_files=find_task_files(meta))
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def theta_of(trainer):
+    return {n: full(p) for n, p in trainer.engine.module.named_parameters() if p.requires_grad}
+
+
+class CollectiveCounter:
+    """Counts calls of torch.distributed collectives made from Python, by name and group size."""
+
+    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather_object")
+
+    def __enter__(self):
+        self.calls = []
+        self._originals = {name: getattr(dist, name) for name in self.NAMES}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._wrap(name, original))
+        return self
+
+    def _wrap(self, name, original):
+        def counted(*args, **kwargs):
+            group = kwargs.get("group")
+            tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            self.calls.append((name, dist.get_world_size(group), 0 if tensor is None else tensor.numel()))
+            return original(*args, **kwargs)
+
+        return counted
+
+    def __exit__(self, *_):
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def restore_before_the_backward(trainer):
+    """A deliberate mistake: theta is put back between the query forward and the query backward."""
+    engine, loop = trainer.engine, trainer.inner_loop
+    original_query, original_forward = trainer.query_backward, engine.forward_step
+
+    def query_backward(episode, record):
+        def forward_step(*args, **kwargs):
+            output = original_forward(*args, **kwargs)
+            loop.restore()
+            return output
+
+        engine.forward_step = forward_step
+        try:
+            original_query(episode, record)
+        finally:
+            engine.forward_step = original_forward
+
+    trainer.query_backward = query_backward
+
+
+def run_case(case, out):
+    trainer = build_trainer(case["script"], case["config"], case["overrides"])
+    if case.get("break") == "restore_before_backward":
+        restore_before_the_backward(trainer)
+    captured = {}
+    original_step, original_draw = trainer.engine.optimizer_step, trainer.train_dataloader.next_meta_batch
+
+    def optimizer_step():
+        captured["gradient"] = {
+            n: full(p.grad) for n, p in trainer.engine.module.named_parameters() if p.grad is not None
+        }
+        captured["theta_at_optimizer"] = theta_of(trainer)
+        return original_step()
+
+    def next_meta_batch():
+        batch = original_draw()
+        captured["episodes"] = [(e.task, e.support_batches, e.query_batch) for e in batch]
+        return batch
+
+    trainer.engine.optimizer_step = optimizer_step
+    trainer.train_dataloader.next_meta_batch = next_meta_batch
+    result = {}
+    for step in range(1, case.get("steps", 1) + 1):
+        result["theta_before"] = theta_of(trainer)
+        with CollectiveCounter() as counter:
+            result["metrics"] = trainer.train_step(step)
+    result.update(captured, theta_after=theta_of(trainer), collectives=counter.calls)
+    base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
+    result["base_grads"] = [n for n, p in base.items() if p.grad is not None]
+    in_optimizer = {id(p) for group in trainer.engine.optimizer.param_groups for p in group["params"]}
+    result["base_in_optimizer"] = [n for n, p in base.items() if id(p) in in_optimizer]
+    result["base_fingerprint"] = {n: full(p).double().sum().item() for n, p in base.items()}
+    torch.save(result, out / f"{case['name']}_rank{dist.get_rank()}.pt")
+
+
+def main():
+    from verl.utils.distributed import initialize_global_process_group
+
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    initialize_global_process_group()
+    torch.set_num_threads(1)
+    for case in cases:
+        run_case(case, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,113 @@
+"""The episode sampler: without replacement, seeded, resumable."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metasft.episodes import EpisodeSampler, ShuffledStream
+
+
+def sampler(seed=1, tasks=("a", "b", "c", "d", "e"), support=10, query=6, **changes):
+    arguments = {"num_inner_steps": 2, "inner_batch_size": 2, "query_batch_size": 3, "meta_batch_size": 4, **changes}
+    return EpisodeSampler({t: support for t in tasks}, {t: query for t in tasks}, seed=seed, **arguments)
+
+
+@given(size=st.integers(1, 40), takes=st.lists(st.integers(1, 40), min_size=1, max_size=20), seed=st.text(max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_a_take_never_repeats_an_item_and_every_pass_covers_the_set(size, takes, seed):
+    stream, drawn = ShuffledStream(size, seed), []
+    for count in takes:
+        taken = stream.take(count)
+        assert len(taken) == count and set(taken) <= set(range(size))
+        if count <= size:
+            assert len(set(taken)) == count
+        drawn += taken
+    counts = [drawn.count(i) for i in range(size)]
+    assert max(counts) - min(counts) <= 2  # one pass, and at most one item held back at each of its ends
+
+
+def test_passes_are_shuffled_anew():
+    stream = ShuffledStream(50, "seed")
+    first, second = stream.take(50), stream.take(50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second and first != tuple(range(50))
+
+
+def test_episodes_advance_through_the_sets():
+    """The trap: iterators made anew for every meta-step, so that a task always sees its first batch."""
+    draws = sampler(tasks=("only",), meta_batch_size=1)
+    support, query = [], []
+    for _ in range(5):
+        (episode,) = draws.next_meta_batch()
+        support += [i for batch in episode.support_batches for i in batch]
+        query += episode.query_batch
+    assert sorted(support) == sorted([*range(10), *range(10)])
+    assert len(set(query[:6])) == 6
+
+
+def test_tasks_are_drawn_without_replacement_while_tasks_last():
+    draws = sampler()
+    seen = []
+    for _ in range(5):
+        tasks = [episode.task for episode in draws.next_meta_batch()]
+        assert len(set(tasks)) == 4
+        seen += tasks
+    assert sorted(seen) == sorted(["a", "b", "c", "d", "e"] * 4)
+    more = sampler(tasks=("a", "b"), meta_batch_size=5).next_meta_batch()
+    assert {e.task for e in more} == {"a", "b"}
+    first_a, second_a = [e for e in more if e.task == "a"][:2]
+    assert first_a.support_batches != second_a.support_batches
+
+
+def test_same_seed_same_episodes_other_seed_others():
+    def draw(seed):
+        draws = sampler(seed)
+        return [draws.next_meta_batch() for _ in range(6)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@given(steps=st.integers(0, 12), more=st.integers(1, 6))
+@settings(max_examples=50, deadline=None)
+def test_resumed_sampler_continues_exactly(steps, more):
+    one = sampler()
+    for _ in range(steps):
+        one.next_meta_batch()
+    state = json.loads(json.dumps(one.state_dict()))  # plain data, as a checkpoint holds it
+    two = sampler()
+    two.load_state_dict(state)
+    assert [one.next_meta_batch() for _ in range(more)] == [two.next_meta_batch() for _ in range(more)]
+
+
+def test_resume_with_other_tasks_or_sizes_is_refused():
+    state = sampler().state_dict()
+    with pytest.raises(ValueError, match=r"a, b, c, d, e.*a, b"):
+        sampler(tasks=("a", "b"), meta_batch_size=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="10 items but now has 12"):
+        sampler(support=12).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"support": 1}, "1 support examples"), ({"query": 2}, "2 query examples"), ({"tasks": ()}, "no task")],
+)
+def test_sets_smaller_than_a_batch_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        sampler(**changes)
+
+
+def test_no_query_set_when_none_is_asked_for():
+    draws = EpisodeSampler(
+        {"a": 4}, {}, num_inner_steps=2, inner_batch_size=2, query_batch_size=0, meta_batch_size=1, seed=0
+    )
+    assert draws.next_meta_batch()[0].query_batch == ()
+
+
+def test_length_is_one_pass_over_the_support_sets():
+    assert len(sampler()) == -(-5 * 10 // (4 * 2 * 2))
+    assert len(sampler(num_inner_steps=0)) == -(-5 * 6 // (4 * 3))

@@ -1,0 +1,414 @@
+"""The data preparation script: counts, disjoint splits, reproducible bytes, and failures that leave nothing behind."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import prepare_math_science_data as prepare_data
+from metasft import tasks
+
+ROOT = Path(prepare_data.__file__).resolve().parent
+SCRIPT = ROOT / "prepare_math_science_data.py"
+SMALL = ["--samples-per-task", "60", "--test-samples", "20", "--shot-pool", "10"]
+COLUMNS = ["messages", "prompt", "response", "answer", "task", "data_source", "example_id", "extra_info"]
+
+
+def run_script(*flags: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *flags],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_all(output_dir: Path) -> dict[str, pd.DataFrame]:
+    return {str(path.relative_to(output_dir)): pd.read_parquet(path) for path in output_dir.rglob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A working directory in which the guide's command ran: all tasks, default sizes."""
+    working_dir = tmp_path_factory.mktemp("guide")
+    done = run_script(
+        "--output-dir", "./data/math_science_meta", "--support-ratio", "0.15", "--query-ratio", "0.25", cwd=working_dir
+    )
+    assert done.returncode == 0, done.stderr
+    for file, samples in (("algebra_support", 100), ("algebra_query", 167), ("algebra_test", 400)):
+        assert f"data/math_science_meta/meta_train/{file}.parquet: {samples} samples" in done.stdout
+    assert "data/math_science_meta/manifest.json" in done.stdout
+    return working_dir
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    """Runs the script's ``main`` in an empty working directory with small splits; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str, small: bool = True) -> int:
+        return prepare_data.main([*(SMALL if small else []), *flags])
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_layout_and_counts(prepared):
+    frames = read_all(prepared / "data/math_science_meta")
+    expected = {}
+    for task in tasks.TRAIN_TASKS:
+        for part, count in (("support", 100), ("query", 167), ("test", 400)):
+            expected[f"meta_train/{task}_{part}.parquet"] = count
+    for task in tasks.TEST_TASKS:
+        for part, count in (("support", 100), ("test", 200)):
+            expected[f"meta_test/{task}_{part}.parquet"] = count
+    assert {name: len(frame) for name, frame in frames.items()} == expected
+    for name, frame in frames.items():
+        assert list(frame.columns) == COLUMNS
+        task = Path(name).stem.rsplit("_", 1)[0]
+        assert set(frame["task"]) == {task}
+        families = {source.removeprefix("reasoning_gym/") for source in frame["data_source"]}
+        assert families == set(tasks.all_tasks()[task])  # every file is a mix
+        for messages, prompt, response in zip(frame["messages"], frame["prompt"], frame["response"], strict=True):
+            assert list(messages) == [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
+            ]
+
+
+def test_guides_counting_snippet(prepared):
+    snippet = """
+import pandas as pd
+from pathlib import Path
+
+for file in Path('./data/math_science_meta/meta_train').glob('*_support.parquet'):
+    df = pd.read_parquet(file)
+    print(f'{file.name}: {len(df)} samples')
+"""
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=prepared, capture_output=True, text=True, check=True)
+    lines = sorted(done.stdout.splitlines())
+    assert lines == sorted(f"{task}_support.parquet: 100 samples" for task in tasks.TRAIN_TASKS)
+
+
+def test_gold_answers_of_every_file_score(prepared):
+    for name, frame in read_all(prepared / "data/math_science_meta").items():
+        sample = frame.iloc[::7]
+        assert all(tasks.score(row["response"], row).correct for _, row in sample.iterrows()), name
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_example_and_no_prompt_in_two_files(run_here, seed, tmp_path):
+    assert run_here("--seed", str(seed), "--full-samples", "50") == 0
+    frames = read_all(tmp_path / "data/math_science_meta")
+    apart = pd.concat([frame for name, frame in frames.items() if "_full" not in name])
+    assert len(apart) == 5 * 60 + 2 * 30
+    assert apart["example_id"].is_unique
+    assert apart["prompt"].is_unique
+    for task in tasks.TRAIN_TASKS:
+        part = {name: frames[f"meta_train/{task}_{name}.parquet"] for name in ("support", "query", "test", "full")}
+        assert len(part["full"]) == 50
+        for column in ("example_id", "prompt"):
+            full = set(part["full"][column])
+            assert len(full) == 50
+            assert full >= set(part["support"][column]) | set(part["query"][column])
+            assert not full & set(part["test"][column])
+
+
+def test_support_ratios_are_comparable(tmp_path, monkeypatch):
+    """0.45 gives 300; the query set is the same, the support sets and the test sets are nested."""
+    monkeypatch.chdir(tmp_path)
+    ids = {}
+    for ratio in ("0.15", "0.45"):
+        flags = ["--output-dir", ratio, "--support-ratio", ratio, "--tasks", "number_theory", "probability"]
+        assert prepare_data.main(flags) == 0
+        ids[ratio] = {name: list(frame["example_id"]) for name, frame in read_all(tmp_path / ratio).items()}
+    for task in ("number_theory", "probability"):
+        small, large = (
+            {part: ids[ratio][f"meta_train/{task}_{part}.parquet"] for part in ("support", "query", "test")}
+            for ratio in ("0.15", "0.45")
+        )
+        assert [len(small[part]) for part in ("support", "query", "test")] == [100, 167, 400]
+        assert [len(large[part]) for part in ("support", "query", "test")] == [300, 167, 200]
+        assert large["query"] == small["query"]
+        assert large["support"][:100] == small["support"]
+        assert small["test"][-200:] == large["test"]
+
+
+def test_full_samples_change_no_other_file(run_here, tmp_path):
+    assert run_here("--output-dir", "plain", "--tasks", "algebra") == 0
+    assert run_here("--output-dir", "full", "--tasks", "algebra", "--full-samples", "80") == 0
+    plain, full = tree(tmp_path / "plain"), tree(tmp_path / "full")
+    assert set(full) - set(plain) == {"meta_train/algebra_full.parquet"}
+    assert all(full[name] == content for name, content in plain.items() if name.endswith(".parquet"))
+
+
+def test_same_flags_give_the_same_bytes(tmp_path):
+    trees = []
+    for run, hash_seed in (("a", "1"), ("b", "2")):
+        (tmp_path / run).mkdir()
+        done = run_script("--output-dir", "data/x", *SMALL, cwd=tmp_path / run, PYTHONHASHSEED=hash_seed)
+        assert done.returncode == 0, done.stderr
+        trees.append(tree(tmp_path / run))
+    assert len(trees[0]) > 20
+    assert trees[0] == trees[1]
+
+
+def test_manifest(prepared):
+    output = prepared / "data/math_science_meta"
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["source"] == {"name": "reasoning-gym", "version": "0.1.25", "licence": "Apache-2.0"}
+    assert manifest["settings"]["seed"] == 1
+    assert manifest["settings"]["support_ratio"] == 0.15
+    assert set(manifest["files"]) == {str(path.relative_to(output)) for path in output.rglob("*.parquet")}
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == hashlib.sha256((output / name).read_bytes()).hexdigest()
+        assert entry["rows"] == len(pd.read_parquet(output / name))
+    assert any("formal deduction puzzles" in note for note in manifest["notes"])
+    assert manifest["tasks"]["algebra"]["role"] == "train"
+    assert manifest["tasks"]["calculus"]["role"] == "unseen"
+    assert sum(manifest["tasks"]["algebra"]["families"].values()) == 667
+    assert manifest["tasks"]["probability"]["families"]["coin_flip"] < 300
+
+
+def test_recorded_command_makes_the_same_files(run_here, tmp_path):
+    assert run_here("--output-dir", "./one/", "--tasks", "geometry", "--seed", "7", "--full-samples", "45") == 0
+    before = tree(tmp_path)
+    command = json.loads(before["one/manifest.json"])["command"]
+    shutil.rmtree(tmp_path / "one")
+    words = command.split()
+    assert words[:2] == ["python", "prepare_math_science_data.py"]
+    assert prepare_data.main(words[2:]) == 0
+    assert tree(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------ baseline configs
+
+
+def compose(folder: Path, name: str):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        return compose(config_name=name)
+
+
+def test_single_task_baseline_configs(prepared):
+    folder = prepared / "data/meta_train"
+    assert {path.stem for path in folder.glob("*.yaml")} == {f"{task}_train" for task in tasks.TRAIN_TASKS}
+    for task in tasks.TRAIN_TASKS:
+        config = compose(folder, f"{task}_train")
+        assert config.data.train_files == [f"data/math_science_meta/meta_train/{task}_support.parquet"]
+        assert (prepared / config.data.train_files[0]).is_file()
+        assert config.data.train_max_samples == 100
+        assert config.model.lora_rank == 16
+        assert config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
+        assert config.optim.optimizer == "AdamW"  # from veRL's config: it really is composed
+
+
+def test_mixed_baseline_config(prepared):
+    config = compose(prepared / "data", "baseline_lora_mixed")
+    assert len(config.data.train_files) == len(tasks.TRAIN_TASKS)
+    assert sum(len(pd.read_parquet(prepared / file)) for file in config.data.train_files) == 500
+    assert config.data.train_max_samples == 500
+    assert config.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+
+
+def test_baseline_configs_are_valid_for_verl(prepared):
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = compose(prepared / "data", "baseline_lora_mixed")
+    assert omega_conf_to_dataclass(config.engine).strategy == "fsdp2"
+    assert omega_conf_to_dataclass(config.optim).lr == pytest.approx(2e-4)
+    assert omega_conf_to_dataclass(config.checkpoint).save_lora_only is True
+
+
+def test_mixed_baseline_takes_600_samples_of_all_tasks(tmp_path, monkeypatch, model_folder):
+    """The guide's Exp 5. Without shuffling veRL takes the first 600 rows: two of the five tasks."""
+    from verl.trainer.sft_trainer import create_sft_dataset
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["--samples-per-task", "400", "--support-ratio", "0.4", "--tasks", *tasks.TRAIN_TASKS]
+    assert prepare_data.main(["--output-dir", "data/math_science_meta", *flags]) == 0
+    config = compose(tmp_path / "data", "baseline_lora_mixed")
+    assert config.data.train_max_samples == 600  # of 800
+    dataset = create_sft_dataset(
+        config.data.train_files, config.data, str(model_folder), None, max_samples=config.data.train_max_samples
+    )
+    counts = dataset.dataframe["task"].value_counts()
+    assert len(dataset) == counts.sum() == 600
+    assert set(counts.index) == set(tasks.TRAIN_TASKS)
+    assert counts.min() > 90
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    from tiny_model import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_config_opens_with_its_command(prepared):
+    for path in [*(prepared / "data/meta_train").glob("*.yaml"), prepared / "data/baseline_lora_mixed.yaml"]:
+        comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+        found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
+        assert prepared / found[1] / f"{found[2]}.yaml" == path
+
+
+def test_absolute_output_dir(run_here, tmp_path):
+    output = tmp_path / "somewhere" / "deep" / "math"
+    assert run_here("--output-dir", str(output), "--tasks", "number_theory") == 0
+    config = compose(output.parent / "meta_train", "number_theory_train")
+    assert config.data.train_files == [str(output / "meta_train" / "number_theory_support.parquet")]
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+def test_other_files_in_the_folder_survive(run_here, tmp_path):
+    output = tmp_path / "data/math_science_meta"
+    (output / "meta_train").mkdir(parents=True)
+    kept = {output / "config_mine.yaml": "a: 1\n", output / "meta_train" / "notes.yaml": "b: 2\n"}
+    for path, text in kept.items():
+        path.write_text(text)
+    assert run_here("--tasks", "number_theory", "calculus") == 0
+    assert run_here("--tasks", "word_problems") == 0
+    assert {path: path.read_text() for path in kept} == kept
+    # Files of earlier flags would be taken for tasks of this run.
+    assert {path.name for path in output.rglob("*.parquet")} == {
+        f"word_problems_{part}.parquet" for part in ("support", "query", "test")
+    }
+
+
+def test_skip_existing(run_here, tmp_path, capsys):
+    output = tmp_path / "data/math_science_meta"
+    flags = ["--tasks", "number_theory", "--skip-existing"]
+    assert run_here(*flags) == 0
+    assert "there is no readable manifest.json" in capsys.readouterr().out
+
+    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert run_here(*flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == stamps
+
+    before = tree(tmp_path)
+    damaged = output / "meta_train" / "number_theory_query.parquet"
+    damaged.write_bytes(b"damaged")
+    assert run_here(*flags) == 0
+    assert "number_theory_query.parquet has changed" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+    damaged.unlink()
+    assert run_here(*flags) == 0
+    assert "number_theory_query.parquet is missing" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+    (tmp_path / "data/baseline_lora_mixed.yaml").unlink()
+    assert run_here(*flags) == 0
+    assert "baseline_lora_mixed.yaml is missing" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+    assert run_here(*flags, "--seed", "2") == 0
+    assert "other flags" in capsys.readouterr().out
+    assert tree(tmp_path) != before
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+WRONG_FLAGS = {
+    "support ratio 0": (["--support-ratio", "0"], "--support-ratio is 0.0"),
+    "support ratio over 1": (["--support-ratio", "1.5"], "--support-ratio is 1.5"),
+    "ratio not a number": (["--query-ratio", "nan"], "--query-ratio is nan"),
+    "query ratio negative": (["--query-ratio", "-0.1"], "--query-ratio is -0.1"),
+    "no room for a test set": (["--support-ratio", "0.6", "--query-ratio", "0.4"], "leave no test set"),
+    "unknown task": (["--tasks", "algebra", "poetry"], "'poetry'"),
+    "empty split": (["--samples-per-task", "3"], "--samples-per-task is 3"),
+    "no test samples": (["--test-samples", "0"], "--test-samples is 0"),
+    "empty shot pool": (["--shot-pool", "0"], "--shot-pool is 0"),
+    "full smaller than its parts": (["--full-samples", "266"], "ask for at least 267"),
+    "unknown source": (["--source", "internet"], "--source"),
+    "not an integer": (["--seed", "one"], "--seed"),
+    "unknown flag": (["--suport-ratio", "0.15"], "--suport-ratio"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_wrong_flags(case, tmp_path):
+    flags, message = WRONG_FLAGS[case]
+    done = run_script(*flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_are_checked_without_heavy_imports(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import prepare_math_science_data as p\n"
+        "assert p.main(['--support-ratio', '2']) == 2\n"
+        "heavy = ('torch', 'transformers', 'verl', 'pandas', 'pyarrow', 'reasoning_gym', 'sympy')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_too_few_distinct_questions(run_here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(tasks.TRAIN_TASKS, "probability", ("coin_flip",))
+    flags = ["--tasks", "number_theory", "probability", "--samples-per-task", "500"]
+    assert run_here(*flags, "--output-dir", "new/folder/data", small=False) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"'probability' has 2\d\d distinct questions, 500 are needed", error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failure_keeps_the_earlier_files(run_here, tmp_path, monkeypatch):
+    assert run_here("--tasks", "number_theory") == 0
+    before = tree(tmp_path)
+    monkeypatch.setitem(tasks.TRAIN_TASKS, "probability", ("coin_flip",))
+    assert run_here("--tasks", "probability", "--samples-per-task", "500", small=False) == 2
+    assert tree(tmp_path) == before
+
+
+def test_failure_while_writing_leaves_nothing(run_here, tmp_path, monkeypatch, capsys):
+    written = []
+
+    def fail_at_third(examples, path):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+        written.append(path)
+
+    monkeypatch.setattr(prepare_data, "write_parquet", fail_at_third)
+    assert run_here("--output-dir", "new/data", "--tasks", "number_theory") == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "choose another folder" in error
+    assert len(written) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output_dir", ["file", "file/data", "file/deep/er/data"])
+def test_folder_that_cannot_be_written(output_dir, tmp_path):
+    """A regular file in the way: unlike a permission, it stops the superuser too."""
+    (tmp_path / "file").write_text("mine")
+    done = run_script("--output-dir", output_dir, "--tasks", "number_theory", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--output-dir is {output_dir}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert tree(tmp_path) == {"file": b"mine"}

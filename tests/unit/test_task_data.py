@@ -1,0 +1,117 @@
+"""Support and query files: everything wrong with them is found before a model is loaded."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+
+from metasft.config import MetaConfig
+from metasft.task_data import TokenizedSet, find_task_files
+
+
+def conversation(prompt, response="Answer: 1"):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def write(folder, task="a", support=None, query=None):
+    support = [conversation(f"s{i}") for i in range(6)] if support is None else support
+    query = [conversation(f"q{i}") for i in range(6)] if query is None else query
+    pd.DataFrame({"messages": support}).to_parquet(folder / f"{task}_support.parquet")
+    pd.DataFrame({"messages": query}).to_parquet(folder / f"{task}_query.parquet")
+
+
+def meta(folder, **changes):
+    values = {"task_dir": str(folder), "inner_lr": 0.1, "support_samples": 6, **changes}
+    return MetaConfig.from_mapping(values, "meta_lora")
+
+
+def test_every_task_found_or_those_named(tmp_path):
+    write(tmp_path, "b")
+    write(tmp_path, "a")
+    assert [t.task for t in find_task_files(meta(tmp_path))] == ["a", "b"]
+    (only,) = find_task_files(meta(tmp_path, tasks=["b"], query_samples=4))
+    assert (only.task, only.support_samples, only.query_samples) == ("b", 6, 4)
+
+
+def test_missing_folder_files_and_tasks(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        find_task_files(meta(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"holds no <task>_support\.parquet"):
+        find_task_files(meta(tmp_path))
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"names z, but .* has a"):
+        find_task_files(meta(tmp_path, tasks=["z"]))
+    (tmp_path / "a_query.parquet").unlink()
+    with pytest.raises(ValueError, match=r"a_query\.parquet does not exist"):
+        find_task_files(meta(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"{}"])
+def test_files_that_are_not_parquet(tmp_path, content):
+    write(tmp_path)
+    (tmp_path / "a_support.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a_support\.parquet is not a readable parquet file"):
+        find_task_files(meta(tmp_path))
+
+
+def test_too_few_examples_name_the_number_there_is(tmp_path):
+    write(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has 6 examples, fewer than meta.support_samples=7; set meta.support_samples=6"
+    ):
+        find_task_files(meta(tmp_path, support_samples=7))
+    with pytest.raises(ValueError, match=r"fewer than meta.query_samples=9"):
+        find_task_files(meta(tmp_path, query_samples=9))
+    write(tmp_path, query=[conversation("q")])
+    with pytest.raises(ValueError, match=r"fewer than meta.query_batch_size=4"):
+        find_task_files(meta(tmp_path))
+
+
+def test_missing_column(tmp_path):
+    write(tmp_path)
+    pd.DataFrame({"text": ["x"] * 6}).to_parquet(tmp_path / "a_query.parquet")
+    with pytest.raises(ValueError, match="no column 'messages'"):
+        find_task_files(meta(tmp_path))
+
+
+@pytest.mark.parametrize("bad", [conversation("s", ""), conversation("s", "  "), conversation("s")[:1], []])
+def test_an_example_without_a_response(tmp_path, bad):
+    write(tmp_path, support=[conversation(f"s{i}") for i in range(5)] + [bad])
+    with pytest.raises(ValueError, match=r"a_support\.parquet row 5 has no assistant response"):
+        find_task_files(meta(tmp_path))
+
+
+def test_support_and_query_must_not_share_an_example(tmp_path):
+    write(tmp_path, query=[conversation(f"s{i}") for i in range(2)] + [conversation(f"q{i}") for i in range(4)])
+    with pytest.raises(ValueError, match=r"2 examples of .* occur in a_query\.parquet too"):
+        find_task_files(meta(tmp_path))
+
+
+def dataset(path, tiny_model, samples=6, **data):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = OmegaConf.create({"pad_mode": "no_padding", "max_length": 128, "truncation": "error", **data})
+    return TokenizedSet(path, samples, tokenizer, config), tokenizer
+
+
+def test_only_the_response_and_its_end_are_learned(tmp_path, tiny_model, capsys):
+    write(tmp_path)
+    examples, tokenizer = dataset(tmp_path / "a_support.parquet", tiny_model, samples=4)
+    assert len(examples) == 4 and capsys.readouterr().out == ""
+    example = examples[1]
+    learned = tokenizer.decode(example["input_ids"][example["loss_mask"].bool()])
+    assert learned == "Answer: 1<|im_end|>\n"
+    assert "s1" in tokenizer.decode(example["input_ids"][~example["loss_mask"].bool()])
+    assert examples[1] is example, "tokenised once"
+    assert [len(e["input_ids"]) for e in examples.batch((0, 3))] == [len(example["input_ids"])] * 2
+
+
+def test_an_example_that_does_not_fit_is_named(tmp_path, tiny_model):
+    write(tmp_path, support=[conversation("s" * 200)])
+    examples, _ = dataset(tmp_path / "a_support.parquet", tiny_model, samples=1)
+    with pytest.raises(ValueError, match=r"a_support\.parquet row 0: .*max_length.*data.truncation"):
+        examples[0]
+    examples, _ = dataset(tmp_path / "a_support.parquet", tiny_model, samples=1, truncation="right")
+    with pytest.raises(ValueError, match="keeps no response token"):
+        examples[0]
