@@ -26,11 +26,12 @@ $(MODEL)/config.json: $(STAMP)
 quickstart: $(STAMP) $(MODEL)/config.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh
 
+# Two workers, a file each at a time: most of the time goes into starting the scripts under test.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP) $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

@@ -18,12 +18,13 @@ from metasft.report import (
     choose_shots,
     choose_tasks,
     differences,
+    draw_comparison,
     find_results,
     markdown_table,
     match_summaries,
     parse_pairs,
-    plot_comparison,
     read_method,
+    save_figure,
 )
 
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         methods = [read_method(label, path) for label, path in pairs.items()]
         methods = match_summaries(methods, parse_pairs(options.summaries, "--summaries"), options.checkpoints_dir)
         tasks, shots = choose_tasks(methods, options.task), choose_shots(methods, options.shots)
-        plot_comparison(methods, options.output, tasks=tasks, shots=shots)
+        save_figure(draw_comparison(methods, tasks=tasks, shots=shots), options.output)
         table = markdown_table(methods)
         try:
             options.table.parent.mkdir(parents=True, exist_ok=True)

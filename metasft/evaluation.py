@@ -37,7 +37,8 @@ EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 _ARCHITECTURE_KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
 _SUPPORT, _TEST = "_support.parquet", "_test.parquet"
-_COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id", "extra_info")
+_COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
+_OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
 _KIND_NAMES = {
     "model": "a Hugging Face model folder",
     "lora_file": "a meta_lora_checkpoint_step_<N>.pt file",
@@ -230,7 +231,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         missing = [column for column in _COLUMNS if column not in columns]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}: make it with prepare_math_science_data.py")
-        rows = pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
+        wanted = [*_COLUMNS, *(column for column in _OPTIONAL_COLUMNS if column in columns)]
+        rows = pq.read_table(path, columns=wanted).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error}): prepare the data again") from error
     for number, row in enumerate(rows):
@@ -554,19 +556,21 @@ class ResultStore:
         """
         files = (self.results_path, self.settings_path, self.predictions_path, self.cells_path)
         remedy = "give another --output-dir, or --overwrite to start again"
+        kept = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 for file in files:
                     file.unlink(missing_ok=True)
             elif any(file.exists() for file in files):
-                self._check_settings(settings, remedy)
+                kept = self._check_settings(settings, remedy)
                 self._read_finished()
-            write_json(self.settings_path, settings)
+            write_json(self.settings_path, {**settings, **kept})
         except OSError as error:
             raise ValueError(f"--output-dir is {self.folder}, which cannot be used ({error}): {remedy}") from error
 
-    def _check_settings(self, settings: Mapping[str, Any], remedy: str) -> None:
+    def _check_settings(self, settings: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+        """What the settings file knows beyond ``settings``: figures that only a loaded model gives."""
         if not self.settings_path.is_file():
             raise ValueError(f"{self.folder} holds results without {self.settings_path.name}: {remedy}")
         try:
@@ -581,6 +585,7 @@ class ResultStore:
                 f"{self.folder} holds results made with other settings ({key}: {earlier.get(key)!r} there, "
                 f"{current.get(key)!r} now): {remedy}"
             )
+        return {key: value for key, value in earlier.items() if key not in current}
 
     def _read_finished(self) -> None:
         predictions: dict[Cell, list[dict[str, Any]]] = {}

@@ -292,43 +292,51 @@ def _unit(largest: float, units: Sequence[tuple[str, float]]) -> tuple[str, floa
     return next(((name, size) for name, size in reversed(units) if largest >= size), units[0])
 
 
-def plot_comparison(methods: Sequence[Method], output: Path, *, tasks: Sequence[str], shots: int) -> None:
-    """Write the three panels: few-shot curves, training cost, accuracy against training time.
+def draw_comparison(methods: Sequence[Method], *, tasks: Sequence[str], shots: int) -> Any:
+    """Draw the three panels: few-shot curves, training cost, accuracy against training time.
 
     Args:
         methods: in the order of the legend.
-        output: image file; its suffix chooses the format.
         tasks: of the first panel, which averages over them.
         shots: N of the third panel, which averages over the tasks that all methods have.
 
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
     Raises:
-        ValueError: matplotlib is not installed, or the file cannot be written.
+        ValueError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("matplotlib is not installed: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     styles = {
         method.label: {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
         for index, method in enumerate(methods)
     }
-    figure, (curves, costs, trade) = plt.subplots(1, 3, figsize=(18, 5.6), layout="constrained")
+    # Without pyplot: no window system is asked for, and nothing stays open.
+    figure = Figure(figsize=(18, 5.6), layout="constrained")
+    curves, costs, trade = figure.subplots(1, 3)
     figure.suptitle(describe(methods), fontsize=13)
     _plot_curves(curves, methods, styles, tasks)
     measured = [method for method in methods if method.summary]
     unmeasured = [method.label for method in methods if not method.summary]
     _plot_costs(costs, measured, unmeasured)
     _plot_trade(trade, measured, unmeasured, styles, common_tasks(methods), shots)
+    return figure
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a figure; the suffix of ``output`` chooses the format.
+
+    Raises:
+        ValueError: the format is unknown, or the file cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--output is {output}, which cannot be written ({error}): give another file") from error
-    finally:
-        plt.close(figure)
 
 
 def describe(methods: Sequence[Method]) -> str:

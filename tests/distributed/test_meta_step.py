@@ -10,13 +10,13 @@ import json
 import pytest
 import torch
 from meta_reference import Reference, relative_error
-from scripts import ROOT, must_run
+from script_runner import ROOT, must_run
 
 TOLERANCE = 1e-5
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 COMMON = [
     "meta.support_samples=24",
-    "meta.num_inner_steps=3",
+    "meta.num_inner_steps=2",
     "meta.meta_batch_size=4",
     "trainer.total_training_steps=4",
     "trainer.resume_mode=disable",

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scripts import ROOT
+from script_runner import ROOT
 
 from metasft.config import METHODS, MetaConfig, check_training_config, resolve_task_group
 

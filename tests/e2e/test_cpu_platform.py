@@ -1,0 +1,99 @@
+"""veRL's own, unchanged SFT trainer on a machine without an accelerator, through the plugin; and stepping aside."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from script_runner import ROOT, must_run, script_environment
+
+no_accelerator = not torch.cuda.is_available()
+
+
+def first_loss(model, task_dir, folder, processes, *overrides):
+    finished = must_run(
+        "-m",
+        "verl.trainer.sft_trainer",
+        f"data.train_files={task_dir}/add_support.parquet",
+        f"model.path={model}",
+        "data.train_batch_size=8",
+        "data.micro_batch_size_per_gpu=2",
+        "data.use_dynamic_bsz=false",
+        "data.num_workers=0",
+        "engine.strategy=fsdp2",
+        "+engine.mixed_precision.param_dtype=fp32",
+        "+model.override_config.attn_implementation=sdpa",
+        "trainer.device=cpu",
+        "trainer.logger=[console]",
+        "trainer.total_training_steps=2",
+        f"trainer.default_local_dir={folder}",
+        "hydra.run.dir=.",
+        "hydra.output_subdir=null",
+        *overrides,
+        processes=processes,
+    )
+    losses = re.findall(r"train/loss:([0-9.]+)", finished.stdout)
+    assert len(losses) == 2, finished.stdout[-2000:]
+    return float(losses[0])
+
+
+def test_verls_trainer_logs_the_same_first_loss_in_every_layout(tiny_model, task_dir, tmp_path):
+    layouts = {
+        "full, one process": (1, ()),
+        "LoRA, one process": (1, ("model.lora_rank=4",)),
+        "full, two processes": (2, ()),
+        "LoRA, two processes, padded": (2, ("model.lora_rank=4", "model.use_remove_padding=false")),
+    }
+    losses = {
+        name: first_loss(tiny_model, task_dir, tmp_path / str(i), processes, *overrides)
+        for i, (name, (processes, overrides)) in enumerate(layouts.items())
+    }
+    assert all(loss == pytest.approx(losses["full, one process"], rel=1e-5) for loss in losses.values()), losses
+
+
+def python(code, **environment):
+    merged = {**script_environment(), **environment}
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=merged, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished.stdout.split()
+
+
+def test_importing_verl_selects_the_cpu_when_there_is_no_accelerator():
+    code = "import verl; from verl.utils.device import get_device_name; print(get_device_name())"
+    assert python(code) == ["cpu" if no_accelerator else "cuda"]
+
+
+def test_the_plugin_steps_aside_for_an_accelerator_or_the_users_choice():
+    """The accelerator is pretended (torch reports one); the plugin must leave veRL's own detection alone."""
+    pretend = "import torch; torch.cuda.is_available = lambda: True\n"
+    code = "import verl, metasft.cpu_platform as p; print(p.activate())"
+    assert python(pretend + code) == ["False"]
+    assert python(code, VERL_PLATFORM="nvidia") == ["False"]
+    assert python(pretend + code, VERL_PLATFORM="cpu") == ["True"]
+
+
+def test_the_backend_string_that_verl_composes_is_accepted():
+    code = (
+        "import verl, torch.distributed as d\n"
+        "d.init_process_group('cpu:gloo,cpu:gloo', rank=0, world_size=1, store=d.HashStore())\n"
+        "print(d.get_backend())"
+    )
+    assert python(code) == ["gloo"]
+
+
+def test_without_verl_a_script_says_how_to_install_it(tmp_path):
+    """A Python with nothing but the standard library, as on a fresh machine before `make venv`."""
+    for script in ("meta_lora_trainer.py", "maml_sft_trainer.py", "reptile_sft_trainer.py"):
+        finished = subprocess.run(
+            [sys.executable, "-I", "-S", str(ROOT / script)],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 1
+        assert len(finished.stderr.splitlines()) == 1 and "make venv" in finished.stderr

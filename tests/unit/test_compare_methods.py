@@ -1,0 +1,393 @@
+"""compare_methods.py: only measured numbers reach plot and table, and the guide's own plot runs on the result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+import compare_methods
+from metasft.evaluation import summarise_cells
+from metasft.report import (
+    Method,
+    choose_shots,
+    choose_tasks,
+    differences,
+    draw_comparison,
+    find_results,
+    markdown_table,
+    match_summaries,
+    parse_pairs,
+    read_method,
+)
+
+SHOTS = (0, 5, 10)
+# Correct answers of 20 per task and N, by method.
+CORRECT = {
+    "base": {"calculus": (1, 2, 4), "logic": (8, 9, 10)},
+    "meta_lora": {"calculus": (4, 9, 12), "logic": (10, 12, 15)},
+    "fomaml": {"calculus": (5, 9, 11), "logic": (10, 13, 14)},
+    "reptile": {"calculus": (3, 7, 9), "logic": (9, 11, 12)},
+    "lora": {"calculus": (2, 5, 7), "logic": (9, 10, 11)},
+}
+
+
+def entry(correct, n_runs=1):
+    cells = [{"loss": 2.0 - correct / 20, "adapt_steps": 10, "adapt_seconds": 1.5}] * n_runs
+    run = [{"correct": i < correct, "formatted": True} for i in range(20)]
+    return summarise_cells(cells, [run] * n_runs, 0.1)
+
+
+def summary(method, seconds, memory, **changes):
+    return {
+        "method": method,
+        "base_model": "models/tiny",
+        "world_size": 1,
+        "device_name": "a CPU",
+        "meta_steps": 60,
+        "tokens": 12345,
+        "seconds_total": seconds,
+        "seconds_per_step_median": seconds / 60,
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": "rss",
+        "checkpoint_bytes": 1_500_000,
+        "checkpoint": "step_60",
+        "versions": {},
+        "seed": 1,
+        **changes,
+    }
+
+
+def write_results(folder, model_type, *, settings=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        task: {str(n): entry(c) for n, c in zip(SHOTS, counts, strict=True)}
+        for task, counts in CORRECT[model_type].items()
+    }
+    (folder / f"{model_type}_results.json").write_text(json.dumps(results))
+    if settings is not None:
+        (folder / f"{model_type}_settings.json").write_text(json.dumps(settings))
+
+
+def write_summary(folder, *arguments, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run_summary.json").write_text(json.dumps(summary(*arguments, **changes)))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A working folder with all five methods; training of three of them was measured."""
+    monkeypatch.chdir(tmp_path)
+    for model_type in CORRECT:
+        settings = {
+            "model_path": f"checkpoints/{model_type}/step_60" if model_type != "base" else "models/tiny",
+            "base_model": "models/tiny",
+            "seed": 1,
+            "adaptation_steps": 10,
+            "adaptation_optimizer": "sgd",
+            "adaptation_lr": 0.1,
+            "adapts": "LoRA",
+        }
+        write_results(tmp_path / "results" / model_type, model_type, settings=settings)
+    for method, seconds, memory in (("meta_lora", 120.0, 2e9), ("fomaml", 600.0, 5e9), ("reptile", 480.0, 4e9)):
+        write_summary(tmp_path / "checkpoints" / method, method, seconds, memory)
+    return tmp_path
+
+
+def methods_of(folder, *labels):
+    methods = [read_method(label, folder / "results" / label) for label in labels]
+    return match_summaries(methods, {}, folder / "checkpoints")
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def test_everything_found_is_compared(work, capsys):
+    assert compare_methods.main([]) == 0
+    image = matplotlib.image.imread(work / "results" / "comparison_meta_lora_vs_fomaml.png")
+    assert image.shape[0] > 500 and image.shape[1] > 2000
+    assert image[..., :3].std() > 0.05  # not blank
+    table = (work / "results" / "comparison.md").read_text()
+    assert table in capsys.readouterr().out
+    assert all(f"| {label} | calculus |" in table for label in CORRECT)
+
+
+@pytest.mark.parametrize("labels", [["base"], ["meta_lora"], ["base", "meta_lora"], list(CORRECT)])
+def test_any_subset_of_methods_works(work, labels):
+    pairs = [f"{label}=results/{label}" for label in labels]
+    assert compare_methods.main(["--results", *pairs, "--output", "a/plot.pdf", "--table", "a/table.md"]) == 0
+    assert (work / "a" / "plot.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--results-dir", "nowhere"], "--results-dir is nowhere, which holds no <name>/<model type>_results.json"),
+        (["--results", "results/base"], "is not label=path"),
+        (["--results", "a=results/base", "a=results/lora"], "names a twice"),
+        (["--results", "a=results/nowhere"], "results/nowhere is no <model type>_results.json file"),
+        (["--results", "a=results"], "results should hold one <model type>_results.json but holds none"),
+        (["--summaries", "maml=checkpoints/fomaml"], "--summaries names maml, but there are results of base"),
+        (["--summaries", "base=checkpoints/nowhere"], "checkpoints/nowhere does not exist"),
+        (["--task", "algebra"], "--task is 'algebra': choose all or a task of every method: calculus, logic"),
+        (["--shots", "50"], "--shots is 50: choose one that all results have: 0, 5, 10"),
+        (["--output", "plot.xyz"], "--output is plot.xyz, which cannot be written"),
+        (["--table", "results"], "--table is results, which cannot be written"),
+    ],
+)
+def test_unusable_arguments_are_one_line_and_exit_code_2(work, capsys, arguments, message):
+    assert compare_methods.main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"calculus": {}}', '{"calculus": {"5": {"accuracy_mean": 1}}}'])
+def test_files_of_another_format_are_refused(work, content):
+    path = work / "results" / "base" / "base_results.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"base_results.json is not (readable JSON|in the format)"):
+        read_method("base", path)
+
+
+def test_unfinished_summary_is_refused(work):
+    write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, seconds_total=None)
+    with pytest.raises(ValueError, match="no number 'seconds_total'"):
+        methods_of(work, "base")
+
+
+def test_help_needs_neither_torch_nor_matplotlib(work):
+    program = (
+        "import sys, compare_methods\n"
+        "compare_methods.main(['--results-dir', 'nowhere'])\n"
+        "print(sorted({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    )
+    root = os.path.dirname(compare_methods.__file__)
+    finished = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+# ---- which summary belongs to which results -------------------------------------------------------------------------
+
+
+def test_summary_comes_from_the_run_that_was_evaluated(work):
+    """Not from another run of the same method."""
+    write_summary(work / "checkpoints" / "meta_lora_300", "meta_lora", 999.0, 1e9)
+    write_results(work / "results" / "elsewhere", "meta_lora", settings={"model_path": "other/meta_lora/step_1"})
+    methods = methods_of(work, "base", "meta_lora", "elsewhere")
+    assert [m.summary and m.summary["seconds_total"] for m in methods] == [None, 120.0, None]
+
+
+def test_summary_by_method_where_the_results_do_not_tell(work):
+    write_results(work / "bare", "fomaml")
+    bare = read_method("fomaml", work / "bare")
+    assert match_summaries([bare], {}, work / "checkpoints")[0].summary["seconds_total"] == 600.0
+    write_summary(work / "checkpoints" / "fomaml_again", "fomaml", 700.0, 1e9)  # now there are two to choose from
+    assert match_summaries([bare], {}, work / "checkpoints")[0].summary is None
+    given = match_summaries([bare], {"fomaml": work / "checkpoints" / "fomaml_again"}, work / "checkpoints")
+    assert given[0].summary["seconds_total"] == 700.0
+
+
+def test_labels_are_folder_names_unless_a_folder_holds_several(work):
+    write_results(work / "results" / "base", "lora")
+    assert set(find_results(work / "results")) == {"base/base", "base/lora", "meta_lora", "fomaml", "reptile", "lora"}
+    assert list(parse_pairs(["a=x", "b=y=z"], "--results")) == ["a", "b"]
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_shows_the_measured_numbers(work):
+    methods = methods_of(work, *CORRECT)
+    figure = draw_comparison(methods, tasks=["calculus"], shots=10)
+    curves, costs, trade, memory = figure.axes
+
+    for method, container in zip(methods, curves.containers, strict=True):
+        line, caps, bars = container.lines
+        assert list(line.get_ydata()) == pytest.approx([5 * c for c in CORRECT[method.label]["calculus"]])
+        limits = [segment[:, 1] for segment in bars[0].get_segments()]
+        for (low, high), n in zip(limits, SHOTS, strict=True):
+            assert [low, high] == pytest.approx([100 * x for x in method.results["calculus"][str(n)]["ci95"]])
+        assert caps
+
+    assert [label.get_text() for label in costs.get_xticklabels()] == ["meta_lora", "fomaml", "reptile"]
+    assert [bar.get_height() for bar in costs.patches] == pytest.approx([2.0, 10.0, 8.0])
+    assert [bar.get_height() for bar in memory.patches] == pytest.approx([2.0, 5.0, 4.0])
+    assert (costs.get_ylabel(), memory.get_ylabel()) == ("Training time (min)", "Peak resident memory (GB)")
+
+    points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in trade.containers]
+    means = [5 * (CORRECT[m]["calculus"][2] + CORRECT[m]["logic"][2]) / 2 for m in ("meta_lora", "fomaml", "reptile")]
+    assert points == [pytest.approx(point) for point in zip((2.0, 10.0, 8.0), means, strict=True)]
+
+    for axis in (costs, trade):
+        assert "not measured: base, lora" in [text.get_text() for text in axis.texts]
+
+
+def test_the_legends_cover_no_data(work):
+    figure = draw_comparison(methods_of(work, *CORRECT), tasks=["calculus"], shots=10)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        if axis.get_legend() is not None:
+            assert axis.get_legend().get_window_extent().y1 <= axis.get_window_extent().y0
+    assert sum(axis.get_legend() is not None for axis in figure.axes) == 3
+
+
+def test_nothing_is_made_up_where_no_training_was_measured(work):
+    figure = draw_comparison(methods_of(work, "base", "lora"), tasks=["calculus"], shots=10)
+    _, costs, trade = figure.axes
+    for axis in (costs, trade):
+        assert not axis.patches and not axis.lines and not axis.containers
+        assert "not measured:\nbase, lora" in axis.texts[0].get_text()
+
+
+def test_mean_of_tasks_and_its_interval(work):
+    (method,) = methods_of(work, "base")
+    mean, low, high = method.accuracy(["calculus", "logic"], 5)
+    assert mean == pytest.approx((0.1 + 0.45) / 2)
+    parts = [method.results[task]["5"] for task in ("calculus", "logic")]
+    below = sum((p["accuracy_mean"] - p["ci95"][0]) ** 2 for p in parts) ** 0.5 / 2
+    above = sum((p["ci95"][1] - p["accuracy_mean"]) ** 2 for p in parts) ** 0.5 / 2
+    assert (low, high) == pytest.approx((mean - below, mean + above))
+    assert method.accuracy(["logic"], 5) == pytest.approx((0.45, *parts[1]["ci95"]))
+
+
+def test_task_and_shots_that_everything_has(work):
+    methods = methods_of(work, "base", "lora")
+    assert choose_tasks(methods, None) == ["calculus"]
+    assert choose_tasks(methods, "all") == ["calculus", "logic"]
+    assert choose_tasks(methods, "logic") == ["logic"]
+    assert (choose_shots(methods, None), choose_shots(methods, 5)) == (10, 5)
+    one, two = methods
+    short = Method("short", "lora", {"logic": {n: two.results["logic"][n] for n in ("0", "5")}})
+    assert choose_tasks([one, short], None) == ["logic"]
+    assert choose_shots([one, short], None) == 5
+    with pytest.raises(ValueError, match="no task in common"):
+        choose_tasks([Method("a", "base", {"x": {}}), short], None)
+
+
+def test_table_by_hand(work):
+    lines = markdown_table(methods_of(work, "base", "meta_lora")).splitlines()
+    rows = {tuple(cells[1:3]): cells for line in lines if (cells := [c.strip() for c in line.split("|")])[1:3]}
+    header = rows["Method", "Task"]
+    row = dict(zip(header, rows["meta_lora", "calculus"], strict=True))
+    assert row["Accuracy, 5 shots"].startswith("45.0% [")
+    assert (row["Loss, 0 shots"], row["Loss, 10 shots"], row["Format, 10 shots"]) == ("1.800", "1.400", "100.0%")
+    assert (row["Training (s)"], row["s/step"]) == ("120.0", "2")
+    assert (row["Peak memory (MB)"], row["Checkpoint (MB)"]) == ("2000", "1.50")
+    assert rows["base", "logic"].count("not measured") == 4
+    assert rows["*most frequent answer*", "calculus"][3:6] == ["10.0%"] * 3
+    assert all(len(cells) == len(header) for cells in rows.values())
+
+
+def test_differences_that_spoil_a_comparison_are_noted(work):
+    methods = methods_of(work, "base", "meta_lora", "fomaml")
+    assert differences(methods) == []
+    changed = Method("b", "lora", methods[0].results, {**methods[0].settings, "seed": 2, "adaptation_steps": 20})
+    notes = differences([methods[0], changed])
+    assert any("the seed of the shots (seed)" in note for note in notes)
+    assert any("the update steps of an adaptation" in note for note in notes)
+    gpu = Method("c", "lora", changed.results, methods[0].settings, summary("lora", 1.0, 1.0, device_name="a GPU"))
+    notes = differences([methods[1], gpu])
+    assert notes == ["Training costs were measured on a different device (meta_lora: a CPU, c: a GPU)."]
+    assert "a different device" in markdown_table([methods[1], gpu])
+
+
+# ---- the guide's plot -----------------------------------------------------------------------------------------------
+
+GUIDE_STEP_4 = """
+import json
+import matplotlib.pyplot as plt
+import numpy as np
+
+# 加载结果
+with open('results/fomaml/fomaml_results.json') as f:
+    fomaml_results = json.load(f)
+
+with open('results/meta_lora/meta_lora_results.json') as f:
+    meta_lora_results = json.load(f)
+
+with open('results/std_lora/lora_results.json') as f:
+    std_lora_results = json.load(f)
+
+# 对比图
+fig, axes = plt.subplots(1, 3, figsize=(18, 5))
+
+# 1. Few-shot学习曲线
+ax = axes[0]
+for method, results in [('FOMAML', fomaml_results),
+                        ('META-LORA', meta_lora_results),
+                        ('Std LoRA', std_lora_results)]:
+    task = 'calculus'  # 示例任务
+    shots = sorted([int(k) for k in results[task].keys()])
+    accs = [results[task][str(s)]['accuracy_mean'] * 100 for s in shots]
+    ax.plot(shots, accs, marker='o', label=method, linewidth=2)
+
+ax.set_xlabel('Number of Shots')
+ax.set_ylabel('Accuracy (%)')
+ax.set_title('Few-Shot Learning Curve')
+ax.legend()
+ax.grid(True, alpha=0.3)
+
+# 2. 计算效率对比
+ax = axes[1]
+methods = ['FOMAML', 'META-LORA', 'Std LoRA']
+train_times = [50, 5, 8]  # 示例数据（小时）
+gpu_memory = [70, 30, 25]  # 示例数据（GB）
+
+x = np.arange(len(methods))
+width = 0.35
+
+ax.bar(x - width/2, train_times, width, label='Train Time (h)', alpha=0.8)
+ax.bar(x + width/2, gpu_memory, width, label='GPU Memory (GB)', alpha=0.8)
+
+ax.set_ylabel('Value')
+ax.set_title('Computational Efficiency')
+ax.set_xticks(x)
+ax.set_xticklabels(methods)
+ax.legend()
+
+# 3. 性能vs效率scatter plot
+ax = axes[2]
+
+# 计算平均few-shot准确率
+methods_data = []
+for method, results in [('FOMAML', fomaml_results),
+                        ('META-LORA', meta_lora_results),
+                        ('Std LoRA', std_lora_results)]:
+    avg_acc = np.mean([results[task]['10']['accuracy_mean'] for task in results.keys()])
+    methods_data.append((method, avg_acc, train_times[methods.index(method)]))
+
+for method, acc, time in methods_data:
+    ax.scatter(time, acc * 100, s=200, alpha=0.6, label=method)
+    ax.annotate(method, (time, acc * 100), fontsize=12, ha='center')
+
+ax.set_xlabel('Training Time (hours)')
+ax.set_ylabel('Average 10-shot Accuracy (%)')
+ax.set_title('Performance vs Efficiency Trade-off')
+ax.grid(True, alpha=0.3)
+
+plt.tight_layout()
+plt.savefig('results/comparison_meta_lora_vs_fomaml.png', dpi=300)
+print('Saved comparison plot')
+"""
+
+
+def test_the_guides_plot_runs_untouched_on_the_result_files(tmp_path):
+    for folder, model_type in (("fomaml", "fomaml"), ("meta_lora", "meta_lora"), ("std_lora", "lora")):
+        write_results(tmp_path / "results" / folder, model_type)
+    finished = subprocess.run(
+        [sys.executable, "-c", GUIDE_STEP_4],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "Saved comparison plot\n"
+    assert (tmp_path / "results" / "comparison_meta_lora_vs_fomaml.png").stat().st_size > 10_000
