@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from metasft.installed import require
 from metasft.report import (
     ALL_TASKS,
     choose_shots,
@@ -77,4 +78,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    require("matplotlib", "scipy")
     sys.exit(main())

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from metasft.evaluation import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
+from metasft.installed import require
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,4 +86,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    require("torch", "verl", "peft", "transformers", "pyarrow", "reasoning_gym")
     sys.exit(main())

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metasft import tasks as task_source
+from metasft.installed import require
 from metasft.tasks import Example
 
 MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
@@ -518,4 +519,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    require("pyarrow", "reasoning_gym")
     sys.exit(main())

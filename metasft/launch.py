@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-_REQUIRED = ("torch", "verl", "hydra", "uvicorn", "fastapi", "peft", "transformers")
-# The folder of a submodule that is not checked out looks like a namespace package: a spec without an origin.
-_missing = [name for name in _REQUIRED if getattr(importlib.util.find_spec(name), "origin", None) is None]
-if _missing:
-    sys.exit(f"{', '.join(_missing)} not installed: run `make venv`, or `pip install -e .` in the repository root")
+from metasft.installed import require
+
+require("torch", "verl", "hydra", "uvicorn", "fastapi", "peft", "transformers")
 
 import hydra  # noqa: E402  (after the check above, so that a bare Python gets one line instead of a traceback)
 

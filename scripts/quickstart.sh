@@ -8,7 +8,7 @@ OUT=results/quickstart
 RUN=checkpoints/quickstart
 # A bf16 base halves the memory traffic; adapters and their optimizer stay in fp32 either way.
 BF16="engine.model_dtype=bf16 engine.mixed_precision.param_dtype=bf16"
-STEPS=8
+STEPS=6
 mkdir -p "$OUT"
 
 echo "== 1/4 data: five training tasks, two unseen tasks"
@@ -22,7 +22,7 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 meta_lora_trainer.py 
     trainer.default_local_dir=$RUN trainer.resume_mode=disable
 
 echo "== 3/4 few-shot evaluation on unseen tasks: the base model and the meta-learned adapter"
-EVAL="--eval-tasks calculus theorem_proving --n-shots 0 5 25 --n-runs 1 --limit 12 --max-new-tokens 24 --dtype bfloat16 --overwrite"
+EVAL="--eval-tasks calculus theorem_proving --n-shots 0 5 25 --n-runs 1 --limit 8 --max-new-tokens 20 --adaptation-steps 6 --dtype bfloat16 --overwrite"
 # The two evaluations share nothing: one core each.
 # shellcheck disable=SC2086
 OMP_NUM_THREADS=1 python evaluate_few_shot.py --model-type base --model-path models/SmolLM2-135M-Instruct \

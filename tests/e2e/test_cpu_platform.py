@@ -33,6 +33,7 @@ def first_loss(model, task_dir, folder, processes, *overrides):
         f"trainer.default_local_dir={folder}",
         "hydra.run.dir=.",
         "hydra.output_subdir=null",
+        "hydra/job_logging=stdout",
         *overrides,
         processes=processes,
     )
@@ -85,15 +86,17 @@ def test_the_backend_string_that_verl_composes_is_accepted():
     assert python(code) == ["gloo"]
 
 
-def test_without_verl_a_script_says_how_to_install_it(tmp_path):
+def test_without_the_packages_every_script_says_how_to_install_them(tmp_path):
     """A Python with nothing but the standard library, as on a fresh machine before `make venv`."""
-    for script in ("meta_lora_trainer.py", "maml_sft_trainer.py", "reptile_sft_trainer.py"):
+    scripts = sorted(ROOT.glob("*.py"))
+    assert len(scripts) >= 6
+    for script in scripts:
         finished = subprocess.run(
-            [sys.executable, "-I", "-S", str(ROOT / script)],
+            [sys.executable, "-S", str(script)],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"]},
             capture_output=True,
             text=True,
         )
-        assert finished.returncode == 1
-        assert len(finished.stderr.splitlines()) == 1 and "make venv" in finished.stderr
+        assert finished.returncode == 1, script
+        assert len(finished.stderr.splitlines()) == 1 and "make venv" in finished.stderr, (script, finished.stderr)

@@ -10,11 +10,11 @@ ADAPTATION = {"inner_lr": 0.5, "inner_optimizer": "sgd", "num_inner_steps": 5, "
 
 
 def sum_rows(task: str, numbers: range) -> list[dict]:
-    """One example per number, in the columns of the prepared data, with prompts of different lengths."""
+    """One example per number, in the columns of the prepared data, with prompts and answers of different lengths."""
     rows = []
     for number in numbers:
         prompt = f"{task} of {number}?" + " Please." * (number % 3)
-        answer = str(number % 7)
+        answer = str(number % 7) * (1 + 2 * (number % 2))
         rows.append(
             {
                 "messages": [
