@@ -21,6 +21,7 @@ from typing import Any
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
+LAYOUT_FILE = "layout.json"
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,37 @@ def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
         f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the "
         "same architecture"
     )
+
+
+def check_resume_layout(folder: Path, layout: Mapping[str, Any]) -> None:
+    """Refuse to resume from state that another layout of processes wrote: veRL's files hold one shard per rank.
+
+    Args:
+        folder: a ``global_step_<N>`` folder.
+        layout: of this run, keys ``method``, ``world_size``, ``task_group_size``, ``lora_rank``.
+
+    Raises:
+        ValueError: naming the first difference and the two ways on.
+    """
+    path = folder / LAYOUT_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {LAYOUT_FILE}: it was not written by one of the episodic trainers; use another "
+            "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    names = {
+        "method": "the method",
+        "world_size": "the number of processes",
+        "task_group_size": "meta.task_group_size",
+        "lora_rank": "model.lora_rank",
+    }
+    for key, name in names.items():
+        if saved.get(key) != layout[key]:
+            raise ValueError(
+                f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
+                "or set trainer.resume_mode=disable to start over"
+            )
 
 
 def prune_exports(folder: Path, patterns: tuple[str, ...], keep: int | None) -> None:

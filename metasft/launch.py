@@ -28,14 +28,14 @@ def fail(error: Exception) -> None:
     sys.exit(2)
 
 
-def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
-    """Check ``config``, build the trainer and run it to the end.
+def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any]:
+    """Everything about ``config`` and its data that can be checked without importing torch or loading a model.
 
-    Works under ``torchrun`` (any number of processes) and as a plain ``python`` call (one process).
+    Returns:
+        The keyword arguments of ``trainer_class`` beside ``config``.
 
-    Args:
-        config: the composed Hydra configuration.
-        trainer_class: which meta-learner.
+    Raises:
+        ValueError: naming the key, its value and the remedy.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -45,25 +45,52 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
 
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        meta = check_training_config(plain, trainer_class.method)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
-        task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the configuration does not resolve: {error}") from error
+    meta = check_training_config(plain, trainer_class.method)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
+    task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
+    return {"meta": meta, "group_size": group_size, "task_files": task_files}
+
+
+def build(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> EpisodicSFTTrainer:
+    """Check ``config`` and build the trainer on this machine's device; the process group must exist.
+
+    Raises:
+        ValueError: from :func:`check`, or from loading the model and the resume state.
+    """
+    from omegaconf import OmegaConf
+    from verl.utils.device import get_device_name
+
+    arguments = check(config, trainer_class)
+    OmegaConf.set_struct(config, False)
+    config.trainer.device = get_device_name()
+    return trainer_class(config, **arguments)
+
+
+def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
+    """Check ``config``, build the trainer and run it to the end.
+
+    Works under ``torchrun`` (any number of processes) and as a plain ``python`` call (one process).
+
+    Args:
+        config: the composed Hydra configuration.
+        trainer_class: which meta-learner.
+    """
+    try:
         _check_versions()
-    except (ValueError, OmegaConfBaseException) as error:
+        check(config, trainer_class)
+    except ValueError as error:
         fail(error)
 
-    _single_process_defaults()
-    from verl.utils.device import auto_set_device, get_device_name
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-    OmegaConf.set_struct(config, False)
-    auto_set_device(config)
-    config.trainer.device = get_device_name()
+    _single_process_defaults()
     initialize_global_process_group()
     try:
         try:
-            trainer = trainer_class(config, meta=meta, group_size=group_size, task_files=task_files)
+            trainer = build(config, trainer_class)
         except ValueError as error:
             fail(error)
         trainer.fit()

@@ -27,7 +27,15 @@ from verl.utils.device import get_torch_device
 from verl.utils.tracking import Tracking
 
 from metasft.adaptation import InnerLoop
-from metasft.checkpoint import prune_exports, save_hf_model, save_meta_lora, size_bytes, write_json
+from metasft.checkpoint import (
+    LAYOUT_FILE,
+    check_resume_layout,
+    prune_exports,
+    save_hf_model,
+    save_meta_lora,
+    size_bytes,
+    write_json,
+)
 from metasft.config import METHOD_TITLES, MetaConfig, Method
 from metasft.episodes import Episode, EpisodeSampler
 from metasft.meta_gradient import MetaGradient
@@ -160,6 +168,18 @@ class EpisodicSFTTrainer(SFTTrainer):
         super()._build_ckpt_handler()
         # The sampler's file is named after this rank; task-group ranks would collide, global ranks do not.
         self.ckpt_handler.dp_rank = self.rank
+        resume_path = self.ckpt_handler._determine_resume_path()
+        if resume_path is not None:
+            check_resume_layout(Path(resume_path), self._layout())
+
+    def _layout(self) -> dict[str, Any]:
+        """What the files of the resume state depend on, besides the model itself."""
+        return {
+            "method": self.method,
+            "world_size": dist.get_world_size(),
+            "task_group_size": self.engine.get_data_parallel_size(),
+            "lora_rank": self.config.model.lora_rank,
+        }
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -365,6 +385,8 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def save(self, step: int) -> Path:
         """Resume state in veRL's layout plus the export of the method. Returns the export's path."""
+        if self.rank == 0:
+            write_json(self.run_dir / f"global_step_{step}" / LAYOUT_FILE, self._layout())
         self.ckpt_handler.save_checkpoint(step)
         path = self.export(step)
         dist.barrier()

@@ -43,6 +43,7 @@ VARIANTS = {
     "micro_batches": ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"],
     "adamw": ["meta.inner_optimizer=adamw"],
     "sum": ["meta.aggregation=sum"],
+    "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
 }
 
 

@@ -40,23 +40,15 @@ def trainer_class(script):
 
 
 def build_trainer(script, config_name, overrides):
-    """A trainer as ``launch.run`` builds it, without running it. The process group must exist."""
+    """A trainer as the script itself builds it, without running it. The process group must exist."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-    from verl.utils.device import get_device_name
 
-    from metasft.config import check_training_config, resolve_task_group
-    from metasft.task_data import find_task_files
+    from metasft import launch
 
     with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
         config = compose(config_name, overrides=list(overrides))
-    OmegaConf.set_struct(config, False)
-    config.trainer.device = get_device_name()
-    found = trainer_class(script)
-    meta = check_training_config(OmegaConf.to_container(config, resolve=True), found.method)
-    group = resolve_task_group(meta, world_size=dist.get_world_size(), lora=config.model.lora_rank > 0)
     with contextlib.redirect_stdout(io.StringIO()):
-        return found(config, meta=meta, group_size=group, task_files=find_task_files(meta))
+        return launch.build(config, trainer_class(script))
 
 
 def full(tensor):
