@@ -316,3 +316,24 @@ def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:
                 f"meta.{key}={size} does not divide over the {group} ranks of a task group; use a multiple of {group}"
             )
     return group
+
+
+def check_micro_batches(config: Mapping[str, Any], meta: MetaConfig, group_size: int) -> None:
+    """Without dynamic batches, veRL cuts a rank's share of a batch into equal micro-batches.
+
+    Raises:
+        ValueError: the share is not a multiple of ``data.micro_batch_size_per_gpu``.
+    """
+    data = config["data"]
+    if data["use_dynamic_bsz"]:
+        return
+    micro = data["micro_batch_size_per_gpu"]
+    if isinstance(micro, bool) or not isinstance(micro, int) or micro < 1:
+        raise ValueError(f"data.micro_batch_size_per_gpu={micro!r} must be a whole number, at least 1")
+    for key in ("inner_batch_size", "query_batch_size"):
+        share = getattr(meta, key) // group_size
+        if share % micro:
+            raise ValueError(
+                f"data.micro_batch_size_per_gpu={micro} does not divide the {share} examples of meta.{key} that each "
+                "rank works on; use a divisor, or data.use_dynamic_bsz=true"
+            )

@@ -40,7 +40,7 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from metasft.config import check_training_config, resolve_task_group
+    from metasft.config import check_micro_batches, check_training_config, resolve_task_group
     from metasft.task_data import find_task_files
 
     try:
@@ -50,6 +50,7 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     meta = check_training_config(plain, trainer_class.method)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
+    check_micro_batches(plain, meta, group_size)
     task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
     return {"meta": meta, "group_size": group_size, "task_files": task_files}
 

@@ -22,7 +22,7 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 meta_lora_trainer.py 
     trainer.default_local_dir=$RUN trainer.resume_mode=disable
 
 echo "== 3/4 few-shot evaluation on unseen tasks: the base model and the meta-learned adapter"
-EVAL="--eval-tasks calculus theorem_proving --n-shots 0 5 25 --n-runs 1 --limit 8 --max-new-tokens 20 --adaptation-steps 6 --dtype bfloat16 --overwrite"
+EVAL="--eval-tasks calculus theorem_proving --n-shots 0 5 25 --n-runs 1 --limit 12 --max-new-tokens 20 --adaptation-steps 6 --dtype bfloat16 --overwrite"
 # The two evaluations share nothing: one core each.
 # shellcheck disable=SC2086
 OMP_NUM_THREADS=1 python evaluate_few_shot.py --model-type base --model-path models/SmolLM2-135M-Instruct \
@@ -35,7 +35,7 @@ wait $BASE || { cat $OUT/base.log; exit 1; }
 
 echo "== 4/4 comparison"
 python compare_methods.py --results base=$OUT/base meta_lora=$OUT/meta_lora --summaries meta_lora=$RUN/run_summary.json \
-    --output $OUT/comparison.png --table $OUT/comparison.md
+    --task all --output $OUT/comparison.png --table $OUT/comparison.md
 echo
 echo "plot:    $OUT/comparison.png"
 echo "table:   $OUT/comparison.md"

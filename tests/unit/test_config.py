@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from script_runner import ROOT
 
-from metasft.config import METHODS, MetaConfig, check_training_config, resolve_task_group
+from metasft.config import METHODS, MetaConfig, check_micro_batches, check_training_config, resolve_task_group
 
 CONFIGS = {
     "meta_lora": "config_meta_lora_example",
@@ -148,6 +148,17 @@ def test_sizes_that_do_not_divide_name_the_valid_ones(changes, world, words):
     meta = MetaConfig.from_mapping({"task_dir": "x", "inner_lr": 0.1, **changes}, "meta_lora")
     with pytest.raises(ValueError, match=words):
         resolve_task_group(meta, world_size=world, lora=True)
+
+
+def test_micro_batches_must_divide_the_share_of_a_rank():
+    meta = MetaConfig.from_mapping({"task_dir": "x", "inner_lr": 0.1, "inner_batch_size": 6}, "meta_lora")
+    data = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4}
+    with pytest.raises(ValueError, match=r"micro_batch_size_per_gpu=4 does not divide the 6 examples of meta\.inner"):
+        check_micro_batches({"data": data}, meta, 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        check_micro_batches({"data": {**data, "micro_batch_size_per_gpu": 0}}, meta, 1)
+    check_micro_batches({"data": {**data, "micro_batch_size_per_gpu": 2}}, meta, 1)
+    check_micro_batches({"data": {**data, "use_dynamic_bsz": True}}, meta, 1)
 
 
 def test_checks_need_neither_torch_nor_verl():
