@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("config", help="its configuration, for example config_fomaml_math_science")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from hydra import compose, initialize_config_dir
     from verl.utils.device import get_device_name, get_torch_device

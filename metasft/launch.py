@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from metasft.installed import require
+
+# veRL warns about every optional engine that is not installed (Megatron, TorchTitan, ...); none of them is used here.
+warnings.filterwarnings("ignore", message=r"\w+ engine is not available", category=UserWarning)
+warnings.filterwarnings("ignore", message="NPU not support router replay", category=UserWarning)
 
 require("torch", "verl", "hydra", "uvicorn", "fastapi", "peft", "transformers")
 

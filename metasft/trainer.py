@@ -6,13 +6,15 @@ run, log), and :meth:`EpisodicSFTTrainer.meta_step` (the algorithm, in the scrip
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import random
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,7 +111,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             config.checkpoint.save_lora_only = True  # the frozen base is never part of a checkpoint
         self.run_dir = Path(config.trainer.default_local_dir).expanduser()
         _seed_everything(config.trainer.seed)
-        super().__init__(config)
+        with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
+            super().__init__(config)
         self.inner_loop = InnerLoop(
             self.engine.trained_parameters(),
             lr=meta.inner_lr,
@@ -470,6 +473,17 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _without_line(unwanted: str) -> Iterator[None]:
+    """Pass on what is printed to stdout, except the line ``unwanted``."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        print(printed.getvalue().replace(unwanted + "\n", ""), end="", flush=True)
 
 
 def _device_name(on_cpu: bool) -> str:

@@ -8,7 +8,6 @@ only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,14 +22,10 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
-
-with warnings.catch_warnings():
-    # veRL warns about every optional engine that is not installed (Megatron, TorchTitan, ...); none is used here.
-    warnings.simplefilter("ignore", UserWarning)
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-    from verl.workers.engine_workers import TrainingWorker
-    from verl.workers.utils.losses import sft_loss
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import sft_loss
 
 from metasft.adaptation import local_tensor
 
