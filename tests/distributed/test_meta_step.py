@@ -41,6 +41,7 @@ VARIANTS = {
     "checkpointed": ["model.enable_gradient_checkpointing=true"],
     "checkpointed_padded": ["model.enable_gradient_checkpointing=true", "model.use_remove_padding=false"],
     "micro_batches": ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"],
+    "token_budget": ["data.max_token_len_per_gpu=160"],  # two or three examples per micro-batch
     "adamw": ["meta.inner_optimizer=adamw"],
     "sum": ["meta.aggregation=sum"],
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],

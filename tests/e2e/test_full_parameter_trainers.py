@@ -105,6 +105,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_model, task_dir, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("global_step_*")) == ["global_step_3", "global_step_4"]
 
 
+@pytest.mark.slow
 def test_bf16_compute_keeps_fp32_weights(tiny_model, task_dir, tmp_path):
     changes = {"engine.mixed_precision.param_dtype": "bf16", "model.enable_gradient_checkpointing": "true"}
     must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes), processes=2)

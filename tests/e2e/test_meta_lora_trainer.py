@@ -176,6 +176,7 @@ def test_starting_from_an_existing_adapter(run, tiny_model, task_dir, tmp_path):
     assert all(torch.equal(start[n], continued[n]) for n in start)
 
 
+@pytest.mark.slow
 def test_bf16_base_keeps_adapters_in_fp32_and_still_learns(tiny_model, task_dir, tmp_path):
     changes = {"engine.model_dtype": "bf16", "engine.mixed_precision.param_dtype": "bf16"}
     must_run(*SCRIPT, *settings(tiny_model, task_dir, tmp_path, **changes), processes=2)
