@@ -98,6 +98,7 @@ def test_one_process_and_resumed_two_process_runs_agree(fomaml, tiny_model, task
     assert refused.returncode == 2 and "the number of processes = 2, this run has 1" in refused.stderr
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(tiny_model, task_dir, tmp_path):
     changes = {"trainer.save_freq": 1, "trainer.max_ckpt_to_keep": 2}
     must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes))

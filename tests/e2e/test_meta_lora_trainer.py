@@ -164,6 +164,7 @@ def test_stage_1_only_never_moves_theta(tiny_model, task_dir, tmp_path):
     assert all(record["meta/adaptation_gain"] > 0 for record in metrics(tmp_path)), "the tasks did adapt"
 
 
+@pytest.mark.slow
 def test_starting_from_an_existing_adapter(run, tiny_model, task_dir, tmp_path):
     folder, _ = run
     changes = {
