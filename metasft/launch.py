@@ -60,8 +60,15 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     return {"meta": meta, "group_size": group_size, "task_files": task_files}
 
 
-def build(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> EpisodicSFTTrainer:
-    """Check ``config`` and build the trainer on this machine's device; the process group must exist.
+def build(
+    config: Any, trainer_class: type[EpisodicSFTTrainer], checked: dict[str, Any] | None = None
+) -> EpisodicSFTTrainer:
+    """Build the trainer on this machine's device; the process group must exist.
+
+    Args:
+        config: the composed Hydra configuration.
+        trainer_class: which meta-learner.
+        checked: what :func:`check` returned for them; None checks here.
 
     Raises:
         ValueError: from :func:`check`, or from loading the model and the resume state.
@@ -69,7 +76,7 @@ def build(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> EpisodicSFTTr
     from omegaconf import OmegaConf
     from verl.utils.device import get_device_name
 
-    arguments = check(config, trainer_class)
+    arguments = checked if checked is not None else check(config, trainer_class)
     OmegaConf.set_struct(config, False)
     config.trainer.device = get_device_name()
     return trainer_class(config, **arguments)
@@ -86,7 +93,7 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
     """
     try:
         _check_versions()
-        check(config, trainer_class)
+        checked = check(config, trainer_class)
     except ValueError as error:
         fail(error)
 
@@ -96,7 +103,7 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
     initialize_global_process_group()
     try:
         try:
-            trainer = build(config, trainer_class)
+            trainer = build(config, trainer_class, checked)
         except ValueError as error:
             fail(error)
         trainer.fit()
