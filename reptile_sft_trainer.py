@@ -31,14 +31,14 @@ class ReptileTrainer(EpisodicSFTTrainer):
     def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
         mean_difference = MeanDifference(self.inner_loop.parameters, self.meta.meta_batch_size)
         records = []
-        for episode in episodes:
-            record = EpisodeRecord(episode.task)
-            self.measure_before(episode, record)
-            with self.inner_loop.adapting() as adaptation:
-                self.adapt(episode, adaptation, record)
-                self.measure_after(episode, record)
+        for portion in self.passes(episodes):
+            of_pass = [EpisodeRecord(episode.task) for episode in portion]
+            self.measure_before(portion, of_pass)
+            with self.inner_loop.adapting(len(portion)) as adaptation:
+                self.adapt(portion, of_pass)
+                self.measure_after(portion, of_pass)
                 mean_difference.add(adaptation.difference())
-            records.append(record)
+            records += of_pass
         self.reduce(mean_difference.tensors() if self.meta.update_shared else [], records)
         if not self.meta.update_shared:
             return records, None

@@ -64,8 +64,9 @@ class InnerLoop:
         self._theta: list[torch.Tensor] = []
 
     @contextmanager
-    def adapting(self) -> Iterator[InnerLoop]:
-        """Remember theta, let the caller adapt, and restore theta even when the caller raises."""
+    def adapting(self, num_tasks: int = 1) -> Iterator[InnerLoop]:
+        """Remember theta, let the caller adapt one task, and restore theta even when the caller raises."""
+        assert num_tasks == 1, num_tasks  # several at a time: metasft.lora_batch
         self._remember()
         self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self._lr)
         try:

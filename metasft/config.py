@@ -55,6 +55,21 @@ class MetaConfig:
     task_group_size: int | None = field(
         default=None, metadata=_key("ranks that share one episode; null = 1 with LoRA, all ranks otherwise", least=1)
     )
+    task_batching: bool | None = field(
+        default=None,
+        metadata=_key(
+            "with LoRA: all of a rank's tasks in one pass over the frozen base; null = true with LoRA",
+            methods=("meta_lora", "reptile"),
+        ),
+    )
+    task_batch_limit: int | None = field(
+        default=None,
+        metadata=_key(
+            "tasks per pass at most; null = as many as fit the token budget of a pass",
+            least=1,
+            methods=("meta_lora", "reptile"),
+        ),
+    )
     adaptation_gain_freq: int = field(
         default=1,
         metadata=_key("meta-steps between measurements of the query loss before adaptation; 0 = never", least=0),
@@ -118,6 +133,11 @@ class MetaConfig:
             raise ValueError(
                 f"meta.query_batch_size={self.query_batch_size} is larger than meta.query_samples="
                 f"{self.query_samples}; lower the batch or use more query examples"
+            )
+        if self.task_batching is False and self.task_batch_limit is not None:
+            raise ValueError(
+                f"meta.task_batch_limit={self.task_batch_limit} has no effect with meta.task_batching=false; remove "
+                "one of them"
             )
         if method == "reptile" and self.num_inner_steps < 1:
             raise ValueError(
@@ -230,6 +250,14 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
             f"model.lora_adapter_path={config['model']['lora_adapter_path']!r} has no effect with model.lora_rank=0; "
             "set the rank of that adapter"
         )
+
+    if rank == 0:
+        for key in ("task_batching", "task_batch_limit"):
+            if config["meta"].get(key) not in (None, False):
+                raise ValueError(
+                    f"meta.{key}={config['meta'][key]!r} has no effect when all parameters are trained "
+                    "(model.lora_rank=0): tasks share a pass only over a frozen base; remove it, or set model.lora_rank"
+                )
 
     if not _is_number(config["optim"].get("lr")):
         raise ValueError(f"optim.lr={config['optim'].get('lr')!r} must be a number above 0 (the meta learning rate)")

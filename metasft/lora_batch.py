@@ -6,9 +6,9 @@ its long side contiguous). Rows of the input belong to tasks in contiguous block
     Y_t = X_t W' + s X_t A_t' B_t                    dX_t = G_t W + s G_t B_t' A_t
     dA_t = s (G_t B_t')' X_t                         dB_t = s (X_t A_t')' G_t
 
-with W the frozen weight and s the LoRA scaling (LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1): the products with W
-run once over the rows of all tasks, the small ones task by task as one batched product. Gradients go straight into one flat
-buffer, task beside task, so that an inner step of all tasks is one step of one tensor.
+with W the frozen weight and s the LoRA scaling (LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1): the products with
+W run once over the rows of all tasks, the small ones task by task as one batched product. Gradients go straight into
+one flat buffer, task beside task, so that an inner step of all tasks is one step of one tensor.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Blocks:
     Attributes:
         counts: rows of each task, in order; 0 where a task has none.
         strategy: how products over blocks of different size are computed: ``loop`` (one product per task: cheapest on a
-            CPU), ``grouped`` (torch's grouped GEMM) or ``masked`` (one product over all tasks' adapters side by side, the
-            foreign ones masked out: few launches, more arithmetic).
+            CPU), ``grouped`` (torch's grouped GEMM) or ``masked`` (one product over all tasks' adapters side by side,
+            the foreign ones masked out: few launches, more arithmetic).
     """
 
     counts: tuple[int, ...]
@@ -160,7 +160,8 @@ class _Stack:
 class _StackedLinear(torch.autograd.Function):
     """A frozen linear layer plus the stacked adapters. Gradients of the adapters go into the stack, not to autograd.
 
-    ``anchor`` is an empty tensor that requires a gradient: without it autograd would skip layers whose input needs none.
+    ``anchor`` is an empty tensor that requires a gradient: without it autograd would skip layers whose input needs
+    none.
     """
 
     @staticmethod
@@ -249,14 +250,24 @@ class TaskBatchedLoRA:
         lr: inner learning rate.
         optimizer: ``sgd`` or ``adamw``; its state starts fresh in every episode.
         clip_grad: largest gradient norm of one inner step of one task; None = no clipping.
+        dtype: of the adapters' products; the adapters themselves, their gradients and their steps are fp32.
 
     Raises:
         ValueError: the adapter is not a plain LoRA of linear layers (DoRA, dropout, embeddings, trained base weights),
             naming the module and the remedy.
     """
 
-    def __init__(self, model: torch.nn.Module, *, lr: float, optimizer: str, clip_grad: float | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float,
+        optimizer: str,
+        clip_grad: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._layers = find_lora_layers(model)
+        self._dtype = dtype
         self._lr, self._optimizer_name, self._clip_grad = lr, optimizer, clip_grad
         self._output_layer = model.get_output_embeddings()
         self._theta: torch.nn.Parameter | None = None
@@ -279,7 +290,7 @@ class TaskBatchedLoRA:
     # ---- life of an adaptation --------------------------------------------------------------------------------------
 
     @contextmanager
-    def adapting(self, num_tasks: int, *, dtype: torch.dtype = torch.float32) -> Iterator[TaskBatchedLoRA]:
+    def adapting(self, num_tasks: int) -> Iterator[TaskBatchedLoRA]:
         """Give ``num_tasks`` tasks a copy of theta each, and let the model compute with the copies.
 
         On leaving, the gradients since the last step (the query gradients), summed over the tasks, are in ``.grad`` of
@@ -287,10 +298,9 @@ class TaskBatchedLoRA:
 
         Args:
             num_tasks: T.
-            dtype: of the adapters' products; the adapters themselves and their gradients are fp32.
         """
         assert num_tasks > 0 and not self.active, (num_tasks, self.num_tasks)
-        self._allocate(num_tasks, dtype)
+        self._allocate(num_tasks, self._dtype)
         self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self._lr)
         self.num_tasks = num_tasks
         try:
@@ -325,7 +335,9 @@ class TaskBatchedLoRA:
             for width in (fan_in, fan_out):
                 stop = start + num_tasks * rank * width
                 shape = (num_tasks, rank, width)
-                views.append([flat[start:stop].view(shape) for flat in (self._theta.data, self._compute, self._gradient)])
+                views.append(
+                    [flat[start:stop].view(shape) for flat in (self._theta.data, self._compute, self._gradient)]
+                )
                 start = stop
             (a, compute_a, grad_a), (b, compute_b, grad_b) = views
             a.copy_(layer.a)
@@ -347,7 +359,8 @@ class TaskBatchedLoRA:
         """Say which rows of the next forwards belong to which task.
 
         Args:
-            counts: per task, the number of its rows; rows of a task are contiguous and tasks in order. A row is a token of
+            counts: per task, the number of its rows; rows of a task are contiguous and tasks in order. A row is a token
+            of
                 a packed batch, or an example of a padded one (which then counts with all its tokens).
             output_counts: the same for the output layer, where it sees other rows (logits at response positions only)
                 and carries an adapter.
@@ -449,8 +462,8 @@ def find_lora_layers(model: torch.nn.Module) -> list[_Layer]:
         if len(active) != 1 or module.merged or module.disable_adapters:
             if module.lora_embedding_A or len(active) != 1:
                 raise ValueError(
-                    f"{name} has {len(active)} active adapters on a linear layer ({type(module).__name__}), task batching "
-                    f"needs exactly one; {REMEDY}"
+                    f"{name} has {len(active)} active adapters on a linear layer ({type(module).__name__}), task "
+                    f"batching needs exactly one; {REMEDY}"
                 )
             raise ValueError(f"the adapter of {name} is merged or disabled; unmerge and enable it first")
         (adapter,) = active
@@ -471,7 +484,8 @@ def find_lora_layers(model: torch.nn.Module) -> list[_Layer]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in ours:
             raise ValueError(
-                f"{name} is trained and is no LoRA matrix of a linear layer, which task batching does not cover; {REMEDY}"
+                f"{name} is trained and is no LoRA matrix of a linear layer, which task batching does not cover; "
+                f"{REMEDY}"
             )
     return layers
 

@@ -32,7 +32,7 @@ class MetaGradient:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Add the gradients in ``.grad`` (one task's query gradient) and clear them."""
+        """Add the gradients in ``.grad`` (the query gradient of a task, or the sum over several) and clear them."""
         for i, parameter in enumerate(self._parameters):
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
@@ -73,7 +73,7 @@ class MeanDifference:
 
     @torch.no_grad()
     def add(self, difference: Sequence[torch.Tensor]) -> None:
-        """Add one task's theta_i - theta (local parts)."""
+        """Add theta_i - theta (local parts) of a task, or its sum over several."""
         torch._foreach_add_(self._sum, [part.to(torch.float32) for part in difference], alpha=self._weight)
 
     def tensors(self) -> list[torch.Tensor]:

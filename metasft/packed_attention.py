@@ -1,9 +1,9 @@
 """Causal attention over packed sequences with torch's SDPA, for devices without flash attention's varlen kernels.
 
-Packing puts all sequences of a batch into one row, so that no product runs over padding. Attention with a block-diagonal
-mask over that row would cost the square of the row's length; here the sequences are laid side by side (padded to the
-longest, for attention alone), each attends to itself, and the padding is dropped again. A causal query never looks at
-what comes after it, so padding at the end needs no mask.
+Packing puts all sequences of a batch into one row, so that no product runs over padding. Attention with a
+block-diagonal mask over that row would cost the square of the row's length; here the sequences are laid side by side
+(padded to the longest, for attention alone), each attends to itself, and the padding is dropped again. A causal query
+never looks at what comes after it, so padding at the end needs no mask.
 
 The trainers' engine uses it in place of ``sdpa``; with ``flash_attention_2`` nothing of this is needed.
 """
@@ -56,8 +56,8 @@ class PackedLayout:
         return rows.unsqueeze(0)
 
 
-# Of the batch at hand; None for padded ones. A global and not an argument of the model's forward, because the recomputation
-# under activation checkpointing calls the layers again, on whichever thread autograd runs the backward.
+# Of the batch at hand; None for padded ones. A global and not an argument of the model's forward, because the
+# recomputation under activation checkpointing calls the layers again, on whichever thread autograd runs the backward.
 _layout: PackedLayout | None = None
 
 

@@ -1,8 +1,8 @@
 """Cross entropy at response positions without ever holding all their logits.
 
-A vocabulary of 50,000 to 150,000 tokens makes the logits the largest tensor of a small model's step: [tokens, vocabulary]
-in fp32, three times over with its softmax and gradient. Here they exist for one slice of tokens at a time, and the
-gradient with respect to the hidden states is formed in the forward, while the slice is there.
+A vocabulary of 50,000 to 150,000 tokens makes the logits the largest tensor of a small model's step: [tokens,
+vocabulary] in fp32, three times over with its softmax and gradient. Here they exist for one slice of tokens at a time,
+and the gradient with respect to the hidden states is formed in the forward, while the slice is there.
 """
 
 from __future__ import annotations

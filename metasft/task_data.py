@@ -159,6 +159,14 @@ class TokenizedSet:
             self._cache[index] = example
         return self._cache[index]
 
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of the examples at ``indices``, prompts included."""
+        return sum(len(self[index]["input_ids"]) for index in indices)
+
+    def response_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens to predict in the examples at ``indices``: what their summed loss is divided by."""
+        return sum(int(self[index]["loss_mask"].sum()) for index in indices)
+
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The examples at ``indices``, in that order."""
         return [self[index] for index in indices]

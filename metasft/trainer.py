@@ -40,6 +40,7 @@ from metasft.checkpoint import (
 )
 from metasft.config import METHOD_TITLES, MetaConfig, Method
 from metasft.episodes import Episode, EpisodeSampler
+from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
 from metasft.task_data import TaskFiles, TokenizedSet
 from metasft.verl_backend import (
@@ -57,34 +58,43 @@ logger = logging.getLogger(__name__)
 class EpisodeRecord:
     """What one rank saw of one episode. Losses are this rank's part; their mean over the task group is the batch mean.
 
+    Losses stay on the device (0-dim tensors), so that no step of the inner loop waits for it.
+
     Attributes:
         support_losses: loss before each inner step, K values.
         query_loss_before: query loss at theta (None when not measured).
         query_loss_after: query loss at theta_i (None without a query set).
         tokens: tokens in the forwards that were followed by a backward.
+        padding: positions beside them that those forwards computed for nothing.
     """
 
     task: str
-    support_losses: list[float] = field(default_factory=list)
-    query_loss_before: float | None = None
-    query_loss_after: float | None = None
+    support_losses: list[torch.Tensor] = field(default_factory=list)
+    query_loss_before: torch.Tensor | None = None
+    query_loss_after: torch.Tensor | None = None
     tokens: int = 0
+    padding: int = 0
 
-    # One row of numbers per episode travels in the all-reduce of the meta-gradient; the last entries flag what is set.
-    def to_row(self) -> list[float]:
+    # One row of numbers per episode travels in the all-reduce of the meta-gradient: values, flags of what is set,
+    # counts.
+    def to_row(self, device: torch.device) -> torch.Tensor:
         losses = self.support_losses
         values = [
             losses[0] if losses else None,
             losses[-1] if losses else None,
-            sum(losses) / len(losses) if losses else None,
+            torch.stack(losses).mean() if losses else None,
             self.query_loss_before,
             self.query_loss_after,
         ]
-        return [value if value is not None else 0.0 for value in values] + [float(v is not None) for v in values]
+        zero = torch.zeros((), device=device)
+        counts = [float(value is not None) for value in values] + [float(self.tokens), float(self.padding)]
+        return torch.cat(
+            [torch.stack([zero if value is None else value for value in values]), torch.tensor(counts, device=device)]
+        )
 
 
 _ROW_FIELDS = ("support_first", "support_last", "support_mean", "query_before", "query_after")
-_ROW_WIDTH = 2 * len(_ROW_FIELDS) + 1
+_ROW_WIDTH = 2 * len(_ROW_FIELDS) + 2
 
 
 class EpisodicSFTTrainer(SFTTrainer):
@@ -113,12 +123,12 @@ class EpisodicSFTTrainer(SFTTrainer):
         _seed_everything(config.trainer.seed)
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
-        self.inner_loop = InnerLoop(
-            self.engine.trained_parameters(),
-            lr=meta.inner_lr,
-            optimizer=meta.inner_optimizer,
-            clip_grad=meta.inner_clip_grad,
-        )
+        inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
+        self.inner_loop: InnerLoop | TaskBatchedLoRA
+        if self.lora and meta.task_batching is not False:
+            self.inner_loop = self.engine.batch_tasks(**inner)
+        else:
+            self.inner_loop = InnerLoop(self.engine.trained_parameters(), **inner)
 
     # ---- seams of veRL's trainer ------------------------------------------------------------------------------------
 
@@ -279,50 +289,100 @@ class EpisodicSFTTrainer(SFTTrainer):
         """Run ``episodes`` and update theta. Returns their records and the norm of the meta-gradient before clipping
         (None when the algorithm has none or theta is not updated)."""
 
-    def adapt(self, episode: Episode, adaptation: InnerLoop, record: EpisodeRecord) -> None:
-        """The inner loop of one episode: K steps on the support set, inside ``adaptation``."""
-        examples = self.support_sets[episode.task]
-        for indices in episode.support_batches:
-            batch = self._batch(examples, indices, record)
-            record.support_losses.append(self.engine.loss_and_backward(batch))
-            adaptation.step()
+    def passes(self, episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
+        """The episodes in the portions that are adapted together: one by one without task batching.
 
-    def query_backward(self, episode: Episode, record: EpisodeRecord) -> None:
-        """Backward of the query loss at whatever parameters are loaded; the gradient stays in ``.grad``."""
-        batch = self._batch(self.query_sets[episode.task], episode.query_batch, record)
-        record.query_loss_after = self.engine.loss_and_backward(batch)
+        With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
+        tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Every rank of a
+        task group cuts alike, since all of them know all the examples.
+        """
+        if not isinstance(self.inner_loop, TaskBatchedLoRA):
+            yield from ([episode] for episode in episodes)
+            return
+        limit = self.meta.task_batch_limit or len(episodes)
+        portion: list[Episode] = []
+        used = 0
+        for episode in episodes:
+            size = self._size_in_a_pass(episode)
+            if portion and (len(portion) == limit or used + size > self._pass_budget):
+                yield portion
+                portion, used = [], 0
+            portion.append(episode)
+            used += size
+        yield portion
 
-    def measure_before(self, episode: Episode, record: EpisodeRecord) -> None:
-        """Query loss at theta, for the adaptation gain, every ``meta.adaptation_gain_freq`` meta-steps."""
-        if self._measure_gain and episode.query_batch:
-            batch = self._batch(self.query_sets[episode.task], episode.query_batch)
-            record.query_loss_before = self.engine.loss_only(batch)
+    @property
+    def _pass_budget(self) -> int:
+        """Tokens (examples, without dynamic micro-batches) that one pass of a rank may hold."""
+        data = self.config.data
+        return data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
 
-    def measure_after(self, episode: Episode, record: EpisodeRecord) -> None:
-        """Query loss at the adapted parameters, for algorithms that take no gradient there."""
-        if self._measure_gain and episode.query_batch:
-            batch = self._batch(self.query_sets[episode.task], episode.query_batch)
-            record.query_loss_after = self.engine.loss_only(batch)
+    def _size_in_a_pass(self, episode: Episode) -> int:
+        """What the episode's largest batch adds to a pass of one rank, in the unit of :attr:`_pass_budget`."""
+        group = self.engine.get_data_parallel_size()
+        if not self.config.data.use_dynamic_bsz:
+            return max(self.meta.inner_batch_size, self.meta.query_batch_size) // group
+        support, query = self.support_sets[episode.task], self.query_sets.get(episode.task)
+        sizes = [support.tokens(batch) for batch in episode.support_batches]
+        if episode.query_batch:
+            sizes.append(query.tokens(episode.query_batch))
+        return -(-max(sizes) // group)
+
+    def adapt(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports."""
+        sets = [self.support_sets[episode.task] for episode in episodes]
+        for indices in zip(*(episode.support_batches for episode in episodes), strict=True):
+            batch = self._batch(sets, indices, records)
+            losses = self.engine.loss_and_backward(batch, len(episodes))
+            for record, loss in zip(records, losses.unbind(), strict=True):
+                record.support_losses.append(loss)
+            self.inner_loop.step()
+
+    def query_backward(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Backward of the query losses at whatever parameters are loaded."""
+        for record, loss in zip(records, self._query_losses(episodes, records, backward=True), strict=True):
+            record.query_loss_after = loss
+
+    def measure_before(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Query losses at theta, for the adaptation gain, every ``meta.adaptation_gain_freq`` meta-steps."""
+        if self._measure_gain and self.meta.query_batch_size:
+            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
+                record.query_loss_before = loss
+
+    def measure_after(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Query losses at the adapted parameters, for algorithms that take no gradient there."""
+        if self._measure_gain and self.meta.query_batch_size:
+            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
+                record.query_loss_after = loss
+
+    def _query_losses(
+        self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord], *, backward: bool
+    ) -> tuple[torch.Tensor, ...]:
+        sets = [self.query_sets[episode.task] for episode in episodes]
+        batch = self._batch(sets, [episode.query_batch for episode in episodes], records if backward else None)
+        run = self.engine.loss_and_backward if backward else self.engine.loss_only
+        return run(batch, len(episodes)).unbind()
 
     def first_order_meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
         """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
 
         For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
-        theta back. Then one reduction over the task groups, one clip, one optimizer step.
+        theta back. Then one reduction over the task groups, one clip, one optimizer step. With task batching the tasks
+        of a pass go through all of it together, each with its own copy of theta.
         """
         weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
         meta_gradient = MetaGradient(self.inner_loop.parameters, weight)
         records = []
-        for episode in episodes:
-            record = EpisodeRecord(episode.task)
-            self.measure_before(episode, record)
-            with self.inner_loop.adapting() as adaptation:
-                self.adapt(episode, adaptation, record)
+        for portion in self.passes(episodes):
+            of_pass = [EpisodeRecord(episode.task) for episode in portion]
+            self.measure_before(portion, of_pass)
+            with self.inner_loop.adapting(len(portion)):
+                self.adapt(portion, of_pass)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
-                self.query_backward(episode, record)
+                self.query_backward(portion, of_pass)
             meta_gradient.take()
-            records.append(record)
+            records += of_pass
         if not self.meta.update_shared:
             self.reduce([], records)
             return records, None
@@ -338,23 +398,38 @@ class EpisodicSFTTrainer(SFTTrainer):
         device = self.inner_loop.parameters[0].device
         table = torch.zeros(self.meta.meta_batch_size, _ROW_WIDTH, dtype=torch.float32, device=device)
         first = self.engine.task_group_index * len(records)
-        rows = [[*record.to_row(), float(record.tokens)] for record in records]
-        table[first : first + len(records)] = torch.tensor(rows, dtype=torch.float32, device=device)
+        table[first : first + len(records)] = torch.stack([record.to_row(device) for record in records])
         if self.engine.get_data_parallel_size() > 1:
-            # Losses are means over the ranks of the group; token counts are sums.
+            # Losses are means over the ranks of the group; the two counts are sums.
             dist.all_reduce(table, group=self.engine.get_data_parallel_group())
-            table[:, :-1] /= self.engine.get_data_parallel_size()
+            table[:, :-2] /= self.engine.get_data_parallel_size()
         if self.engine.num_task_groups > 1:
             all_reduce_flat([*tensors, table], self.engine.mesh["task"].get_group())
         self._table = table
 
-    def _batch(self, examples: TokenizedSet, indices: Sequence[int], record: EpisodeRecord | None = None) -> Any:
-        """This rank's share of a batch of an episode; counts its tokens in ``record``."""
-        share = indices[self.engine.get_data_parallel_rank() :: self.engine.get_data_parallel_size()]
-        chosen = examples.batch(share)
-        if record is not None:
-            record.tokens += sum(len(example["input_ids"]) for example in chosen)
-        return make_batch(chosen, self._batch_settings)
+    def _batch(
+        self,
+        sets: Sequence[TokenizedSet],
+        indices: Sequence[Sequence[int]],
+        records: Sequence[EpisodeRecord] | None = None,
+    ) -> Any:
+        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``records``."""
+        rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        examples: list[Any] = []
+        tasks: list[int] = []
+        weights: list[float] = []
+        for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
+            share = task_set.batch(chosen[rank::size])
+            examples += share
+            tasks += [task] * len(share)
+            weights += [1.0 / task_set.response_tokens(chosen)] * len(share)
+        if records is not None:
+            lengths = [len(example["input_ids"]) for example in examples]
+            width = 0 if self._batch_settings["use_remove_padding"] else max(lengths)
+            for task, length in zip(tasks, lengths, strict=True):
+                records[task].tokens += length
+                records[task].padding += max(width - length, 0)
+        return make_batch(examples, tasks, weights, self._batch_settings)
 
     def _step_metrics(self, meta_batch: Sequence[Episode], records: Sequence[EpisodeRecord]) -> dict[str, float]:
         width = len(_ROW_FIELDS)
@@ -381,7 +456,9 @@ class EpisodicSFTTrainer(SFTTrainer):
             ]
             if gains:
                 metrics["meta/adaptation_gain" + (f"/{task}" if task else "")] = sum(gains) / len(gains)
-        metrics["perf/tokens"] = int(self._table[:, -1].sum().item())
+        tokens, padding = self._table[:, -2:].sum(dim=0).tolist()
+        metrics["perf/tokens"] = int(tokens)
+        metrics["perf/padding_fraction"] = padding / (tokens + padding)
         return metrics
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------

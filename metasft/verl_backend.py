@@ -1,15 +1,17 @@
 """Every touch of veRL's internals: the engine under the episodic trainers, its task groups and its batches.
 
-Written against veRL 0.9.0 (the version pyproject pins). :class:`MetaFSDPEngine` is veRL's FSDP engine with five
+Written against veRL 0.9.0 (the version pyproject pins). :class:`MetaFSDPEngine` is veRL's FSDP engine with these
 differences: the data-parallel group is the task group; a group of one rank is not wrapped by FSDP; LoRA parameters stay
-in fp32 and outside the shards; only trained parameters reach the optimizer; logits are computed at response positions
-only.
+in fp32 and outside the shards; only trained parameters reach the optimizer; one pass can carry the examples of several
+tasks, each with a loss of its own; the output layer runs at response positions only; and packed sequences attend each
+to itself without a mask over the whole row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +26,35 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import TrainingWorker
-from verl.workers.utils.losses import sft_loss
 
+from metasft import packed_attention
 from metasft.adaptation import local_tensor
+from metasft.lora_batch import TaskBatchedLoRA
+from metasft.response_loss import response_loss
 
 MODEL_TYPE = "meta_language_model"
+
+
+@dataclass
+class _Response:
+    """The positions of one micro-batch whose next token is trained on, in the order of the flattened batch.
+
+    Attributes:
+        index: into the rows of the output layer's input, [n].
+        labels: the tokens to predict, [n].
+        weights: of each token in the loss, [n] fp32.
+        tasks: which task each token belongs to, [n].
+        loss: the weighted sum, and ``nll`` [n] its terms; set by the output layer.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    tasks: torch.Tensor
+    loss: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu", "cpu"])
@@ -45,7 +70,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # TrainingWorker stores the registry key here; veRL's model loading expects its own name.
         model_config.model_type = "language_model"
         self.response_only_logits = True
-        self._response_index: torch.Tensor | None = None
+        self.task_batch: TaskBatchedLoRA | None = None
+        self._response: _Response | None = None
         super().__init__(model_config, *args, **kwargs)
 
     # ---- task groups ------------------------------------------------------------------------------------------------
@@ -83,6 +109,9 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
         module = super()._build_lora_module(module)
+        # veRL makes the embeddings' output require a gradient, for reentrant checkpointing; the checkpointing used here
+        # is not reentrant, and nothing below the first adapter needs a backward.
+        module.disable_input_require_grads()
         # veRL casts the adapter to the dtype of the base, because FSDP1 flattens both together. Here adapters are not
         # sharded: they stay in fp32 over a bf16 base. An existing adapter is read again, unrounded.
         for parameter in module.parameters():
@@ -116,7 +145,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             enable_activation_offloading(
                 module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
             )
-        self._watch_output_embeddings(module)
+        use_packed_attention(module)
+        self._watch_output_layer(module)
         return module
 
     def _place_whole(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -164,74 +194,196 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """theta: the parameters that inner and outer steps change, in a fixed order."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    # ---- gradients --------------------------------------------------------------------------------------------------
+    def batch_tasks(self, *, lr: float, optimizer: str, clip_grad: float | None) -> TaskBatchedLoRA:
+        """Let passes carry several tasks, each with a copy of the adapter; the settings are those of an inner step.
 
-    def loss_and_backward(self, batch: Any) -> float:
-        """Mean response loss of this group's batch; leaves its gradient in ``.grad`` (averaged over the group)."""
-        output = self.forward_backward_batch(batch, _SFT_LOSS)
+        Raises:
+            ValueError: the adapter is of a kind that cannot be stacked.
+        """
+        self.task_batch = TaskBatchedLoRA(
+            self.module, lr=lr, optimizer=optimizer, clip_grad=clip_grad, dtype=self._autocast_dtype
+        )
+        return self.task_batch
+
+    # ---- losses and gradients ---------------------------------------------------------------------------------------
+
+    def loss_and_backward(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
+        """Mean response loss of each task of this group's batch; leaves the gradient of their sum.
+
+        The gradient is in ``.grad``, or in the stacked adapters while :attr:`task_batch` is adapting, averaged over the
+        ranks of the group.
+
+        Args:
+            batch: from :func:`make_batch`.
+            num_tasks: T; the batch's task numbers are below it.
+
+        Returns:
+            [T] on the device, this rank's part: their mean over the group is the tasks' loss.
+        """
+        losses = self._run(batch, num_tasks, backward=True)
         if self._is_lora and self.get_data_parallel_size() > 1:
             # FSDP reduces the gradients of its shards; the replicated adapters are ours to reduce.
-            gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+            if self._is_task_batched:
+                gradients = [self.task_batch.gradient]
+            else:
+                gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
             all_reduce_flat(gradients, self.get_data_parallel_group())
             torch._foreach_mul_(gradients, 1.0 / self.get_data_parallel_size())
-        return sum(output["loss"])
+        return losses
 
-    def loss_only(self, batch: Any) -> float:
-        """Mean response loss of this group's batch, this rank's part (see :func:`EpisodicSFTTrainer`); no gradient."""
-        return sum(self.forward_backward_batch(batch, _SFT_LOSS, forward_only=True)["loss"])
+    def loss_only(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
+        """As :meth:`loss_and_backward`, without gradient."""
+        return self._run(batch, num_tasks, backward=False)
 
-    # ---- response-only logits ---------------------------------------------------------------------------------------
+    @property
+    def _is_task_batched(self) -> bool:
+        return self.task_batch is not None and self.task_batch.active
 
-    def _watch_output_embeddings(self, module: torch.nn.Module) -> None:
+    def _run(self, batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
+        """veRL's ``forward_backward_batch`` with one loss per task, and without its waits for the device.
+
+        veRL divides a batch by the token count over the data-parallel group; the weights of :func:`make_batch` do that
+        for each task by itself.
+        """
+        tu.assign_non_tensor(batch, sp_size=1)
+        micro_batches, _ = prepare_micro_batches(
+            batch, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
+        )
+        losses = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if backward:
+                with self._gradient_sync_context(is_last_micro_batch=number == len(micro_batches)):
+                    losses += self._forward(micro_batch, num_tasks, backward=True)
+            else:
+                with torch.no_grad():
+                    losses += self._forward(micro_batch, num_tasks, backward=False)
+        return losses
+
+    def _forward(self, micro_batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
+        """Forward, and backward, of one micro-batch; its part of each task's loss, [T]."""
+        device = get_device_id()
+        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+        micro_batch = self._grouped_by_task(micro_batch)
+        # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
+        lengths = micro_batch["input_ids"].offsets().diff()
+        response = self._response_of(micro_batch, lengths, packed)
+        if self._is_task_batched:
+            self._route(micro_batch["task"], response.tasks, lengths if packed else None)
+        layout = packed_attention.PackedLayout(lengths.tolist(), torch.device(device)) if packed else None
+        packed_attention.set_layout(layout)
+        for name in ("index", "labels", "weights", "tasks"):
+            setattr(response, name, getattr(response, name).to(device, non_blocking=True))
+
+        model_inputs, _ = super().prepare_model_inputs(micro_batch.to(device))
+        autocast = self._autocast_dtype != torch.float32
+        self._response = response if self.response_only_logits else None
+        try:
+            with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
+                output = self.module(**model_inputs, use_cache=False)
+                if response.loss is None:
+                    self._loss_from_logits(output.logits, response)
+            if backward:
+                # FSDP averages over the ranks of the group, each of which holds a part of the sum.
+                (response.loss * self.get_data_parallel_size()).backward()
+        finally:
+            self._response = None
+            packed_attention.set_layout(None)
+        terms = response.nll * response.weights * self.get_data_parallel_size()
+        return torch.zeros(num_tasks, device=device).index_add_(0, response.tasks, terms)
+
+    def _grouped_by_task(self, micro_batch: Any) -> Any:
+        """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""
+        task = micro_batch["task"]
+        if not self._is_task_batched or bool((task.diff() >= 0).all()):
+            return micro_batch
+        return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
+
+    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool) -> _Response:
+        # Position t predicts token t + 1.
+        is_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
+        flat = is_response.nonzero().squeeze(-1)
+        offsets = micro_batch["input_ids"].offsets()
+        row = torch.searchsorted(offsets, flat, right=True) - 1
+        return _Response(
+            index=flat if packed else row * int(lengths.max()) + (flat - offsets[row]),
+            labels=torch.roll(micro_batch["input_ids"].values(), shifts=-1, dims=0)[flat],
+            weights=micro_batch["loss_weight"][row],
+            tasks=micro_batch["task"][row],
+        )
+
+    def _route(self, task: torch.Tensor, response_tasks: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Tell the stacked adapters whose rows the micro-batch holds: tokens when packed, examples when padded."""
+        tasks = self.task_batch.num_tasks
+        rows = torch.zeros(tasks, dtype=torch.long)
+        rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths)
+        self.task_batch.route(rows.tolist(), torch.bincount(response_tasks, minlength=tasks).tolist())
+
+    # ---- the output layer -------------------------------------------------------------------------------------------
+
+    def _watch_output_layer(self, module: torch.nn.Module) -> None:
         """Let the output layer see only the hidden states whose next token is trained on.
 
         With vocabularies of 50,000 to 150,000 tokens and prompts longer than responses, the output layer over all
-        positions costs a large part of a small model's time and most of its activation memory.
+        positions costs a large part of a small model's time. Where it is a plain matrix whose logits nothing touches
+        afterwards, it returns the loss itself, and the logits never exist as a whole.
         """
-        output_layer = module.get_output_embeddings()
+        layer = module.get_output_embeddings()
+        config = module.config.get_text_config()
+        plain = (
+            isinstance(layer, torch.nn.Linear)
+            and layer.bias is None
+            and not any(
+                getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+            )
+        )
+        if not plain:
+            layer.register_forward_pre_hook(self._select_response)
+            return
+        original = layer.forward
 
-        def select(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-            if self._response_index is None:
-                return None
-            hidden = args[0]
-            return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._response_index), *args[1:])
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            response = self._response
+            if response is None:
+                return original(hidden)
+            (rows,) = self._select_response(layer, (hidden,))
+            weight = layer.weight
+            if torch.is_autocast_enabled(rows.device.type):
+                dtype = torch.get_autocast_dtype(rows.device.type)
+                rows, weight = rows.to(dtype), weight.to(dtype)
+            response.loss, response.nll = response_loss(rows, weight, response.labels, response.weights)
+            return response.loss
 
-        output_layer.register_forward_pre_hook(select)
+        layer.forward = forward
 
-    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        if not self.response_only_logits:
-            return model_inputs, output_args
-        offsets = micro_batch["input_ids"].offsets()
-        # Position t predicts token t + 1: the shift that sft_loss applies to the mask.
-        predicts_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
-        packed_index = predicts_response.nonzero().squeeze(-1)
-        output_args["response_index"] = packed_index
-        if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            self._response_index = packed_index  # one packed row: positions are the flat ones already
-        else:
-            row = torch.searchsorted(offsets, packed_index, right=True) - 1
-            width = model_inputs["input_ids"].shape[1]
-            self._response_index = row * width + (packed_index - offsets[row])
-        return model_inputs, output_args
+    def _select_response(
+        self, _layer: torch.nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if self._response is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._response.index), *args[1:])
 
-    def prepare_model_outputs(
-        self, output: Any, output_args: dict[str, Any], micro_batch: Any, logits_processor_func: Any
-    ) -> dict[str, torch.Tensor]:
-        if not self.response_only_logits:
-            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        self._response_index = None
-        index = output_args["response_index"]
-        input_ids = micro_batch["input_ids"]
-        labels = torch.roll(input_ids.values(), shifts=-1, dims=0)[index]
-        logits = output.logits.reshape(-1, output.logits.shape[-1])
-        log_probs = -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        # Back to one value per token, zero where the mask of sft_loss is zero anyway.
-        full = log_probs.new_zeros(input_ids.values().shape[0]).index_copy(0, index, log_probs)
-        return {"log_probs": torch.nested.nested_tensor_from_jagged(full, input_ids.offsets())}
+    def _loss_from_logits(self, logits: torch.Tensor, response: _Response) -> None:
+        logits = logits.reshape(-1, logits.shape[-1])
+        if self._response is None:  # the logits of all positions
+            logits = logits.index_select(0, response.index)
+        nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
+        response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
 
 
-_SFT_LOSS = partial(sft_loss, config=None)
+def use_packed_attention(module: torch.nn.Module) -> None:
+    """Switch a model from ``sdpa`` to attention over packed sequences, where its layers are all plainly causal."""
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    config = base.config.get_text_config()
+    plain = (
+        base.config._attn_implementation == "sdpa"
+        and not getattr(config, "is_encoder_decoder", False)
+        and not getattr(config, "use_bidirectional_attention", None)
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    )
+    if plain:
+        packed_attention.register()
+        base.set_attn_implementation(packed_attention.NAME)
 
 
 def build_training_worker(**configs: Any) -> TrainingWorker:
@@ -239,10 +391,27 @@ def build_training_worker(**configs: Any) -> TrainingWorker:
     return TrainingWorker(config=TrainingWorkerConfig(model_type=MODEL_TYPE, **configs))
 
 
-def make_batch(examples: Sequence[Mapping[str, torch.Tensor]], settings: Mapping[str, Any]) -> Any:
-    """Tokenised examples -> the batch that veRL's engine takes (jagged tensors plus ``settings``)."""
+def make_batch(
+    examples: Sequence[Mapping[str, torch.Tensor]],
+    tasks: Sequence[int],
+    weights: Sequence[float],
+    settings: Mapping[str, Any],
+) -> Any:
+    """Tokenised examples -> the batch that the engine takes (jagged tensors plus ``settings``).
+
+    Args:
+        examples: this rank's share, dicts of 1-D tensors.
+        tasks: which task of the pass each example belongs to.
+        weights: of each response token of an example in its task's loss: 1 / response tokens of the task's whole batch.
+        settings: veRL's batch settings.
+    """
     collate = SFTTensorCollator(settings["pad_mode"])
-    return tu.get_tensordict(tensor_dict=collate(list(examples)), non_tensor_dict=dict(settings))
+    tensors = {
+        **collate(list(examples)),
+        "task": torch.tensor(tasks, dtype=torch.long),
+        "loss_weight": torch.tensor(weights, dtype=torch.float32),
+    }
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=dict(settings))
 
 
 def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *, bucket_elements: int = 2**26) -> None:

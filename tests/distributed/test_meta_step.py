@@ -45,6 +45,14 @@ VARIANTS = {
     "adamw": ["meta.inner_optimizer=adamw"],
     "sum": ["meta.aggregation=sum"],
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
+    # META-LORA runs the variants above with all tasks of a rank in one pass; these are its other ways.
+    "one_at_a_time": ["meta.task_batching=false"],
+    "one_at_a_time_checkpointed_padded": [
+        "meta.task_batching=false",
+        "model.enable_gradient_checkpointing=true",
+        "model.use_remove_padding=false",
+    ],
+    "limited": ["meta.task_batch_limit=3"],  # a pass of three tasks and one of one
 }
 
 
@@ -58,6 +66,8 @@ def cases_for(world: int) -> list[dict]:
             if (world, group) == (4, 2):
                 variants = ("checkpointed_padded",)
             for variant in variants:
+                if method != "meta_lora" and variant.startswith(("one_at_a_time", "limited")):
+                    continue  # there is no frozen base to share
                 if method == "reptile" and variant not in ("packed", "adamw", "checkpointed_padded"):
                     continue  # its inner loop is the one that the other two run in every variant
                 lr = 0.01 if variant == "adamw" else LR[method]
@@ -96,7 +106,7 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
             if model != "tied":
                 cases = [c for c in cases if c["variant"] == "packed"]
             if world == 1:
-                broken = next(c for c in cases if c["name"] == "meta_lora-group1-checkpointed")
+                broken = next(c for c in cases if c["name"] == "meta_lora-group1-one_at_a_time_checkpointed_padded")
                 cases.append({**broken, "name": "broken", "break": "restore_before_backward"})
                 for k0 in ("fomaml-group1-packed", "meta_lora-group1-packed"):
                     case = next(c for c in cases if c["name"] == k0)
@@ -109,7 +119,8 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                 )
                 case = next(c for c in cases if c["name"] == "reptile-group1-packed")
                 lora = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.5"]
-                cases.append({**case, "name": "lora-reptile", "overrides": [*case["overrides"], *lora]})
+                for name, ways in (("lora-reptile", []), ("lora-reptile-one", ["meta.task_batching=false"])):
+                    cases.append({**case, "name": name, "overrides": [*case["overrides"], *lora, *ways]})
                 cases.append(
                     {
                         **case,

@@ -87,20 +87,14 @@ class CollectiveCounter:
 
 def restore_before_the_backward(trainer):
     """A deliberate mistake: theta is put back between the query forward and the query backward."""
-    engine, loop = trainer.engine, trainer.inner_loop
-    original_query, original_forward = trainer.query_backward, engine.forward_step
+    original = trainer.query_backward
 
-    def query_backward(episode, record):
-        def forward_step(*args, **kwargs):
-            output = original_forward(*args, **kwargs)
-            loop.restore()
-            return output
-
-        engine.forward_step = forward_step
+    def query_backward(episodes, records):
+        hook = trainer.engine.module.register_forward_hook(lambda *_: trainer.inner_loop.restore())
         try:
-            original_query(episode, record)
+            original(episodes, records)
         finally:
-            engine.forward_step = original_forward
+            hook.remove()
 
     trainer.query_backward = query_backward
 
