@@ -1,0 +1,88 @@
+"""Attention over packed sequences against transformers' own, one sequence at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from metasft import packed_attention
+from metasft.packed_attention import PackedLayout, packed_sdpa, set_layout
+
+
+@pytest.fixture(autouse=True)
+def _no_layout_left_behind():
+    yield
+    set_layout(None)
+
+
+def states(tokens, heads=4, kv_heads=2, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(1, h, tokens, size, generator=generator, requires_grad=True) for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def causal_alone(query, key, value, start, length, window=None):
+    """One sequence by transformers' sdpa, with an explicit mask."""
+    part = [t[:, :, start : start + length] for t in (query, key, value)]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    mask = (distance >= 0) & (distance < (window or length))
+    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
+    return sdpa_attention_forward(module, *part, mask[None, None], scaling=0.3)[0]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[4, 9, 1, 6], [5, 5, 5], [7]], ids=["ragged", "equal", "single"])
+def test_every_sequence_attends_to_itself_alone(lengths, window):
+    query, key, value = states(sum(lengths))
+    upstream = torch.randn(1, sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    expected = torch.cat(
+        [causal_alone(query, key, value, s, n, window) for s, n in zip(starts, lengths, strict=True)], dim=1
+    )
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), upstream)
+    set_layout(PackedLayout(lengths, torch.device("cpu")))
+    found, weights = packed_sdpa(None, query, key, value, None, scaling=0.3, sliding_window=window)
+    assert weights is None
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (query, key, value), upstream), expected_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_padded_at_the_end_need_no_mask():
+    query, key, value = states(6)
+    found, _ = packed_sdpa(None, query, key, value, None, scaling=0.3)
+    expected = causal_alone(query, key, value, 0, 4)
+    torch.testing.assert_close(found[:, :4], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_keeps_its_dtype_and_agrees_with_fp32():
+    lengths = [4, 9]
+    query, key, value = states(13)
+    set_layout(PackedLayout(lengths, torch.device("cpu")))
+    expected, _ = packed_sdpa(None, query, key, value, None, scaling=0.3)
+    found, _ = packed_sdpa(None, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, scaling=0.3)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_models_with_another_kind_of_attention_keep_theirs():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from metasft.verl_backend import use_packed_attention
+
+    shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **heads))
+    chunked = AutoConfig.for_model("llama", **shape, **heads)
+    chunked.layer_types = ["full_attention", "chunked_attention"]
+    other = AutoModelForCausalLM.from_config(chunked)
+    eager = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **shape, **heads), attn_implementation="eager"
+    )
+    for model, name in ((plain, packed_attention.NAME), (other, "sdpa"), (eager, "eager")):
+        use_packed_attention(model)
+        assert model.config._attn_implementation == name
