@@ -313,6 +313,13 @@ def test_reptile_on_lora_and_as_a_pseudo_gradient(outcomes, references):
     assert relative_error(result["gradient"], {n: -d for n, d in difference.items()}) < 1e-4
 
 
+def test_packed_batches_have_no_padding_and_padded_ones_say_how_much(outcomes):
+    cases, out, _ = outcomes(1)
+    for case in cases.values():
+        fraction = load(out, case)["metrics"]["perf/padding_fraction"]
+        assert 0 < fraction < 1 if case["variant"].endswith("padded") else fraction == 0, case["name"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_reduction_between_task_groups_per_meta_step(world, outcomes):
     """Inside the inner loop nobody talks to another group; at the end there is one all-reduce, whatever K."""

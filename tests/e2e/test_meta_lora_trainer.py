@@ -108,6 +108,7 @@ def test_metrics_have_the_documented_names_and_finite_values(run):
         "perf/step_seconds",
         "perf/peak_memory_gb",
         "perf/tokens_per_second",
+        "perf/padding_fraction",
         "train/lr",
     }
     for record in records:

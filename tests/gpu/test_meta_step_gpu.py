@@ -11,17 +11,28 @@ from script_runner import ROOT, must_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, none is visible")
 
+# name -> script, configuration, inner learning rate, overrides, largest relative error. TF32 is off by default, but
+# kernels sum in other orders; bf16 has 8 bits of mantissa.
+LORA = ("meta_lora_trainer.py", "config_meta_lora_example", 0.3)
+RANK_4 = ["model.lora_rank=4", "model.lora_alpha=8"]
+BF16 = [
+    "model.lora_rank=8",
+    "model.lora_alpha=16",
+    "engine.model_dtype=bf16",
+    "engine.mixed_precision.param_dtype=bf16",
+]
 METHODS = {
-    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example", 0.3),
-    "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05),
+    "meta_lora": (*LORA, RANK_4, 1e-4),  # ragged blocks: masked products
+    "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
+    "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM
+    "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05, [], 1e-4),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("padding", ["packed", "padded"])
 def test_meta_gradient_on_the_gpu_matches_the_reference(method, padding, tiny_model, task_dir, tmp_path):
-    script, config, lr = METHODS[method]
-    lora = ["model.lora_rank=4", "model.lora_alpha=8"] if method == "meta_lora" else []
+    script, config, lr, overrides, tolerance = METHODS[method]
     case = {
         "name": method,
         "script": script,
@@ -38,13 +49,14 @@ def test_meta_gradient_on_the_gpu_matches_the_reference(method, padding, tiny_mo
             "trainer.logger=[]",
             "optim.clip_grad=1e9",
             f"model.use_remove_padding={'true' if padding == 'packed' else 'false'}",
-            *lora,
+            *overrides,
         ],
     }
     (tmp_path / "cases.json").write_text(json.dumps([case]))
     must_run(ROOT / "tests/support/meta_step_worker.py", tmp_path / "cases.json", tmp_path, processes=1)
     result = torch.load(tmp_path / f"{method}_rank0.pt", weights_only=False)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    reference = Reference(tiny_model, task_dir, settings if lora else None)
+    rank = 8 if method == "bf16" else 4
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    reference = Reference(tiny_model, task_dir, settings if overrides else None)
     expected = reference.first_order_gradient(result["theta_before"], result["episodes"], lr)
-    assert relative_error(result["gradient"], expected) < 1e-4  # TF32 is off by default; kernels sum in other orders
+    assert relative_error(result["gradient"], expected) < tolerance

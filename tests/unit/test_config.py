@@ -166,3 +166,25 @@ def test_checks_need_neither_torch_nor_verl():
     code = f"import sys, {modules}; print(sorted({{'torch', 'verl'}} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_task_batching_is_on_by_default_and_can_be_limited():
+    meta = MetaConfig.from_mapping({"task_dir": "d", "inner_lr": 0.1}, "meta_lora")
+    assert meta.task_batching is None and meta.task_batch_limit is None  # with LoRA: on, as many as fit
+    limited = MetaConfig.from_mapping({"task_dir": "d", "inner_lr": 0.1, "task_batch_limit": 2}, "meta_lora")
+    assert limited.task_batch_limit == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "words"),
+    [
+        ("meta_lora", {"task_batch_limit": 0}, "meta.task_batch_limit=0 is too small"),
+        ("meta_lora", {"task_batching": "yes"}, "must be true or false"),
+        ("meta_lora", {"task_batching": False, "task_batch_limit": 2}, "has no effect with meta.task_batching=false"),
+        ("fomaml", {"task_batching": True}, "has no effect in FOMAML-SFT"),
+        ("fomaml", {"task_batch_limit": 2}, "has no effect in FOMAML-SFT"),
+    ],
+)
+def test_task_batching_where_it_has_no_effect_is_refused(method, values, words):
+    with pytest.raises(ValueError, match=words):
+        MetaConfig.from_mapping({"task_dir": "d", "inner_lr": 0.1, **values}, method)
