@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,14 +61,24 @@ class Blocks:
 
     def ends(self, device: torch.device) -> torch.Tensor:
         """Where each block ends, int32 [T]."""
-        return torch.tensor(self.counts, device=device).cumsum(0).to(torch.int32)
+        return _ends(self.counts, device)
 
-    def mask(self, width: int, like: torch.Tensor) -> torch.Tensor:
-        """[rows, T * width]: True in the columns of the row's own task."""
-        counts = torch.tensor(self.counts, device=like.device)
-        task = torch.repeat_interleave(torch.arange(len(self.counts), device=like.device), counts)
-        column = torch.arange(len(self.counts), device=like.device).repeat_interleave(width)
-        return task[:, None] == column[None, :]
+    def mask(self, width: int, device: torch.device) -> torch.Tensor:
+        """[rows, T * width]: True in the columns of the tasks that a row does not belong to."""
+        return _foreign(self.counts, width, device)
+
+
+# The layers of a pass ask for the same few tensors hundreds of times; on a GPU each would be a copy from the host.
+@lru_cache(maxsize=32)
+def _ends(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(counts).cumsum(0).to(device, torch.int32)
+
+
+@lru_cache(maxsize=32)
+def _foreign(counts: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
+    task = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    column = torch.arange(len(counts)).repeat_interleave(width)
+    return (task[:, None] != column[None, :]).to(device)
 
 
 def choose_strategy(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str:
@@ -92,9 +103,9 @@ def rows_times(x: torch.Tensor, weight: torch.Tensor, blocks: Blocks) -> torch.T
     if blocks.strategy == "masked":
         i, j = weight.shape[1:]
         if i <= j:  # the rank comes in: spread each row over its task's columns
-            spread = x.repeat(1, tasks).masked_fill_(~blocks.mask(i, x), 0)
+            spread = x.repeat(1, tasks).masked_fill_(blocks.mask(i, x.device), 0)
             return spread @ weight.reshape(tasks * i, j)
-        every = (x @ weight.permute(1, 0, 2).reshape(i, tasks * j)).masked_fill_(~blocks.mask(j, x), 0)
+        every = (x @ weight.permute(1, 0, 2).reshape(i, tasks * j)).masked_fill_(blocks.mask(j, x.device), 0)
         return every.view(-1, tasks, j).sum(dim=1)
     out = x.new_empty(x.shape[0], weight.shape[2])
     for task, rows in blocks.slices():
@@ -137,7 +148,7 @@ def add_block_products(
     elif blocks.strategy == "grouped":
         out.add_(torch.nn.functional.grouped_mm(left.t(), right, offs=blocks.ends(left.device)), alpha=alpha)
     elif blocks.strategy == "masked":
-        spread = left.repeat(1, tasks).masked_fill_(~blocks.mask(i, left), 0)
+        spread = left.repeat(1, tasks).masked_fill_(blocks.mask(i, left.device), 0)
         out.add_((spread.t() @ right).view(tasks, i, j), alpha=alpha)
     else:
         for task, rows in blocks.slices():
@@ -378,7 +389,7 @@ class TaskBatchedLoRA:
         return blocks if unit == 1 else Blocks(tuple(count * unit for count in blocks.counts), blocks.strategy)
 
     def mark_gradient(self) -> None:
-        """Say that a backward has added to the gradients."""
+        """Say that a backward is going to add to the gradients."""
         self._has_gradient = True
 
     # ---- updates ----------------------------------------------------------------------------------------------------
@@ -498,7 +509,8 @@ def _forward_with_stack(owner: TaskBatchedLoRA, layer: _Layer) -> Any:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         blocks = owner.blocks_for(layer.module, rows)
-        owner.mark_gradient()
+        if torch.is_grad_enabled():
+            owner.mark_gradient()
         flat = x.reshape(rows, x.shape[-1])
         compute = stack.a.dtype
         if layer.fused and _plain_dtype(x, base) == compute:

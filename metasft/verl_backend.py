@@ -163,6 +163,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         return module
 
     def _shard(self, module: torch.nn.Module, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> torch.nn.Module:
+        check_shardable(module)
         offload_policy = None
         if self.engine_config.offload_policy:
             offload_policy = CPUOffloadPolicy(pin_memory=get_device_name() != "cpu")
@@ -369,6 +370,18 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             logits = logits.index_select(0, response.index)
         nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
         response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
+
+
+def check_shardable(module: torch.nn.Module) -> None:
+    """Raise ValueError where FSDP2 cannot wrap what veRL asks it to: an untied output layer under an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = getattr(module.config, "tie_word_embeddings", False)
+    if isinstance(module.get_output_embeddings(), BaseTunerLayer) and not tied:
+        raise ValueError(
+            "model.target_modules adapts the output layer, which veRL cannot shard over a task group; leave it out of "
+            "model.target_modules, or set meta.task_group_size=1"
+        )
 
 
 def use_packed_attention(module: torch.nn.Module) -> None:

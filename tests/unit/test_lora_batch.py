@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from metasft import packed_attention
 from metasft.adaptation import InnerLoop
 from metasft.lora_batch import Blocks, TaskBatchedLoRA, add_block_products, add_rows_times, choose_strategy, rows_times
-from metasft.verl_backend import use_packed_attention
+from metasft.verl_backend import check_shardable, use_packed_attention
 
 TOLERANCE = 1e-5
 LR = 0.02  # larger rates make these random models chaotic, and rounding grows with every inner step
@@ -351,3 +351,9 @@ def test_what_cannot_be_stacked_is_refused_with_the_remedy(settings, words):
 def test_a_model_without_adapter_is_refused():
     with pytest.raises(ValueError, match="no LoRA layer"):
         TaskBatchedLoRA(build().unload(), lr=0.1, optimizer="sgd")
+
+
+def test_an_adapted_output_layer_is_refused_where_it_would_be_sharded():
+    with pytest.raises(ValueError, match="meta.task_group_size=1"):
+        check_shardable(build("llama-untied", "output_layer"))
+    check_shardable(build("llama-untied", "all"))
