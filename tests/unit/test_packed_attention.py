@@ -35,7 +35,7 @@ def causal_alone(query, key, value, start, length, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("lengths", [[4, 9, 1, 6], [5, 5, 5], [7]], ids=["ragged", "equal", "single"])
+@pytest.mark.parametrize("lengths", [[4, 9, 1, 6, 4, 30], [5, 5, 5], [7]], ids=["ragged", "equal", "single"])
 def test_every_sequence_attends_to_itself_alone(lengths, window):
     query, key, value = states(sum(lengths))
     upstream = torch.randn(1, sum(lengths), 4, 8, generator=torch.Generator().manual_seed(1))
@@ -50,6 +50,14 @@ def test_every_sequence_attends_to_itself_alone(lengths, window):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(found, (query, key, value), upstream), expected_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_of_similar_length_share_a_call():
+    layout = PackedLayout([10, 100, 11, 95, 10, 9], torch.device("cpu"))
+    assert sorted(map(sorted, layout.groups)) == [[0, 2, 4, 5], [1, 3]]
+    for group, (count, longest) in zip(layout.groups, layout.shapes, strict=True):
+        tokens = sum([10, 100, 11, 95, 10, 9][i] for i in group)
+        assert count * longest - tokens <= packed_attention.PADDING_LIMIT * tokens
 
 
 def test_rows_padded_at_the_end_need_no_mask():
