@@ -4,7 +4,16 @@
     python compare_methods.py --results base=results/base meta_lora=results/meta_lora \
         --summaries meta_lora=checkpoints/meta_lora/run_summary.json
 
-Draws the few-shot curves, the costs of training and the trade-off between them, and writes the numbers as a table.
+draws the few-shot curves, the costs of training and the trade-off between them, and writes the numbers as a table.
+
+    python compare_methods.py --paired results/meta_lora results/fomaml --margin 0.03
+
+compares two methods item by item: differences with 95% intervals, p-values, and whether the accuracies are equivalent
+within the margin; as JSON and as a table (metasft/paired.py says how it is judged).
+
+    python compare_methods.py --speed --results-dir results
+
+draws accuracy and loss against the update steps of the adaptation, from the <model type>_speed.json files.
 """
 
 from __future__ import annotations
@@ -12,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from metasft.installed import require
 from metasft.report import (
@@ -28,52 +38,143 @@ from metasft.report import (
     save_figure,
 )
 
+# Flag -> default, per way of use. A flag of another way is an error, so that none is ignored in silence.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "overview": {
+        "results": None,
+        "results_dir": Path("results"),
+        "summaries": [],
+        "checkpoints_dir": Path("checkpoints"),
+        "task": None,
+        "shots": None,
+        "output": Path("results/comparison_meta_lora_vs_fomaml.png"),
+        "table": Path("results/comparison.md"),
+    },
+    "paired": {"margin": 0.03, "allow_different_protocol": False, "output": None, "table": None},
+    "speed": {
+        "results": None,
+        "results_dir": Path("results"),
+        "task": None,
+        "output": Path("results/adaptation_speed.png"),
+    },
+}
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--paired", nargs=2, metavar=("A", "B"), help="result folders, or label=folder: A minus B")
+    way.add_argument("--speed", action="store_true", help="draw the adaptation speed")
     add("--results", nargs="+", metavar="LABEL=PATH", help="result folders or files (default: all in --results-dir)")
-    add("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
-    add("--summaries", nargs="+", default=[], metavar="LABEL=PATH", help="run_summary.json of a method's training")
+    add("--results-dir", type=Path, help="(default: results)")
+    add("--summaries", nargs="+", metavar="LABEL=PATH", help="run_summary.json of a method's training")
     add(
         "--checkpoints-dir",
         type=Path,
-        default=Path("checkpoints"),
-        help="where summaries of methods without --summaries are looked up (default: %(default)s)",
+        help="where summaries of methods without --summaries are looked up (default: checkpoints)",
     )
     add("--task", help=f"task of the learning curve, {ALL_TASKS} for the mean (default: calculus, else {ALL_TASKS})")
     add("--shots", type=int, help="shots in the third panel (default: 10, else the largest)")
+    add("--margin", type=float, help="of equivalence, with --paired: a fraction of accuracy (default: 0.03)")
     add(
-        "--output", type=Path, default=Path("results/comparison_meta_lora_vs_fomaml.png"), help="(default: %(default)s)"
+        "--allow-different-protocol",
+        action="store_true",
+        default=None,
+        help="with --paired: compare although the adaptations were done differently",
     )
-    add("--table", type=Path, default=Path("results/comparison.md"), help="(default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        help="figure (default: results/comparison_meta_lora_vs_fomaml.png; --speed: results/adaptation_speed.png), or "
+        "JSON file (--paired: results/paired_<A>_<B>.json)",
+    )
+    add("--table", type=Path, help="Markdown (default: results/comparison.md; --paired: results/paired_<A>_<B>.md)")
     return parser
+
+
+def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """(way of use, its flags with their defaults filled in)."""
+    way = "paired" if options.paired else "speed" if options.speed else "overview"
+    given = {k: v for k, v in vars(options).items() if k not in ("paired", "speed") and v is not None}
+    foreign = [key for key in given if key not in _DEFAULTS[way]]
+    if foreign:
+        flag = f"--{foreign[0].replace('_', '-')}"
+        with_way = "without --paired" if way == "overview" else f"with --{way}"
+        raise ValueError(f"{flag} has no meaning {with_way}: leave it out")
+    return way, {**_DEFAULTS[way], **given}
+
+
+def _write(path: Path, text: str, flag: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{flag} is {path}, which cannot be written ({error}): give another") from error
+
+
+def _overview(options: argparse.Namespace) -> None:
+    pairs = find_results(options.results_dir) if options.results is None else parse_pairs(options.results, "--results")
+    methods = [read_method(label, path) for label, path in pairs.items()]
+    methods = match_summaries(methods, parse_pairs(options.summaries, "--summaries"), options.checkpoints_dir)
+    tasks, shots = choose_tasks(methods, options.task), choose_shots(methods, options.shots)
+    save_figure(draw_comparison(methods, tasks=tasks, shots=shots), options.output)
+    table = markdown_table(methods)
+    _write(options.table, table, "--table")
+    print(table)
+    for note in differences(methods):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"wrote {options.output} and {options.table}")
+
+
+def _paired(sides: list[str], options: argparse.Namespace) -> None:
+    import json
+
+    from metasft import paired
+
+    (a_label, a_path), (b_label, b_path) = (paired.parse_side(side) for side in sides)
+    if a_label == b_label:
+        raise ValueError(f"--paired has two sides named {a_label}: name them, such as one={a_path} other={b_path}")
+    a, b = paired.read_evaluation(a_label, a_path), paired.read_evaluation(b_label, b_path)
+    notes = paired.check_pairing(a, b, allow_different_protocol=options.allow_different_protocol)
+    rows = paired.compare_pair(a, b, margin=options.margin)
+    stem = f"paired_{a_label}_{b_label}".replace("/", "-")
+    output, table_path = options.output or Path(f"results/{stem}.json"), options.table or Path(f"results/{stem}.md")
+    document = paired.paired_document(a, b, rows, margin=options.margin, notes=notes)
+    table = paired.paired_table(a, b, rows, margin=options.margin, notes=notes)
+    _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n", "--output")
+    _write(table_path, table, "--table")
+    print(table)
+    print(f"wrote {output} and {table_path}")
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from metasft import report_speed
+
+    if options.results is None:
+        pairs = report_speed.find_speed_files(options.results_dir)
+    else:
+        pairs = parse_pairs(options.results, "--results")
+    curves = [report_speed.read_speed(label, path) for label, path in pairs.items()]
+    tasks = report_speed.choose_speed_tasks(curves, options.task)
+    save_figure(report_speed.draw_speed(curves, tasks), options.output)
+    print(f"wrote {options.output}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
     options = _parser().parse_args(argv)
     try:
-        pairs = (
-            find_results(options.results_dir) if options.results is None else parse_pairs(options.results, "--results")
-        )
-        methods = [read_method(label, path) for label, path in pairs.items()]
-        methods = match_summaries(methods, parse_pairs(options.summaries, "--summaries"), options.checkpoints_dir)
-        tasks, shots = choose_tasks(methods, options.task), choose_shots(methods, options.shots)
-        save_figure(draw_comparison(methods, tasks=tasks, shots=shots), options.output)
-        table = markdown_table(methods)
-        try:
-            options.table.parent.mkdir(parents=True, exist_ok=True)
-            options.table.write_text(table, encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"--table is {options.table}, which cannot be written ({error}): give another") from error
+        way, settings = _settings(options)
+        if way == "paired":
+            _paired(options.paired, argparse.Namespace(**settings))
+        elif way == "speed":
+            _speed(argparse.Namespace(**settings))
+        else:
+            _overview(argparse.Namespace(**settings))
     except ValueError as error:
         print(f"compare_methods: {error}", file=sys.stderr)
         return 2
-    print(table)
-    for note in differences(methods):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {options.output} and {options.table}")
     return 0
 
 

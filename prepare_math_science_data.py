@@ -10,8 +10,9 @@ writes, from the verifiable problem generators of reasoning-gym (nothing is down
     manifest.json                                                                   source, settings, SHA-256 of files
 
 and, beside the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
-``baseline_lora_mixed.yaml``. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45 gives
-300. The same flags give the same bytes.
+``baseline_lora_mixed.yaml``, and those of the full-data yardstick, ``<task>_full.yaml`` and
+``baseline_lora_mixed_full.yaml``. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45
+gives 300. The same flags give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from metasft.installed import require
 from metasft.tasks import Example
 
 MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
-BASELINE_BATCH = 16
+TASK_BATCH = 4  # examples of one task per update step, as in an inner step of META-LORA
+EPOCHS = 2
 MODEL = "models/SmolLM2-135M-Instruct"
 
 
@@ -228,24 +230,49 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def baseline_config(name: str, train_files: list[str], samples: int, folder: str, config_name: str) -> str:
+def baseline_config(
+    name: str, train_files: list[str], samples: int | None, folder: str, config_name: str, *, tasks: int = 1
+) -> str:
     """A Hydra config that trains one LoRA with veRL's own SFT trainer.
 
     Args:
         name: of the run, ``std_lora_<name>``.
         train_files: parquet files, relative to the folder that the command runs in.
-        samples: how many examples of all files together to train on.
+        samples: how many examples of all files together to train on; None: all, the full-data setting.
         folder: where the config will lie; Hydra's --config-path.
         config_name: its file name without ``.yaml``.
+        tasks: how many tasks the files are of.
     """
     where = shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"'
     files = "\n".join(f"    - {json.dumps(file)}" for file in train_files)
+    batch = TASK_BATCH * tasks if samples is None else min(TASK_BATCH * tasks, samples)
+    if samples is None:
+        what = "all of the full data"
+        data = """\
+# The files are there after `python prepare_math_science_data.py --full-samples 1000`: the full-data yardstick, with the
+# same settings as over the support sets, so that only the data differ.
+#
+"""
+    else:
+        what, data = f"{samples} examples", ""
     return f"""\
-# Standard LoRA without meta-learning, {samples} examples: veRL's own trainer, unchanged. Run from the folder that
+# Standard LoRA without meta-learning, {what}: veRL's own trainer, unchanged. Run from the folder that
 # prepare_math_science_data.py ran in (it writes this file, and writes it again on its next run):
 #
 #   torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \\
 #       --config-path {where} --config-name {config_name}
+#
+{data}# Why these settings:
+#
+# * What can be equal to META-LORA is: rank, alpha and modules of the LoRA, precision, attention, learning rate (its
+#   meta learning rate), gradient clipping, and {TASK_BATCH} examples of each task per update step.
+# * {EPOCHS} epochs: on algebra (100 examples, SmolLM2-135M-Instruct, bf16 base, seed 1) the loss on 48 query examples
+#   is 1.80 nats per response token before, 0.76, 0.73, 0.78, 0.87 after 1, 2, 3, 4 epochs: more would overfit. Spending
+#   the 100,000 examples per task that META-LORA's 3000 meta-steps pass over would only harm this baseline.
+# * Learning rate and batch, from the same measurement after 1 epoch: 0.76 with 5e-4 and with 1e-3, 0.78 with 2e-4, and
+#   1.10 with 2e-4 and 16 examples per step.
+# * META-LORA also learns from the query sets. To give them to this baseline too, add the <task>_query.parquet files to
+#   data.train_files and set data.train_max_samples=-1.
 #
 # Change settings on that command line, for example optim.lr=1e-4. Everything not named here is veRL's default.
 
@@ -267,14 +294,15 @@ model:
   lora_rank: 16
   lora_alpha: 32
   target_modules: all-linear
-  enable_gradient_checkpointing: false
-  use_remove_padding: true
+  enable_gradient_checkpointing: false   # sequences of about 80 tokens: there is no memory to save
+  use_remove_padding: true               # no product runs over padding, whatever the lengths
   override_config:
-    attn_implementation: sdpa
+    attn_implementation: sdpa            # on a GPU with the package: flash_attention_2
 
 engine:
   strategy: fsdp2
   use_torch_compile: false
+  reshard_after_forward: false           # gather each layer once per step rather than twice
   model_dtype: fp32
   # Without these two veRL computes in bf16, which a CPU only emulates. On a GPU: bf16.
   mixed_precision:
@@ -282,7 +310,7 @@ engine:
     reduce_dtype: fp32
 
 optim:
-  lr: 2.0e-4
+  lr: 5.0e-4
   weight_decay: 0.0
   clip_grad: 1.0
   lr_scheduler_type: constant
@@ -290,12 +318,14 @@ optim:
 data:
   train_files:
 {files}
-  train_max_samples: {samples}
+  train_max_samples: {-1 if samples is None else samples}
   # Draw those examples from all files rather than from the head of the first ones.
   shuffle: true
   seed: 1
-  train_batch_size: {min(BASELINE_BATCH, samples)}
-  micro_batch_size_per_gpu: 4
+  train_batch_size: {batch}
+  # Rows are packed, and sdpa's work on a packed row grows with the square of its length: short rows. With flash
+  # attention it does not, and use_dynamic_bsz=true makes one pass per step.
+  micro_batch_size_per_gpu: {TASK_BATCH}
   use_dynamic_bsz: false
   max_length: 1024
   truncation: error
@@ -303,7 +333,7 @@ data:
 
 trainer:
   device: cpu                # veRL takes the accelerator instead where there is one
-  total_epochs: 10
+  total_epochs: {EPOCHS}
   save_freq: -1              # only the final checkpoint
   test_freq: -1
   max_ckpt_to_keep: 1
@@ -324,18 +354,27 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[st
     train_tasks = [name for name in settings["tasks"] if name in task_source.TRAIN_TASKS]
     output = os.path.normpath(output_dir)
     beside = os.path.normpath(os.path.join(output, ".."))
-    support = {name: os.path.join(output, "meta_train", f"{name}_support.parquet") for name in train_tasks}
-    count = settings["support_samples"]
-    configs = {
-        f"../meta_train/{name}_train.yaml": baseline_config(
-            name, [support[name]], count, os.path.normpath(os.path.join(beside, "meta_train")), f"{name}_train"
+    folder = os.path.normpath(os.path.join(beside, "meta_train"))
+
+    def files(part: str) -> dict[str, str]:
+        return {name: os.path.join(output, "meta_train", f"{name}_{part}.parquet") for name in train_tasks}
+
+    support, full, count = files("support"), files("full"), settings["support_samples"]
+    configs = {}
+    for name in train_tasks:
+        configs[f"../meta_train/{name}_train.yaml"] = baseline_config(
+            name, [support[name]], count, folder, f"{name}_train"
         )
-        for name in train_tasks
-    }
+        configs[f"../meta_train/{name}_full.yaml"] = baseline_config(
+            f"{name}_full", [full[name]], None, folder, f"{name}_full"
+        )
     if train_tasks:
-        samples = min(MIXED_SAMPLES, count * len(train_tasks))
+        tasks, samples = len(train_tasks), min(MIXED_SAMPLES, count * len(train_tasks))
         configs["../baseline_lora_mixed.yaml"] = baseline_config(
-            "mixed", list(support.values()), samples, beside, "baseline_lora_mixed"
+            "mixed", list(support.values()), samples, beside, "baseline_lora_mixed", tasks=tasks
+        )
+        configs["../baseline_lora_mixed_full.yaml"] = baseline_config(
+            "mixed_full", list(full.values()), None, beside, "baseline_lora_mixed_full", tasks=tasks
         )
     return configs
 

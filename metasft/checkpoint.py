@@ -280,7 +280,7 @@ def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
     """Wrap ``base_model`` (transformers) with the adapter in ``checkpoint``, trainable, LoRA tensors in fp32.
 
     Raises:
-        ValueError: the adapter's names or shapes do not fit this architecture.
+        ValueError: the adapter does not fit this architecture, naming the first module where it does not.
     """
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -289,17 +289,51 @@ def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
     config = LoraConfig(**{**settings, "inference_mode": False})
     try:
         model = get_peft_model(base_model, config)
-        result = set_peft_model_state_dict(model, dict(checkpoint.tensors))
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:  # not one of the target modules is there
         raise ValueError(_misfit(checkpoint, base_model, str(error).strip().splitlines()[0])) from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if result.unexpected_keys or missing:
-        detail = f"{len(result.unexpected_keys)} tensors have no place and {len(missing)} places get no tensor"
-        raise ValueError(_misfit(checkpoint, base_model, detail))
+    mismatch = _first_mismatch(model, checkpoint.tensors)
+    if mismatch is None and getattr(base_model, "name_or_path", "") != checkpoint.base_model:
+        mismatch = _first_left_out(model)
+    if mismatch is not None:
+        raise ValueError(_misfit(checkpoint, base_model, mismatch))
+    set_peft_model_state_dict(model, dict(checkpoint.tensors))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
     return model
+
+
+def _first_mismatch(model: Any, tensors: Mapping[str, Any]) -> str | None:
+    """The first module whose adapter is missing, left over or of another shape; None where all fit."""
+    places = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
+    for name, place in places.items():
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if name not in tensors:
+            return f"{module} of the model has no adapter"
+        if tensors[name].shape != place.shape:
+            found, needed = (" x ".join(map(str, tensor.shape)) for tensor in (tensors[name], place))
+            return f"the adapter of {module} is {found} where the model needs {needed}"
+    for name in tensors:
+        if name not in places:
+            module = name.removeprefix("base_model.model.").rpartition(".lora_")[0] or name
+            return f"the adapter has {module}, the model has not"
+    return None
+
+
+def _first_left_out(model: Any) -> str | None:
+    """The first module without an adapter although its namesakes in other layers have one; None where there is none.
+
+    Of a deeper model, peft would leave the additional layers without an adapter in silence.
+    """
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    kinds = {kind(name) for name, module in modules.items() if hasattr(module, "lora_A")}
+    left_out = (name for name, module in modules.items() if kind(name) in kinds and not hasattr(module, "lora_A"))
+    name = next(left_out, None)
+    return None if name is None else f"{name} of the model has no adapter"
 
 
 def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:

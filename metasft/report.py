@@ -16,7 +16,7 @@ PREFERRED_TASK = "calculus"
 PREFERRED_SHOTS = 10
 TIME_UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0))
 MEMORY_UNITS = (("MB", 1e6), ("GB", 1e9))
-_MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>"
 _MAJORITY_LABEL = "most frequent answer"
 _TIME_COLOUR, _MEMORY_COLOUR = "#4c72b0", "#c05a20"
 # What has to agree before accuracies are worth comparing, with the words for it.
@@ -107,36 +107,43 @@ def find_results(folder: Path) -> dict[str, Path]:
     }
 
 
+def find_file(label: str, path: Path, suffix: str, remedy: str) -> Path:
+    """The ``<model type><suffix>`` file of a label, given as the file or as the folder that holds it.
+
+    Raises:
+        ValueError: there is no such file, or several.
+    """
+    if path.is_dir():
+        files = sorted(path.glob(f"*{suffix}"))
+        if len(files) != 1:
+            found = f"{len(files)} of them ({', '.join(f.name for f in files)}): name the file" if files else "none"
+            raise ValueError(f"results of {label}: {path} should hold one <model type>{suffix} but holds {found}")
+        path = files[0]
+    if not path.name.endswith(suffix) or not path.is_file():
+        raise ValueError(f"results of {label}: {path} is no <model type>{suffix} file: {remedy}")
+    return path
+
+
 def read_method(label: str, path: Path) -> Method:
     """Read one set of results, given as the file or as the folder that holds it.
 
     Raises:
         ValueError: there is no such file, several, or it is not what ``evaluate_few_shot.py`` writes.
     """
-    if path.is_dir():
-        files = sorted(path.glob(f"*{RESULTS_SUFFIX}"))
-        if len(files) != 1:
-            found = f"{len(files)} of them ({', '.join(f.name for f in files)}): name the file" if files else "none"
-            raise ValueError(
-                f"results of {label}: {path} should hold one <model type>{RESULTS_SUFFIX} but holds {found}"
-            )
-        path = files[0]
-    if not path.name.endswith(RESULTS_SUFFIX) or not path.is_file():
-        raise ValueError(
-            f"results of {label}: {path} is no <model type>{RESULTS_SUFFIX} file: run evaluate_few_shot.py"
-        )
-    results = _read_json(path)
+    path = find_file(label, path, RESULTS_SUFFIX, "run evaluate_few_shot.py")
+    results = read_json(path)
     _check_results(results, path)
     model_type = _model_type(path)
     settings_path = path.with_name(f"{model_type}_settings.json")
-    return Method(label, model_type, results, _read_json(settings_path) if settings_path.is_file() else {})
+    return Method(label, model_type, results, read_json(settings_path) if settings_path.is_file() else {})
 
 
 def _model_type(path: Path) -> str:
     return path.name.removesuffix(RESULTS_SUFFIX)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; ValueError when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -170,7 +177,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     path = path / SUMMARY_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the trainers write {SUMMARY_FILE} when they finish")
-    summary = _read_json(path)
+    summary = read_json(path)
     for key in _SUMMARY_NUMBERS:
         if not isinstance(summary, dict) or not isinstance(summary.get(key), int | float):
             raise ValueError(f"{path} has no number {key!r}: it is not a summary written by a finished training")
@@ -311,7 +318,7 @@ def draw_comparison(methods: Sequence[Method], *, tasks: Sequence[str], shots: i
     except ImportError as error:
         raise ValueError("matplotlib is not installed: pip install matplotlib") from error
     styles = {
-        method.label: {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
+        method.label: {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
         for index, method in enumerate(methods)
     }
     # Without pyplot: no window system is asked for, and nothing stays open.
@@ -532,9 +539,9 @@ def markdown_table(methods: Sequence[Method]) -> str:
         baseline = _majority([method for method in methods if task in method.results], [task])
         if baseline is not None:
             rows.append([f"*{_MAJORITY_LABEL}*", task, *([f"{baseline:.1%}"] * len(shots))])
-    lines = [f"# Comparison of methods\n\n{describe(methods)}\n", _line(header)]
-    lines.append(_line(["---", "---", *["---:"] * (len(header) - 2)]))
-    lines += [_line(row + [""] * (len(header) - len(row))) for row in rows]
+    lines = [f"# Comparison of methods\n\n{describe(methods)}\n", markdown_row(header)]
+    lines.append(markdown_row(["---", "---", *["---:"] * (len(header) - 2)]))
+    lines += [markdown_row(row + [""] * (len(header) - len(row))) for row in rows]
     notes = [
         "Accuracy: mean over runs with its 95% interval over test items and shot sets. Loss: nats per response token "
         "of the test set. Format: share of answers that could be read.",
@@ -569,7 +576,8 @@ def _row(method: Method, task: str, shots: Sequence[int]) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

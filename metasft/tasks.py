@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 TRAIN_TASKS: dict[str, tuple[str, ...]] = {
@@ -65,7 +66,10 @@ class _Family:
         identity: metadata that make two differently worded questions the same problem.
         scorer_metadata: metadata that the family's ``score_answer`` reads; the others are dropped.
         accept: which entries are sound problems.
-        whole_answer: pattern that a right answer matches entirely, where the verifier reads only a part of it.
+        whole_answer: pattern that a right answer matches entirely, where the verifier reads only a part of it or
+            passes over what it cannot read.
+        thousands: whether commas separate thousands, and are removed before the verifier sees the answer.
+        close: whether an answer is close enough to the gold one, where the verifier's tolerance is too wide.
     """
 
     configs: tuple[Mapping[str, Any], ...] = ({},)
@@ -75,6 +79,18 @@ class _Family:
     scorer_metadata: tuple[str, ...] = ()
     accept: Callable[[Mapping[str, Any]], bool] = lambda entry: True
     whole_answer: str | None = None
+    thousands: bool = False
+    close: Callable[[str, str], bool] = lambda answer, gold: True
+
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_THOUSANDS = r"(?:\d+|\d{1,3}(?:,\d{3})+)"
+
+
+def _within_a_percent(answer: str, gold: str) -> bool:
+    """Whether two numbers, as decimals or fractions, differ by no more than 1% of the second."""
+    given, right = Fraction(answer), Fraction(gold)
+    return abs(given - right) <= abs(right) / 100
 
 
 _CALCULATION_GUIDELINES = r"\s*When performing calculations, please follow these guidelines:.*"
@@ -89,6 +105,7 @@ _FAMILIES: dict[str, _Family] = {
         strip=r"\s*In solving equations, please follow these instructions:.*",
         hint="Give the real solutions as decimals separated by commas.",
         identity=("polynomial_expr",),
+        whole_answer=rf"{_NUMBER}(?:\s*,\s*{_NUMBER})*",
     ),
     "polynomial_multiplication": _Family(
         configs=(
@@ -126,6 +143,8 @@ _FAMILIES: dict[str, _Family] = {
         hint="Use 3 decimals, (x, y) for points and ° for angles.",
         identity=("task_type", "A", "B", "C"),
         scorer_metadata=("task_type", "ortho", "incircle_radius_exact"),
+        # Of a point the verifier reads the first two parts between commas.
+        whole_answer=rf"{_NUMBER}°?|{_NUMBER}\s*,\s*{_NUMBER}|\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)",
     ),
     "gcd": _Family(
         configs=({"max_value": 100},),
@@ -137,18 +156,21 @@ _FAMILIES: dict[str, _Family] = {
         configs=({"max_value": 1000},),
         strip=r"\s*Write the factors separated by.*",
         hint="Write the factors like 2 × 2 × 3.",
+        whole_answer=r"\d+(?:\s*×\s*\d+)*",
     ),
     "fraction_simplification": _Family(
         configs=({"max_value": 20, "max_factor": 10, "styles": ("plain",)},),
         strip=r"\s*Give only the simplified fraction as your final answer\.",
         scorer_metadata=("numerator", "denominator", "simplified_numerator", "simplified_denominator"),
+        whole_answer=r"\d+\s*/\s*\d+|\\[dt]?frac\{\d+\}\{\d+\}",
     ),
     "base_conversion": _Family(
         configs=({"max_base": 10, "max_value": 100},),
         strip=r"^Your task is to convert.*Now, ",
     ),
     "count_primes": _Family(configs=({"max_n": 100},)),
-    "coin_flip": _Family(),
+    # The verifier's tolerance is absolute: 0 would pass for every rare event.
+    "coin_flip": _Family(close=_within_a_percent),
     "dice": _Family(
         configs=tuple({"num_dice": 2, "max_dice_size": size} for size in (6, 8, 10, 12, 16, 20, 24, 30)),
         strip=r"\s*\(Assume that all dice.*",
@@ -158,13 +180,19 @@ _FAMILIES: dict[str, _Family] = {
         strip=r"\s*Give the result as your final answer\.\s*Do not include units\.",
         hint="Give the number without a unit.",
         # The verifier takes the first number it finds, and does not see a minus in front of it.
-        whole_answer=r"\$?\d+(\.\d+)?%?",
+        whole_answer=rf"\$?{_THOUSANDS}(?:\.\d+)?%?",
+        thousands=True,
     ),
     "leg_counting": _Family(
         configs=({"min_animals": 2, "max_animals": 3, "max_instances": 9},),
         strip=r"^Your task is to count.*Now, ",
     ),
-    "chain_sum": _Family(configs=({"max_terms": 4, "max_digits": 2},), identity=("expression",)),
+    "chain_sum": _Family(
+        configs=({"max_terms": 4, "max_digits": 2},),
+        identity=("expression",),
+        # The verifier drops every comma, wherever it stands.
+        whole_answer=rf"[+-]?{_THOUSANDS}(?:\.\d+)?",
+    ),
     "simple_integration": _Family(
         configs=({"min_terms": 1, "max_terms": 2, "max_degree": 4, "symbols": ("x",)},),
         strip=_CALCULATION_GUIDELINES,
@@ -188,7 +216,12 @@ _FAMILIES: dict[str, _Family] = {
         identity=("integrand",),
         scorer_metadata=("integrand", "variable"),
     ),
-    "knights_knaves": _Family(strip=r"\s*\(Format your answer like:.*", hint="Name everyone's role."),
+    "knights_knaves": _Family(
+        strip=r"\s*\(Format your answer like:.*",
+        hint="Name everyone's role.",
+        # The verifier looks for names and roles among whatever other words there are.
+        whole_answer=r"(?i:[a-z]+ is an? [a-z]+(?:(?:,| and|, and) [a-z]+(?: is)? an? [a-z]+)*\.?)",
+    ),
     "syllogism": _Family(strip=r"\s*\(Answer Yes or No\)", hint="The answer is Yes or No."),
     "circuit_logic": _Family(configs=({"min_terms": 2, "max_terms": 2, "max_inputs": 2},)),
 }
@@ -538,14 +571,16 @@ def _reasoning_gym_correct(answer: str, gold: str, extra_info: Mapping[str, Any]
     # Verifiers compare distances, and every comparison with nan passes; exact fractions of 1e999999999 take forever.
     if "nan" in lowered or "inf" in lowered or re.search(r"\de[+-]?\d{3}", lowered):
         return False
-    whole_answer = _FAMILIES[family].whole_answer
-    if whole_answer is not None and not re.fullmatch(whole_answer, answer):
+    settings = _FAMILIES[family]
+    if settings.whole_answer is not None and not re.fullmatch(settings.whole_answer, answer):
         return False
+    if settings.thousands:
+        answer = answer.replace(",", "")
     if family in _EXPRESSION_FAMILIES and not _is_harmless_expression(answer):
         return False
     entry = {"answer": gold, "metadata": extra_info["metadata"]}
     try:
-        return _scorer(family)(answer, entry) >= CORRECT_SCORE
+        return _scorer(family)(answer, entry) >= CORRECT_SCORE and settings.close(answer, gold)
     except (ValueError, ArithmeticError):  # what a verifier raises on text it cannot read as a number
         return False
 

@@ -11,6 +11,7 @@ import matplotlib.image
 import pytest
 
 import compare_methods
+from metasft import report_speed
 from metasft.evaluation import summarise_cells
 from metasft.report import (
     Method,
@@ -294,6 +295,109 @@ def test_differences_that_spoil_a_comparison_are_noted(work):
     notes = differences([methods[1], gpu])
     assert notes == ["Training costs were measured on a different device (meta_lora: a CPU, c: a GPU)."]
     assert "a different device" in markdown_table([methods[1], gpu])
+
+
+# ---- adaptation speed -----------------------------------------------------------------------------------------------
+
+STEPS = (0, 1, 2, 5, 10, 20)
+
+
+def write_speed(folder, model_type, gain, *, loss_ci=False, tasks=("calculus", "logic")):
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {}
+    for task in tasks:
+        content[task] = {}
+        for n in reversed(STEPS):  # as text they would sort 0, 1, 10, 2
+            accuracy = 0.1 + gain * n
+            content[task][str(n)] = {
+                "accuracy_mean": accuracy, "accuracy_std": 0.02, "ci95": [accuracy - 0.05, accuracy + 0.07],
+                "loss_mean": 2.0 - gain * n, "n_runs": 3, "n_test": 40,
+                **({"loss_ci95": [1.9 - gain * n, 2.3 - gain * n]} if loss_ci else {}),
+            }  # fmt: skip
+    (folder / f"{model_type}_speed.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def speed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_speed(tmp_path / "results" / "base", "base", 0.01)
+    write_speed(tmp_path / "results" / "meta_lora", "meta_lora", 0.03, loss_ci=True)
+    return tmp_path
+
+
+def test_speed_figure_shows_the_measured_numbers(speed):
+    curves = [report_speed.read_speed(label, speed / "results" / label) for label in ("base", "meta_lora")]
+    figure = report_speed.draw_speed(curves, ["calculus", "logic"])
+    upper, _, lower, _ = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["calculus", "logic", "", ""]
+    assert [label.get_text() for label in lower.get_xticklabels()] == [str(n) for n in STEPS]
+    for container, gain in zip(upper.containers, (0.01, 0.03), strict=True):
+        line, _, (bars,) = container.lines
+        assert list(line.get_ydata()) == pytest.approx([100 * (0.1 + gain * n) for n in STEPS])
+        for segment, n in zip(bars.get_segments(), STEPS, strict=True):
+            mean = 100 * (0.1 + gain * n)
+            assert list(segment[:, 1]) == pytest.approx([mean - 5, mean + 7])
+    for container, gain in zip(lower.containers, (0.01, 0.03), strict=True):
+        assert list(container.lines[0].get_ydata()) == pytest.approx([2.0 - gain * n for n in STEPS])
+    assert not lower.containers[0].has_yerr  # an interval that was not measured is not drawn
+    assert next(list(s[:, 1]) for s in lower.containers[1].lines[2][0].get_segments()) == pytest.approx([1.9, 2.3])
+
+
+def test_speed_curves_differ_without_colour(speed):
+    for index in range(10):
+        write_speed(speed / "more" / str(index), "lora", 0.01)
+    curves = [report_speed.read_speed(str(i), speed / "more" / str(i)) for i in range(10)]
+    figure = report_speed.draw_speed(curves, ["calculus"])
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_marker(), str(line.get_linestyle())) for line in lines}) == 10
+    assert len({line.get_marker() for line in lines}) == 10
+    assert len({line.get_linestyle() for line in lines[:4]}) == 4
+
+
+def test_speed_script(speed, capsys):
+    assert compare_methods.main(["--speed"]) == 0
+    assert capsys.readouterr().out == "wrote results/adaptation_speed.png\n"
+    image = matplotlib.image.imread(speed / "results" / "adaptation_speed.png")
+    assert image[..., :3].std() > 0.05  # not blank
+    arguments = ["--speed", "--results", "a=results/base", "--task", "logic", "--output", "one.pdf"]
+    assert compare_methods.main(arguments) == 0
+    assert (speed / "one.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--results-dir", "nowhere"], "--results-dir is nowhere, which holds no <name>/<model type>_speed.json"),
+        (["--results", "a=results"], "results should hold one <model type>_speed.json but holds none"),
+        (["--task", "algebra"], "--task is 'algebra': choose all or a task of every method: calculus, logic"),
+        (["--shots", "5"], "--shots has no meaning with --speed"),
+        (["--output", "plot.xyz"], "--output is plot.xyz, which cannot be written"),
+    ],
+)
+def test_unusable_speed_arguments(speed, capsys, arguments, message):
+    assert compare_methods.main(["--speed", *arguments]) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"a": {}}', '{"a": {"x": {}}}', '{"a": {"1": {"ci95": [0, 1]}}}'])
+def test_speed_files_of_another_format_are_refused(speed, content):
+    path = speed / "results" / "base" / "base_speed.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"base_speed.json is not (readable JSON|in the format)"):
+        report_speed.read_speed("base", path)
+
+
+def test_speed_tasks_are_those_of_every_method(speed):
+    write_speed(speed / "results" / "lora", "lora", 0.02, tasks=("logic",))
+    curves = [report_speed.read_speed(label, speed / "results" / label) for label in ("base", "lora")]
+    assert report_speed.choose_speed_tasks(curves, None) == ["logic"]
+    assert set(report_speed.find_speed_files(speed / "results")) == {"base", "lora", "meta_lora"}
+    write_speed(speed / "results" / "lora", "lora", 0.02, tasks=("other",))
+    curves[1] = report_speed.read_speed("lora", speed / "results" / "lora")
+    with pytest.raises(ValueError, match="no task in common"):
+        report_speed.choose_speed_tasks(curves, None)
 
 
 # ---- the guide's plot -----------------------------------------------------------------------------------------------

@@ -209,12 +209,14 @@ def compose(folder: Path, name: str):
 
 def test_single_task_baseline_configs(prepared):
     folder = prepared / "data/meta_train"
-    assert {path.stem for path in folder.glob("*.yaml")} == {f"{task}_train" for task in tasks.TRAIN_TASKS}
+    expected = {f"{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
+    assert {path.stem for path in folder.glob("*.yaml")} == expected
     for task in tasks.TRAIN_TASKS:
         config = compose(folder, f"{task}_train")
         assert config.data.train_files == [f"data/math_science_meta/meta_train/{task}_support.parquet"]
         assert (prepared / config.data.train_files[0]).is_file()
         assert config.data.train_max_samples == 100
+        assert config.data.train_batch_size == 4
         assert config.model.lora_rank == 16
         assert config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
         assert config.optim.optimizer == "AdamW"  # from veRL's config: it really is composed
@@ -225,7 +227,39 @@ def test_mixed_baseline_config(prepared):
     assert len(config.data.train_files) == len(tasks.TRAIN_TASKS)
     assert sum(len(pd.read_parquet(prepared / file)) for file in config.data.train_files) == 500
     assert config.data.train_max_samples == 500
+    assert config.data.train_batch_size == 4 * len(tasks.TRAIN_TASKS)
     assert config.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+
+
+def test_full_data_configs(run_here, tmp_path):
+    """The same settings over the files of --full-samples; they are there, complete, where the flag was given."""
+    assert run_here("--full-samples", "50") == 0
+    support = compose(tmp_path / "data/meta_train", "algebra_train")
+    config = compose(tmp_path / "data/meta_train", "algebra_full")
+    assert config.data.train_files == ["data/math_science_meta/meta_train/algebra_full.parquet"]
+    assert len(pd.read_parquet(tmp_path / config.data.train_files[0])) == 50
+    assert config.data.train_max_samples == -1  # all
+    assert config.trainer.default_local_dir == "checkpoints/std_lora_algebra_full"
+    for group in ("model", "engine", "optim"):
+        assert config[group] == support[group]
+    assert config.trainer.total_epochs == support.trainer.total_epochs
+    mixed = compose(tmp_path / "data", "baseline_lora_mixed_full")
+    assert sum(len(pd.read_parquet(tmp_path / file)) for file in mixed.data.train_files) == 50 * len(tasks.TRAIN_TASKS)
+    assert mixed.trainer.default_local_dir == "checkpoints/std_lora_mixed_full"
+
+
+def test_baselines_match_meta_lora_in_what_can_match(prepared):
+    """Otherwise the comparison would measure the settings."""
+    ours = compose(ROOT / "data/math_science_meta", "config_meta_lora_example")
+    for folder, name in (("data/meta_train", "algebra_train"), ("data", "baseline_lora_mixed")):
+        config = compose(prepared / folder, name)
+        for key in ("path", "lora_rank", "lora_alpha", "target_modules", "use_remove_padding"):
+            assert config.model[key] == ours.model[key], key
+        for key in ("strategy", "model_dtype", "mixed_precision"):
+            assert config.engine[key] == ours.engine[key], key
+        for key in ("lr", "weight_decay", "clip_grad", "optimizer", "betas", "lr_scheduler_type"):
+            assert config.optim[key] == ours.optim[key], key
+        assert config.data.max_length == ours.data.max_length
 
 
 def test_baseline_configs_are_valid_for_verl(prepared):
@@ -233,7 +267,7 @@ def test_baseline_configs_are_valid_for_verl(prepared):
 
     config = compose(prepared / "data", "baseline_lora_mixed")
     assert omega_conf_to_dataclass(config.engine).strategy == "fsdp2"
-    assert omega_conf_to_dataclass(config.optim).lr == pytest.approx(2e-4)
+    assert omega_conf_to_dataclass(config.optim).lr == pytest.approx(5e-4)
     assert omega_conf_to_dataclass(config.checkpoint).save_lora_only is True
 
 
@@ -263,7 +297,9 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def test_config_opens_with_its_command(prepared):
-    for path in [*(prepared / "data/meta_train").glob("*.yaml"), prepared / "data/baseline_lora_mixed.yaml"]:
+    paths = [*(prepared / "data/meta_train").glob("*.yaml"), *(prepared / "data").glob("baseline_lora_*.yaml")]
+    assert len(paths) == 2 * len(tasks.TRAIN_TASKS) + 2
+    for path in paths:
         comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
         found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
         assert prepared / found[1] / f"{found[2]}.yaml" == path
