@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: venv model quickstart test test-all lint clean
+.PHONY: venv model quickstart test test-all bench lint clean
 
 venv: $(STAMP)
 
@@ -32,6 +32,11 @@ test: $(STAMP)
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Interleaved measurements of every arm; hours on 2 cores. BENCH="--repeats 2 --largest-cell 2048" is shorter.
+bench: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python prepare_math_science_data.py --skip-existing
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

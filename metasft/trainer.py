@@ -259,7 +259,9 @@ class EpisodicSFTTrainer(SFTTrainer):
         episodes = self.episodes_of_this_group(meta_batch)
         lr = self.engine.lr_scheduler.get_last_lr()[0]
         self._measure_gain = bool(self.meta.adaptation_gain_freq) and step % self.meta.adaptation_gain_freq == 0
-        with self.engine.train_mode():
+        # Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU.
+        offloads = self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
+        with self.engine.train_mode(disable_auto_offload=not offloads):
             self.step = step
             records, grad_norm = self.meta_step(episodes)
         if self.meta.update_shared:
