@@ -4,8 +4,9 @@ r"""Few-shot evaluation: adapt a model on N examples of an unseen task, then tes
         --model-path checkpoints/meta_lora/meta_lora_checkpoint_step_60.pt \
         --eval-tasks calculus theorem_proving --n-shots 0 5 10 25 50 --output-dir results/meta_lora
 
-Writes <model-type>_results.json, _settings.json, _predictions.jsonl and _cells.jsonl to the output folder. Run again
-after an interruption, it continues where it stopped.
+Writes <model-type>_results.json, _settings.json, _predictions.jsonl and _cells.jsonl to the output folder, with
+--speed-steps also _speed.json, with --search-adaptation also _search.json. Run again after an interruption, it
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from metasft.evaluation import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
+from metasft.evaluation import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
 from metasft.installed import require
 
 
@@ -26,7 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-path", required=True, help="model folder, adapter (.pt or PEFT folder) or veRL checkpoint folder")
     add("--model-type", required=True, choices=MODEL_TYPES, help="what it is; names the result files")
     add("--output-dir", required=True, type=Path, help="folder for the result files")
-    add("--eval-tasks", nargs="+", default=(), metavar="TASK", help="unseen tasks (default: all in DATA_DIR/meta_test)")
+    add(
+        "--eval-tasks",
+        nargs="+",
+        default=(),
+        metavar="TASK",
+        help="tasks (default: all in DATA_DIR/meta_test); those of meta_train are tested in-domain",
+    )
     add(
         "--n-shots",
         nargs="+",
@@ -56,7 +63,51 @@ def _parser() -> argparse.ArgumentParser:
         default=default["adaptation_batch_size"],
         help="examples per update step, N if there are fewer (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=default["batch_size"], help="test items per batch (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=default["batch_size"],
+        help="rows generated together, over all cells of a batch (default: %(default)s)",
+    )
+    add(
+        "--cells-per-batch",
+        type=int,
+        metavar="N",
+        help="LoRA adaptations done and tested together, results unchanged; 1 = one at a time (default: automatic)",
+    )
+    add(
+        "--search-adaptation",
+        action="store_true",
+        help="choose optimizer and learning rate on held-out items of the training tasks; the same grid for every type",
+    )
+    add(
+        "--search-limit",
+        type=int,
+        default=default["search_limit"],
+        help="held-out items per training task in that search (default: %(default)s)",
+    )
+    add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
+    add(
+        "--speed-steps",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="S",
+        help="also measure after S update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)",
+    )
+    add(
+        "--speed-shots",
+        type=int,
+        default=default["speed_shots"],
+        help="shots of the speed curve (default: %(default)s)",
+    )
+    add("--speed-only", action="store_true", help="measure the speed curve alone")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default=default["backend"],
+        help="what generates; vllm needs a GPU, the package vllm and a LoRA (default: %(default)s)",
+    )
     add("--max-new-tokens", type=int, default=default["max_new_tokens"], help="per answer (default: %(default)s)")
     add("--limit", type=int, help="use the first LIMIT test items of each task (default: all)")
     add("--seed", type=int, default=default["seed"], help="of shots and fresh LoRA weights (default: %(default)s)")
@@ -74,14 +125,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
     values = vars(_parser().parse_args(argv))
-    values["eval_tasks"], values["n_shots"] = tuple(values["eval_tasks"]), tuple(values["n_shots"])
+    values |= {name: tuple(values[name]) for name in ("eval_tasks", "n_shots", "speed_steps")}
     try:
-        results, store = evaluate(EvaluationConfig(**values))
+        results, stores = evaluate(EvaluationConfig(**values))
     except ValueError as error:
         print(f"evaluate_few_shot: {error}", file=sys.stderr)
         return 2
-    print(format_table(results))
-    print(f"wrote {store.results_path}, {store.settings_path.name} and {store.predictions_path.name}")
+    if results:
+        print(format_table(results))
+    for store in stores:
+        print(f"wrote {store.results_path}, {store.settings_path.name} and {store.predictions_path.name}")
     return 0
 
 

@@ -1,197 +1,44 @@
-"""A model under few-shot evaluation: loaded from any checkpoint, adapted on shots, tested while it is adapted.
+"""A model under few-shot evaluation: adapted on shots, tested while it is adapted, and then the same model again.
 
 The planning, checking and counting around it is in :mod:`metasft.evaluation`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from metasft.adaptation import InnerLoop
-from metasft.checkpoint import AdapterCheckpoint, attach_adapter, load_adapter_folder, load_meta_lora
+from metasft.checkpoint import attach_adapter
 from metasft.episodes import ShuffledStream
-from metasft.evaluation import (
-    DEFAULT_LORA_ALPHA,
-    DEFAULT_LORA_RANK,
-    Adaptation,
-    EvaluationConfig,
-    ModelSource,
-    TestTask,
-    check_model_folder,
-    recorded_adaptation,
-    resolve_adaptation,
-)
+from metasft.few_shot_open import OpenedModel, attach_fresh_lora, load_transformers
+from metasft.few_shot_packed import Example, PackedRunner, Tested, TestItem, response_targets
+from metasft.few_shot_packing import why_not_packed
+from metasft.few_shot_padded import PaddedRunner
+from metasft.few_shot_protocol import EvaluationConfig, TestTask, in_context
+from metasft.few_shot_source import Adaptation
+from metasft.lora_batch import TaskBatchedLoRA
 
-Example = Mapping[str, torch.Tensor]
-"""One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint whose adapter, if any, is read, while the model itself is not loaded yet.
-
-    Attributes:
-        load_from: folder or hub name of the model and its tokenizer.
-        base_model: model under an adapter; None for a full-parameter checkpoint.
-        adapter: the trained adapter; None for a full-parameter checkpoint and for ``base``.
-        fresh_lora: (rank, alpha, seed) of the LoRA that ``base`` adapts; None otherwise.
-        adaptation: optimizer and learning rate.
-        adapts: in words, what an adaptation changes.
-        device: where it will run.
-    """
-
-    load_from: str
-    base_model: str | None
-    adapter: AdapterCheckpoint | None
-    fresh_lora: tuple[int, float, int] | None
-    adaptation: Adaptation
-    adapts: str
-    device: torch.device
-
-    @property
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+CELLS_CPU = 8
+"""Cells adapted together on a CPU. More of them gain nothing there, and an interruption costs what is under way."""
+CELL_BYTES = 2**33
+"""Most bytes of adapted parameters, their gradients and optimizer states elsewhere."""
 
 
-def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
-    """Read the adapter and settle everything that does not need the model.
+class Job(NamedTuple):
+    """What one cell adapts on: ``shots`` are indices into the task's shot pool."""
 
-    Raises:
-        ValueError: the checkpoint is unreadable, its base model is missing, or the device is not there.
-    """
-    device = _device(config.device)
-    if source.kind != "model":
-        loaders = {"lora_file": load_meta_lora, "lora_folder": load_adapter_folder, "verl_folder": load_verl_lora}
-        adapter = loaders[source.kind](Path(source.path))
-        base_model = source.base_model
-        if base_model is None:
-            base_model = adapter.base_model
-            check_model_folder(base_model, f"--model-path {source.path} was trained on")
-        return OpenedModel(
-            load_from=base_model,
-            base_model=base_model,
-            adapter=adapter,
-            fresh_lora=None,
-            adaptation=resolve_adaptation(config, adapter.adaptation, lora=True),
-            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}",
-            device=device,
-        )
-    if config.model_type == "base":
-        rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
-        return OpenedModel(
-            load_from=source.path,
-            base_model=source.path,
-            adapter=None,
-            fresh_lora=(rank, alpha, config.seed),
-            adaptation=resolve_adaptation(config, {}, lora=True),
-            adapts=f"fresh LoRA r={rank} alpha={alpha:g}",
-            device=device,
-        )
-    return OpenedModel(
-        load_from=source.path,
-        base_model=None,
-        adapter=None,
-        fresh_lora=None,
-        adaptation=resolve_adaptation(config, recorded_adaptation(source), lora=False),
-        adapts="all parameters",
-        device=device,
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count()
-        if int(name.partition(":")[2] or 0) >= count:
-            raise ValueError(f"--device is {name}, but torch sees {count} CUDA devices: choose another, or cpu")
-    return torch.device(name)
-
-
-def load_verl_lora(folder: Path) -> AdapterCheckpoint:
-    """Read the LoRA tensors of a ``global_step_<N>`` folder that veRL's FSDP trainers wrote, from any world size.
-
-    The files are pickles; they are read with ``weights_only=True``, which runs no code from them. Adapter names follow
-    PEFT; the modules that carry an adapter are those with tensors.
-
-    Raises:
-        ValueError: a shard is missing or unreadable, or there are no LoRA tensors.
-    """
-    import json
-    import pickle
-
-    # Importing it registers DTensor, the type of a sharded tensor, as safe to unpickle.
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    def whole(parts: Sequence[Any], name: str) -> torch.Tensor:
-        if not isinstance(parts[0], DTensor):
-            return parts[0]  # LoRA tensors that FSDP left alone are whole on every rank
-        placements = parts[0].placements
-        if placements == (Replicate(),):
-            return parts[0]._local_tensor
-        if len(placements) != 1 or not isinstance(placements[0], Shard):
-            raise ValueError(
-                f"{folder}: {name} is sharded as {placements}, which cannot be put together here: export the adapter "
-                "with peft's save_pretrained"
-            )
-        joined = torch.cat([part._local_tensor for part in parts], dim=placements[0].dim)
-        if joined.shape != parts[0].shape:
-            raise ValueError(
-                f"{folder}: the shards of {name} do not add up to {tuple(parts[0].shape)}: is a file missing?"
-            )
-        return joined
-
-    meta_path = folder / "lora_train_meta.json"
-    if not meta_path.is_file():
-        raise ValueError(f"{folder} has no lora_train_meta.json, so it is no LoRA training: evaluate its model export")
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    first = min(folder.glob("model_world_size_*_rank_*.pt"))
-    world_size = int(re.search(r"world_size_(\d+)_", first.name).group(1))
-    # Reading a sharded tensor outside the run that wrote it is all that happens here; torch warns about it every time.
-    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
-    shards = []
-    for rank in range(world_size):
-        path = folder / f"model_world_size_{world_size}_rank_{rank}.pt"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist, and all {world_size} shards are needed: copy the whole folder")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"{path} cannot be read as tensors ({reason}): export the adapter with peft's save_pretrained and give "
-                "that folder"
-            ) from error
-        shards.append({name: tensor for name, tensor in state.items() if "lora_" in name})
-    if not shards[0]:
-        raise ValueError(f"{folder} holds no LoRA tensor: evaluate the training's model export as another --model-type")
-    tensors = {
-        re.sub(r"(lora_[A-Za-z_]+)\.default", r"\1", name): whole([shard[name] for shard in shards], name).clone()
-        for name in shards[0]
-    }
-    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
-    step = re.fullmatch(r"global_step_(\d+)", folder.name)
-    return AdapterCheckpoint(
-        tensors=tensors,
-        adapter_config={
-            "r": meta["r"],
-            "lora_alpha": meta["lora_alpha"],
-            "target_modules": sorted(modules),
-            "task_type": "CAUSAL_LM",
-        },
-        base_model="",
-        step=int(step.group(1)) if step else None,
-    )
+    task: str
+    shots: Sequence[int]
+    run: int
 
 
 @dataclass(frozen=True)
@@ -199,10 +46,10 @@ class Outcome:
     """What one adaptation and its test gave.
 
     Attributes:
-        outputs: generated text per test item.
+        outputs: generated text per test item; empty where only the loss was asked for.
         loss: nats per response token over the whole test set, measured with the adapted parameters.
         support_losses: mean response loss of each update step's batch, before that step; empty without shots.
-        adapt_seconds: wall time of the update steps.
+        adapt_seconds: wall time of the update steps; of cells adapted together, each one's equal share.
     """
 
     outputs: list[str]
@@ -214,9 +61,12 @@ class Outcome:
 class FewShotModel:
     """A loaded model that adapts to shots, is tested while adapted, and is then the same model again, bit for bit.
 
+    Attributes:
+        one_at_a_time_because: in words, why cells are adapted one by one; None where they are adapted together.
+
     Args:
         config: the evaluation.
-        opened: what :func:`open_model` returned for it.
+        opened: what :func:`~metasft.few_shot_open.open_model` returned for it.
 
     Raises:
         ValueError: the model cannot be loaded, or the adapter does not fit it.
@@ -228,24 +78,94 @@ class FewShotModel:
         all_parameters = opened.adapter is None and opened.fresh_lora is None
         # Steps of 1e-5 vanish in bf16 (8 bits of mantissa): parameters that are adapted stay in fp32.
         dtype = torch.float32 if all_parameters else getattr(torch, config.dtype)
-        self.tokenizer, model = _load_transformers(opened.load_from, dtype)
+        self.tokenizer, model = load_transformers(opened.load_from, dtype)
+        model = model.to(self.device).eval()
+        autocast = all_parameters and config.dtype == "bfloat16"
+        self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+        stop = model.generation_config.eos_token_id
+        samples = tuple(
+            self.prompt_ids([{"role": "user", "content": f"Which number comes after {number}? Answer with one word."}])
+            for number in ("seven", "twenty-nine")
+        )
+        unpacked = why_not_packed(model, self._precision, samples, config.max_length + config.max_new_tokens)
         if opened.adapter is not None:
             model = attach_adapter(model, opened.adapter)
         elif opened.fresh_lora is not None:
-            model = _attach_fresh_lora(model, *opened.fresh_lora)
+            model = attach_fresh_lora(model, *opened.fresh_lora)
         self.model = model.to(self.device).eval()
-        autocast = all_parameters and config.dtype == "bfloat16"
-        self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
-        self.loop = InnerLoop(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=opened.adaptation.lr,
-            optimizer=opened.adaptation.optimizer,
+        self._dropout = _has_dropout(self.model)
+        self._dtype, self._all_parameters, self._unpacked = dtype, all_parameters, unpacked
+        self.use(opened.adaptation)
+        self.trained_parameters = sum(parameter.numel() for parameter in self._adapter.parameters)
+        if self.one_at_a_time_because is not None and not all_parameters:
+            logger.warning("cells are adapted one at a time: %s", self.one_at_a_time_because)
+        common = {
+            "model": self.model,
+            "device": self.device,
+            "precision": self._precision,
+            "max_new_tokens": config.max_new_tokens,
+            "batch_size": config.batch_size,
+        }
+        if unpacked is None:
+            self.runner: PackedRunner | PaddedRunner = PackedRunner(**common, stop=set(stop), share=not self._dropout)
+        else:
+            logger.warning("packed rows are not used: %s", unpacked)
+            self.runner = PaddedRunner(**common, pad=self.tokenizer.pad_token_id)
+        self._shots: dict[str, dict[int, Example]] = {}
+        self._tests: dict[str, list[TestItem]] = {}
+        self._tasks: dict[str, TestTask] = {}
+
+        self._vllm = self._start_vllm(opened, stop) if config.backend == "vllm" else None
+
+    def _start_vllm(self, opened: OpenedModel, stop: Sequence[int]) -> Any:
+        from metasft.few_shot_vllm import VllmGenerator
+
+        if self._all_parameters:
+            raise ValueError(
+                f"--backend is vllm, which generates with LoRA adapters over one base model, but {opened.load_from} is "
+                "adapted with all parameters: leave --backend out"
+            )
+        config = self._config
+        limit = _longest_context(self.model)
+        return VllmGenerator(
+            opened.load_from,
+            self.model,
+            dtype=config.dtype,
+            max_length=limit if config.shots_in_prompt else min(limit, config.max_length + config.max_new_tokens),
+            max_new_tokens=config.max_new_tokens,
+            stop=stop,
+            seed=config.seed,
         )
-        self.trained_parameters = sum(parameter.numel() for parameter in self.loop.parameters)
-        self._pad = self.tokenizer.pad_token_id
-        self._shots: dict[str, Any] = {}
-        self._tests: dict[str, list[Example]] = {}
-        self._prompts: dict[str, list[list[int]]] = {}
+
+    def use(self, adaptation: Adaptation) -> None:
+        """Adapt with this optimizer and rate from now on."""
+        settings = {"lr": adaptation.lr, "optimizer": adaptation.optimizer}
+        reason = "all parameters are adapted" if self._all_parameters else self._unpacked
+        if reason is None and self._dropout:
+            reason = "the model or its adapter has dropout"
+        self._adapter: InnerLoop | TaskBatchedLoRA | None = None
+        if reason is None:
+            try:
+                self._adapter = TaskBatchedLoRA(self.model, **settings, dtype=self._dtype)
+            except ValueError as error:
+                reason = str(error).partition(";")[0]
+        if self._adapter is None:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._adapter = InnerLoop(trained, **settings)
+        self.one_at_a_time_because: str | None = reason
+
+    @property
+    def cells_per_batch(self) -> int:
+        """How many cells are adapted together: what was asked for, or what suits the device."""
+        if self.one_at_a_time_because is not None:
+            return 1
+        if self._config.cells_per_batch is not None:
+            return self._config.cells_per_batch
+        if self.device.type == "cpu":
+            return CELLS_CPU
+        return max(1, CELL_BYTES // (16 * self.trained_parameters))
+
+    # ---- data --------------------------------------------------------------------------------------------------------
 
     def prepare(self, tasks: Iterable[TestTask], shots: Mapping[str, Sequence[int]]) -> None:
         """Tokenise the test items and the shots that will be used, as training does, so that surprises come early.
@@ -270,169 +190,155 @@ class FewShotModel:
             pool = TokenizedSet(task.pool_path, len(task.pool), self.tokenizer, settings)
             test = TokenizedSet(task.test_path, len(task.test), self.tokenizer, settings)
             self._shots[task.name] = {i: checked(pool[i], task.pool_path, i) for i in shots[task.name]}
-            self._tests[task.name] = [checked(test[i], task.test_path, i) for i in range(len(task.test))]
-            self._prompts[task.name] = [self.prompt_ids(row["messages"][:-1]) for row in task.test]
+            self._tasks[task.name] = task
+            self._tests[task.name] = []
+            for i, row in enumerate(task.test):
+                example = checked(test[i], task.test_path, i)
+                prompt = self.prompt_ids(row["messages"][:-1])
+                self._tests[task.name].append(
+                    TestItem(prompt, example["input_ids"].tolist(), response_targets(example))
+                )
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the model's answer starts."""
         encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
+    def _items(self, job: Job) -> list[TestItem]:
+        """The test items as this job sees them: behind its shots, where these come in the prompt."""
+        items = self._tests[job.task]
+        if not (self._config.shots_in_prompt and job.shots):
+            return items
+        task = self._tasks[job.task]
+        shots = [task.pool[index]["messages"] for index in job.shots]
+        limit = _longest_context(self.model) - self._config.max_new_tokens
+        longer = []
+        for item, row in zip(items, task.test, strict=True):
+            prompt = self.prompt_ids(in_context(shots, row["messages"][:-1]))
+            response = item.ids[item.targets[0] :]
+            first = len(prompt) - item.targets[0]
+            longer.append(TestItem(prompt, prompt + response, [first + target for target in item.targets]))
+            if len(prompt) + len(response) > limit:
+                raise ValueError(
+                    f"--shots-in-prompt with {len(job.shots)} shots of {job.task} makes prompts of {len(prompt)} "
+                    f"tokens, too long for the model's {limit + self._config.max_new_tokens}: ask for fewer (--n-shots)"
+                )
+        return longer
+
+    # ---- cells -------------------------------------------------------------------------------------------------------
+
     def adapt_and_test(self, task: str, shots: Sequence[int], *, run: int) -> Outcome:
         """Adapt on the shots (indices into the pool), measure with the adapted parameters, restore the parameters.
 
         The update budget is ``adaptation_steps`` whatever the number of shots; no shots, no update.
         """
-        config = self._config
-        with self.loop.adapting() as adaptation, torch.random.fork_rng(devices=self._cuda_devices()):
-            losses: list[torch.Tensor] = []
-            started = time.perf_counter()
-            if shots:
-                torch.manual_seed(config.seed + run)  # for adapters with dropout
-                stream = ShuffledStream(len(shots), f"{config.seed}/adaptation/{task}/{run}")
-                self.model.train()
-                for _ in range(config.adaptation_steps):
-                    drawn = stream.take(min(len(shots), config.adaptation_batch_size))
-                    nll, tokens = self.response_nll([self._shots[task][shots[i]] for i in drawn])
-                    loss = nll.sum() / tokens.sum()
-                    loss.backward()
-                    adaptation.step()
-                    losses.append(loss.detach())
-                self.model.eval()
-            support_losses = [float(loss) for loss in losses]  # waits for the device, so the time is whole
-            seconds = time.perf_counter() - started if shots else 0.0
-            return Outcome(
-                outputs=self.generate(self._prompts[task]),
-                loss=self.test_loss(self._tests[task]),
-                support_losses=support_losses,
-                adapt_seconds=seconds,
-            )
+        ((_, _, outcome),) = self.run_jobs([Job(task, shots, run)])
+        return outcome
 
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self.device] if self.device.type == "cuda" else []
+    def run_jobs(
+        self,
+        jobs: Sequence[Job],
+        *,
+        cells_per_batch: int | None = None,
+        test_after: Sequence[int] | None = None,
+        generate: bool = True,
+    ) -> Iterator[tuple[int, int, Outcome]]:
+        """Adapt to the shots of every job and test it, several jobs at a time; the results are those of one at a time.
 
-    def response_nll(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-likelihood of the response tokens, differentiable.
+        Args:
+            jobs: what to adapt on.
+            cells_per_batch: jobs adapted together; None = :attr:`cells_per_batch`. More than one needs an adapter that
+                can be stacked (:attr:`one_at_a_time_because` is None).
+            test_after: update steps after which to test; None = after ``adaptation_steps``. Jobs without shots are
+                tested as they stand.
+            generate: False measures losses only.
 
-        Returns:
-            (sum in nats [examples], response tokens [examples]).
+        Yields:
+            (index into ``jobs``, update steps, outcome), each as soon as it is there.
         """
-        input_ids, attention_mask = self._left_padded([example["input_ids"] for example in examples])
-        response, _ = self._left_padded([example["loss_mask"] for example in examples], fill=0)
-        targets = response[:, 1:].bool()  # position t predicts token t + 1
-        # With the padding on the left, responses share their columns: the output layer, a large share of a small
-        # model's work, runs over those alone.
-        columns = targets.any(dim=0).nonzero().squeeze(-1)
-        with self._precision():
-            logits = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
-                logits_to_keep=columns,
-                use_cache=False,
-            ).logits
-        chosen = targets[:, columns]
-        losses = cross_entropy(logits[chosen].float(), input_ids[:, columns + 1][chosen], reduction="none")
-        rows = chosen.nonzero()[:, 0]
-        return losses.new_zeros(len(examples)).index_add(0, rows, losses), chosen.sum(dim=1)
+        size = self.cells_per_batch if cells_per_batch is None else cells_per_batch
+        assert size == 1 or self.one_at_a_time_because is None, self.one_at_a_time_because
+        steps = [self._config.adaptation_steps] if test_after is None else sorted(test_after)
+        for start in range(0, len(jobs), size):
+            for number, done, outcome in self._run_together(jobs[start : start + size], steps, generate):
+                yield start + number, done, outcome
 
-    @torch.no_grad()
-    def test_loss(self, examples: Sequence[Example]) -> float:
-        """Mean negative log-likelihood per response token over all ``examples``, in nats."""
-        nll, tokens = 0.0, 0
-        for batch in self._batches([len(example["input_ids"]) for example in examples]):
-            sums, counts = self.response_nll([examples[i] for i in batch])
-            nll += float(sums.double().sum())
-            tokens += int(counts.sum())
-        return nll / tokens
+    def _run_together(self, jobs: Sequence[Job], test_after: Sequence[int], generate: bool) -> Iterator[Any]:
+        config = self._config
+        streams = {
+            slot: ShuffledStream(len(job.shots), f"{config.seed}/adaptation/{job.task}/{job.run}")
+            for slot, job in enumerate(jobs)
+            if job.shots and not self._config.shots_in_prompt
+        }
+        losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(len(jobs))}
+        seconds = done = 0
+        random_state = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+        in_prompt = self._config.shots_in_prompt
+        # In the prompt, shots leave the parameters as they are: one slot serves all.
+        slots = [0] * len(jobs) if in_prompt else list(range(len(jobs)))
+        with self._adapter.adapting(slots[-1] + 1) as adaptation, random_state:
+            torch.manual_seed(config.seed + jobs[0].run)  # for dropout, with which jobs come one at a time
+            for stop in test_after:
+                started = time.perf_counter()
+                if streams:
+                    self.model.train(self._dropout)
+                    for _ in range(stop - done):
+                        batches = [(slot, self._draw(jobs[slot], stream)) for slot, stream in streams.items()]
+                        for slot, loss in zip(streams, self.runner.step(adaptation, batches, len(jobs)), strict=True):
+                            losses[slot].append(loss)
+                    self.model.eval()
+                done = stop
+                measured = {slot: [float(loss) for loss in losses[slot]] for slot in losses}  # waits for the device
+                seconds += time.perf_counter() - started
+                share = seconds / max(1, len(streams))
+                for number, outputs, loss in self._test(adaptation, jobs, slots, generate):
+                    spent = share if number in streams else 0.0
+                    yield number, done, Outcome(outputs, loss, measured[number], spent)
+            adaptation.zero_grad()
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Greedy continuation of each prompt (token ids), without special tokens, up to ``max_new_tokens``."""
-        outputs = [""] * len(prompts)
-        for batch in self._batches([len(prompt) for prompt in prompts]):
-            input_ids, attention_mask = self._left_padded([torch.tensor(prompts[i]) for i in batch])
-            with self._precision():
-                generated = self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    max_new_tokens=self._config.max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                )
-            texts = self.tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                outputs[i] = text
-        return outputs
+    def _draw(self, job: Job, stream: ShuffledStream) -> list[Example]:
+        drawn = stream.take(min(len(job.shots), self._config.adaptation_batch_size))
+        return [self._shots[job.task][job.shots[i]] for i in drawn]
 
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices in batches of similar length, the longest first: what does not fit in memory fails at once."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        size = self._config.batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
-    def _left_padded(self, rows: Sequence[torch.Tensor], fill: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(values, attention mask), both [rows, longest], padded on the left with ``fill`` (the pad token)."""
-        width = max(len(row) for row in rows)
-        values = torch.full((len(rows), width), self._pad if fill is None else fill, dtype=torch.long)
-        mask = torch.zeros_like(values)
-        for i, row in enumerate(rows):
-            values[i, width - len(row) :] = row
-            mask[i, width - len(row) :] = 1
-        return values.to(self.device), mask.to(self.device)
-
-
-def _load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _without_progress_bar():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the model {name} cannot be loaded: {reason}") from error
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    settings = model.generation_config
-    own = settings.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    settings.eos_token_id = sorted(ends)
-    settings.pad_token_id = tokenizer.pad_token_id
-    # Settings of sampling: greedy decoding does not read them, and would warn about every one.
-    settings.do_sample = False
-    settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None
-    # Greedy means greedy: some models ship with a penalty that changes even that.
-    settings.repetition_penalty = None
-    settings.max_length = None
-    return tokenizer, model
+    def _test(
+        self, adaptation: Any, jobs: Sequence[Job], slots: Sequence[int], generate: bool
+    ) -> Iterator[tuple[int, list[str], float]]:
+        """(number of the job, texts, loss) of every job, as soon as its items are through."""
+        rows: list[tuple[int, TestItem]] = []
+        place: list[tuple[int, int]] = []  # row -> (number of the job, number of the item)
+        results: list[dict[int, Tested]] = [{} for _ in jobs]
+        for job_number, (slot, job) in enumerate(zip(slots, jobs, strict=True)):
+            items = self._items(job)
+            # Neighbours share what they open with.
+            for number in sorted(range(len(items)), key=lambda i: items[i].ids):
+                rows.append((slot, items[number]))
+                place.append((job_number, number))
+        elsewhere: list[list[int]] | None = None
+        if generate and self._vllm is not None:
+            own = self._adapter.parameters
+            adapters = [
+                adaptation.task_tensors(slot) if isinstance(adaptation, TaskBatchedLoRA) else own
+                for slot in range(slots[-1] + 1)
+            ]
+            elsewhere = self._vllm.generate(own, adapters, [(slot, item.prompt) for slot, item in rows])
+        here = generate and elsewhere is None
+        for row, tested in self.runner.test(adaptation, rows, slots[-1] + 1, generate=here):
+            job_number, number = place[row]
+            done = results[job_number]
+            done[number] = tested if elsewhere is None else tested._replace(output=elsewhere[row])
+            if len(done) == len(self._tests[jobs[job_number].task]):
+                whole = [done[number] for number in sorted(done)]
+                loss = sum(item.nll for item in whole) / sum(item.tokens for item in whole)
+                texts = self.tokenizer.batch_decode([item.output for item in whole], skip_special_tokens=True)
+                yield job_number, texts if generate else [], loss
 
 
-@contextlib.contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
+def _longest_context(model: Any) -> int:
+    """Tokens that the model reads at most, where its configuration tells."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def _attach_fresh_lora(model: Any, rank: int, alpha: float, seed: int) -> Any:
-    """An untrained adapter on all linear layers: lora_B is 0, so until it is adapted the model is unchanged."""
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = get_peft_model(model, settings)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-    return model
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether training mode differs from evaluation mode by dropout."""
+    modules = any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    return modules or bool(getattr(model.config, "attention_dropout", 0.0))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
-from few_shot_data import ADAPTATION, save_random_adapter, write_unseen_tasks
+from few_shot_data import ADAPTATION, save_random_adapter, write_training_tasks, write_unseen_tasks
 from script_runner import ROOT, must_run, run_script, script_environment
 
 KEYS = {
@@ -37,6 +39,14 @@ def flags(model_type, path, data_dir, folder, *more):
     )  # fmt: skip
 
 
+def in_process(script, *arguments):
+    """The exit code, for runs where a fresh interpreter would only cost its start."""
+    import evaluate_few_shot
+
+    assert script == "evaluate_few_shot.py"
+    return evaluate_few_shot.main([str(argument) for argument in arguments])
+
+
 @pytest.fixture(scope="module")
 def run(adapter, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
@@ -56,6 +66,93 @@ def without_times(results):
         task: {n: {k: v for k, v in entry.items() if k != "adapt_seconds"} for n, entry in by_shots.items()}
         for task, by_shots in results.items()
     }
+
+
+@pytest.fixture(scope="module")
+def whole_run(adapter, data_dir, tmp_path_factory):
+    """Search, in-domain task and speed curve in one go."""
+    write_training_tasks(data_dir)
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = (
+        *flags("meta_lora", adapter, data_dir, folder, "--search-adaptation", "--search-limit", "3"),
+        "--speed-steps", "0", "1", "3", "--speed-shots", "5",
+    )  # fmt: skip
+    arguments = [*arguments, "--eval-tasks", "logic", "harder"]  # the last one counts
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert in_process(*arguments) == 0
+    return folder, arguments, printed.getvalue()
+
+
+def test_the_searched_rate_is_the_one_that_adapts(whole_run):
+    folder, _, _ = whole_run
+    found, settings = read(folder / "meta_lora_search.json"), read(folder / "meta_lora_settings.json")
+    assert found["settings"]["tasks"] == ["easy"]  # harder is under evaluation
+    assert len(found["losses"]) == len(found["settings"]["grid"])
+    best = min((loss, name) for name, loss in found["mean"].items() if loss is not None)[1]
+    assert best == f"{found['choice']['optimizer']} {found['choice']['lr']:g}"
+    names = ("adaptation_optimizer", "adaptation_lr", "adaptation_origin")
+    assert [settings[name] for name in names] == [*found["choice"].values(), "search on training tasks"]
+
+
+def test_training_tasks_are_tested_in_domain(whole_run):
+    folder, _, _ = whole_run
+    assert read(folder / "meta_lora_settings.json")["domain"] == {"logic": "unseen", "harder": "in_domain"}
+    cells = read_lines(folder / "meta_lora_cells.jsonl")
+    assert {shot for cell in cells if cell["task"] == "harder" for shot in cell["shots"]} <= {
+        f"harder-{i}" for i in range(30)
+    }
+
+
+def test_the_speed_curve_has_the_documented_form(whole_run):
+    folder, _, printed = whole_run
+    curve, results = read(folder / "meta_lora_speed.json"), read(folder / "meta_lora_results.json")
+    assert list(curve) == ["logic", "harder"]
+    for task, by_steps in curve.items():
+        assert list(by_steps) == ["0", "1", "3"]
+        for steps, entry in by_steps.items():
+            assert entry.keys() == KEYS
+            assert (entry["n_runs"], entry["n_test"], entry["adapt_steps"]) == (2, 5, int(steps))
+        # Its ends are cells of the evaluation: no shots, and 5 shots after the same 3 steps.
+        for steps, shots in (("0", "0"), ("3", "5")):
+            assert by_steps[steps]["loss_mean"] == pytest.approx(results[task][shots]["loss_mean"], rel=1e-5)
+            assert by_steps[steps]["accuracy_mean"] == results[task][shots]["accuracy_mean"]
+    assert "meta_lora_speed.json" in printed
+
+
+def test_search_and_speed_curve_continue(whole_run, tmp_path, capsys):
+    """Cut off in both, each keeps what is finished; the search is not run again, and a lost point is measured anew."""
+    folder, arguments, _ = whole_run
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "meta_lora_speed.json").unlink()
+    whole = (folder / "meta_lora_speed_cells.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "meta_lora_speed_cells.jsonl").write_text("".join(whole[:7]) + whole[7][:9])
+    found = read(tmp_path / "meta_lora_search.json")
+    again = [tmp_path if argument == folder else argument for argument in arguments]
+    assert in_process(*again) == 0
+    assert "searching" not in capsys.readouterr().err
+    assert read(tmp_path / "meta_lora_search.json") == found
+    assert read_lines(tmp_path / "meta_lora_speed_cells.jsonl")[:7] == [json.loads(line) for line in whole[:7]]
+    ours, theirs = read(tmp_path / "meta_lora_speed.json"), read(folder / "meta_lora_speed.json")
+    for task, by_steps in theirs.items():
+        for steps, entry in by_steps.items():
+            assert ours[task][steps]["loss_mean"] == pytest.approx(entry["loss_mean"], rel=1e-5)
+
+
+def test_shots_in_the_prompt(tiny_model, data_dir, tmp_path, capsys):
+    assert in_process(*flags("base", tiny_model, data_dir, tmp_path, "--shots-in-prompt")) == 0
+    settings, results = read(tmp_path / "base_settings.json"), read(tmp_path / "base_results.json")
+    assert (settings["protocol"], settings["adapts"]) == ("in_context", "nothing: the shots are in the prompt")
+    for by_shots in results.values():
+        assert [(n, entry["n_runs"], entry["adapt_steps"]) for n, entry in by_shots.items()] == [
+            ("0", 1, 0),
+            ("2", 2, 0),
+            ("5", 2, 0),
+        ]
+        assert len({entry["loss_mean"] for entry in by_shots.values()}) == 3
+    assert in_process(*flags("base", tiny_model, data_dir, tmp_path)) == 2
+    assert "other settings (" in capsys.readouterr().err
 
 
 def test_results_have_the_documented_form(run):
@@ -127,7 +224,7 @@ def test_a_finished_evaluation_is_not_run_again(run, adapter, data_dir):
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     (folder / "meta_lora_results.json").unlink()
-    must_run(*flags("meta_lora", adapter, data_dir, folder))
+    assert in_process(*flags("meta_lora", adapter, data_dir, folder)) == 0
     # The seconds of the adaptations are measured anew by every run: equal ones mean that nothing ran.
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -141,30 +238,34 @@ def test_an_interrupted_evaluation_continues(run, adapter, data_dir, tmp_path):
     for name, kept in (("meta_lora_cells.jsonl", 3), ("meta_lora_predictions.jsonl", 17)):
         whole = (folder / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(whole[:kept]) + whole[kept][:20])
-    must_run(*flags("meta_lora", adapter, data_dir, tmp_path))
+    assert in_process(*flags("meta_lora", adapter, data_dir, tmp_path)) == 0
     cells, again = read_lines(folder / "meta_lora_cells.jsonl"), read_lines(tmp_path / "meta_lora_cells.jsonl")
     assert again[:3] == cells[:3]
     assert [c["adapt_seconds"] for c in again[3:]] != [c["adapt_seconds"] for c in cells[3:]]
     assert read_lines(tmp_path / "meta_lora_predictions.jsonl") == read_lines(folder / "meta_lora_predictions.jsonl")
-    assert without_times(read(tmp_path / "meta_lora_results.json")) == without_times(
-        read(folder / "meta_lora_results.json")
-    )
+    # The cells of the second run were batched otherwise: their losses agree up to rounding.
+    ours, whole = (read(place / "meta_lora_results.json") for place in (tmp_path, folder))
+    for task, by_shots in whole.items():
+        for shots, entry in by_shots.items():
+            assert ours[task][shots].pop("loss_mean") == pytest.approx(entry["loss_mean"], rel=1e-5)
+            del entry["loss_mean"]
+    assert without_times(ours) == without_times(whole)
 
 
-def test_other_settings_do_not_mix_with_finished_cells(run, adapter, data_dir):
+def test_other_settings_do_not_mix_with_finished_cells(run, adapter, data_dir, capsys):
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    refused = run_script(*flags("meta_lora", adapter, data_dir, folder, "--seed", "2"))
-    assert refused.returncode == 2
-    assert "other settings (seed: 1 there, 2 now)" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    assert in_process(*flags("meta_lora", adapter, data_dir, folder, "--seed", "2")) == 2
+    printed = capsys.readouterr().err
+    assert "other settings (seed: 1 there, 2 now)" in printed
+    assert len(printed.splitlines()) == 1
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("model_type", ["base", "fomaml"])
 def test_whole_models(model_type, tiny_model, data_dir, tmp_path):
     """They share the folder: every model type has its own files."""
-    must_run(*flags(model_type, tiny_model, data_dir, tmp_path, "--adaptation-lr", "0.01"))
+    assert in_process(*flags(model_type, tiny_model, data_dir, tmp_path, "--adaptation-lr", "0.01")) == 0
     results = read(tmp_path / f"{model_type}_results.json")
     settings = read(tmp_path / f"{model_type}_settings.json")
     assert settings["adapts"] == ("fresh LoRA r=16 alpha=32" if model_type == "base" else "all parameters")
@@ -184,6 +285,10 @@ def test_errors_that_need_no_model_come_before_torch(tiny_model, adapter, data_d
         "--n-runs is 0": [*good, "--n-runs", "0"],
         "--device is 'tpu'": [*good, "--device", "tpu"],
         "only --model-type base adapts a fresh LoRA": [*good, "--model-type", "fomaml", "--lora-rank", "8"],
+        "--cells-per-batch is 0": [*good, "--cells-per-batch", "0"],
+        "--speed-only needs --speed-steps": [*good, "--speed-only"],
+        "the package vllm is not installed": [*good, "--backend", "vllm"],
+        "exclude each other": [*good, "--shots-in-prompt", "--adaptation-lr", "1"],
     }
     program = (
         "import contextlib, io, json, sys\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +44,16 @@ def write_unseen_tasks(folder: Path, *, tasks: tuple[str, ...] = ("calculus", "l
     return folder
 
 
+def write_training_tasks(folder: Path, *, tasks: tuple[str, ...] = ("easy", "harder"), pool: int = 30, test: int = 6):
+    """Training tasks with held-out test items in a data folder. Returns ``folder``."""
+    (folder / "meta_train").mkdir(exist_ok=True)
+    for task in tasks:
+        pd.DataFrame(sum_rows(task, range(pool))).to_parquet(folder / "meta_train" / f"{task}_support.parquet")
+        rows = sum_rows(task, range(100, 100 + test))
+        pd.DataFrame(rows).to_parquet(folder / "meta_train" / f"{task}_test.parquet")
+    return folder
+
+
 def random_adapter(base_model: Path, *, seed: int = 0, rank: int = 4):
     """A PEFT model over ``base_model`` whose adapter, unlike a fresh one, changes the outputs."""
     import torch
@@ -68,3 +79,48 @@ def save_random_adapter(folder: Path, base_model: Path, *, seed: int = 0) -> Pat
     model = random_adapter(base_model, seed=seed)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return save_meta_lora(folder, 7, model, base_model=str(base_model), adaptation=ADAPTATION, tensors=tensors)
+
+
+def base_config(model: Path, data_dir: Path, output_dir: Path, **changes):
+    """A small evaluation of ``model`` with a fresh LoRA."""
+    from metasft.few_shot_protocol import EvaluationConfig
+
+    settings = {
+        "n_shots": (0, 2, 5),
+        "n_runs": 2,
+        "adaptation_steps": 4,
+        "max_new_tokens": 8,
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "device": "cpu",
+    }
+    return EvaluationConfig(
+        model_path=str(model), model_type="base", output_dir=output_dir, data_dir=data_dir, **{**settings, **changes}
+    )
+
+
+def without_lora_flags(config, **changes):
+    """The same evaluation of something that has its own adapter, or none."""
+    return dataclasses.replace(config, lora_rank=None, lora_alpha=None, **changes)
+
+
+def load(config):
+    """(model with its data prepared, task name -> task)."""
+    from metasft.evaluation import needed_shots
+    from metasft.few_shot_model import FewShotModel
+    from metasft.few_shot_open import open_model
+    from metasft.few_shot_protocol import plan_cells, read_test_tasks
+    from metasft.few_shot_source import find_model_source
+
+    tasks = {task.name: task for task in read_test_tasks(config)}
+    model = FewShotModel(config, open_model(config, find_model_source(config)))
+    model.prepare(tasks.values(), needed_shots(config, plan_cells(list(tasks), config.n_shots, config.n_runs), tasks))
+    return model, tasks
+
+
+def run_cell(model, tasks, task: str, n_shots: int, run: int = 0, seed: int = 1):
+    """The outcome of one cell."""
+    from metasft.few_shot_protocol import shot_indices
+
+    shots = shot_indices(len(tasks[task].pool), n_shots, seed=seed, task=task, run=run)
+    return model.adapt_and_test(task, shots, run=run)

@@ -1,0 +1,236 @@
+"""Checkpoints under evaluation: read from any of the formats that trainers leave, and put on their model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metasft.checkpoint import AdapterCheckpoint, load_adapter_folder, load_meta_lora
+from metasft.few_shot_protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
+from metasft.few_shot_source import (
+    Adaptation,
+    ModelSource,
+    check_model_folder,
+    recorded_adaptation,
+    resolve_adaptation,
+)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint whose adapter, if any, is read, while the model itself is not loaded yet.
+
+    Attributes:
+        load_from: folder or hub name of the model and its tokenizer.
+        base_model: model under an adapter; None for a full-parameter checkpoint.
+        adapter: the trained adapter; None for a full-parameter checkpoint and for ``base``.
+        fresh_lora: (rank, alpha, seed) of the LoRA that ``base`` adapts; None otherwise.
+        adaptation: optimizer and learning rate.
+        adapts: in words, what an adaptation changes.
+        device: where it will run.
+    """
+
+    load_from: str
+    base_model: str | None
+    adapter: AdapterCheckpoint | None
+    fresh_lora: tuple[int, float, int] | None
+    adaptation: Adaptation
+    adapts: str
+    device: torch.device
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
+    """Read the adapter and settle everything that does not need the model.
+
+    Raises:
+        ValueError: the checkpoint is unreadable, its base model is missing, or the device is not there.
+    """
+    device = _device(config.device)
+    if source.kind != "model":
+        loaders = {"lora_file": load_meta_lora, "lora_folder": load_adapter_folder, "verl_folder": load_verl_lora}
+        adapter = loaders[source.kind](Path(source.path))
+        base_model = source.base_model
+        if base_model is None:
+            base_model = adapter.base_model
+            check_model_folder(base_model, f"--model-path {source.path} was trained on")
+        return OpenedModel(
+            load_from=base_model,
+            base_model=base_model,
+            adapter=adapter,
+            fresh_lora=None,
+            adaptation=resolve_adaptation(config, adapter.adaptation, lora=True),
+            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}",
+            device=device,
+        )
+    if config.model_type == "base":
+        rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
+        return OpenedModel(
+            load_from=source.path,
+            base_model=source.path,
+            adapter=None,
+            fresh_lora=(rank, alpha, config.seed),
+            adaptation=resolve_adaptation(config, {}, lora=True),
+            adapts=f"fresh LoRA r={rank} alpha={alpha:g}",
+            device=device,
+        )
+    return OpenedModel(
+        load_from=source.path,
+        base_model=None,
+        adapter=None,
+        fresh_lora=None,
+        adaptation=resolve_adaptation(config, recorded_adaptation(source), lora=False),
+        adapts="all parameters",
+        device=device,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if int(name.partition(":")[2] or 0) >= count:
+            raise ValueError(f"--device is {name}, but torch sees {count} CUDA devices: choose another, or cpu")
+    return torch.device(name)
+
+
+def load_verl_lora(folder: Path) -> AdapterCheckpoint:
+    """Read the LoRA tensors of a ``global_step_<N>`` folder that veRL's FSDP trainers wrote, from any world size.
+
+    The files are pickles; they are read with ``weights_only=True``, which runs no code from them. Adapter names follow
+    PEFT; the modules that carry an adapter are those with tensors.
+
+    Raises:
+        ValueError: a shard is missing or unreadable, or there are no LoRA tensors.
+    """
+    # Importing it registers DTensor, the type of a sharded tensor, as safe to unpickle.
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def whole(parts: Sequence[Any], name: str) -> torch.Tensor:
+        if not isinstance(parts[0], DTensor):
+            return parts[0]  # LoRA tensors that FSDP left alone are whole on every rank
+        placements = parts[0].placements
+        if placements == (Replicate(),):
+            return parts[0]._local_tensor
+        if len(placements) != 1 or not isinstance(placements[0], Shard):
+            raise ValueError(
+                f"{folder}: {name} is sharded as {placements}, which cannot be put together here: export the adapter "
+                "with peft's save_pretrained"
+            )
+        joined = torch.cat([part._local_tensor for part in parts], dim=placements[0].dim)
+        if joined.shape != parts[0].shape:
+            raise ValueError(
+                f"{folder}: the shards of {name} do not add up to {tuple(parts[0].shape)}: is a file missing?"
+            )
+        return joined
+
+    meta_path = folder / "lora_train_meta.json"
+    if not meta_path.is_file():
+        raise ValueError(f"{folder} has no lora_train_meta.json, so it is no LoRA training: evaluate its model export")
+    meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    first = min(folder.glob("model_world_size_*_rank_*.pt"))
+    world_size = int(re.search(r"world_size_(\d+)_", first.name).group(1))
+    # Reading a sharded tensor outside the run that wrote it is all that happens here; torch warns about it every time.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
+    shards = []
+    for rank in range(world_size):
+        path = folder / f"model_world_size_{world_size}_rank_{rank}.pt"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist, and all {world_size} shards are needed: copy the whole folder")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{path} cannot be read as tensors ({reason}): export the adapter with peft's save_pretrained and give "
+                "that folder"
+            ) from error
+        shards.append({name: tensor for name, tensor in state.items() if "lora_" in name})
+    if not shards[0]:
+        raise ValueError(f"{folder} holds no LoRA tensor: evaluate the training's model export as another --model-type")
+    tensors = {
+        re.sub(r"(lora_[A-Za-z_]+)\.default", r"\1", name): whole([shard[name] for shard in shards], name).clone()
+        for name in shards[0]
+    }
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    step = re.fullmatch(r"global_step_(\d+)", folder.name)
+    return AdapterCheckpoint(
+        tensors=tensors,
+        adapter_config={
+            "r": meta["r"],
+            "lora_alpha": meta["lora_alpha"],
+            "target_modules": sorted(modules),
+            "task_type": "CAUSAL_LM",
+        },
+        base_model="",
+        step=int(step.group(1)) if step else None,
+    )
+
+
+def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _without_progress_bar():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the model {name} cannot be loaded: {reason}") from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings = model.generation_config
+    own = settings.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    settings.eos_token_id = sorted(ends)
+    settings.pad_token_id = tokenizer.pad_token_id
+    # Settings of sampling: greedy decoding does not read them, and would warn about every one.
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None
+    # Greedy means greedy: some models ship with a penalty that changes even that.
+    settings.repetition_penalty = None
+    settings.max_length = None
+    return tokenizer, model
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def attach_fresh_lora(model: Any, rank: int, alpha: float, seed: int) -> Any:
+    """An untrained adapter on all linear layers: lora_B is 0, so until it is adapted the model is unchanged."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(model, settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model

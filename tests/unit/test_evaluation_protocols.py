@@ -1,0 +1,357 @@
+"""In-domain tasks, the search for the adaptation's rate, shots in the prompt, the speed curve, generation by vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+
+import pytest
+import torch
+from few_shot_data import (
+    base_config,
+    load,
+    random_adapter,
+    save_random_adapter,
+    without_lora_flags,
+    write_training_tasks,
+    write_unseen_tasks,
+)
+from safetensors.torch import load_file
+
+from metasft import few_shot_search
+from metasft.evaluation import evaluate
+from metasft.few_shot_model import Job
+from metasft.few_shot_protocol import EvaluationConfig, in_context, read_test_tasks, read_training_tasks, shot_indices
+from metasft.few_shot_search import SEARCH_GRID, choose, read_search, search
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_training_tasks(write_unseen_tasks(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_model):
+    return save_random_adapter(tmp_path_factory.mktemp("adapter"), tiny_model)
+
+
+@pytest.fixture
+def config(tiny_model, data_dir, tmp_path):
+    return base_config(tiny_model, data_dir, tmp_path / "out", adaptation_lr=0.05)
+
+
+# ---- in-domain tasks ------------------------------------------------------------------------------------------------
+
+
+def test_training_tasks_can_be_named_and_are_not_taken_unasked(config):
+    assert {task.name: task.domain for task in read_test_tasks(config)} == {"calculus": "unseen", "logic": "unseen"}
+    (task,) = read_test_tasks(dataclasses.replace(config, eval_tasks=("harder",)))
+    assert task.domain == "in_domain"
+    assert [path.parent.name for path in (task.pool_path, task.test_path)] == ["meta_train", "meta_train"]
+    with pytest.raises(
+        ValueError, match=r"names algebra, but .* has calculus, logic, and .*meta_train has easy, harder"
+    ):
+        read_test_tasks(dataclasses.replace(config, eval_tasks=("algebra",)))
+
+
+def test_defaults_keep_to_the_protocol():
+    """At least three runs of fewer than 20 update steps, the same for every N, with 0 shots among the counts."""
+    default = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
+    assert default["n_runs"] >= 3
+    assert default["adaptation_steps"] < 20
+    assert min(default["n_shots"]) == 0
+
+
+# ---- the search -----------------------------------------------------------------------------------------------------
+
+
+def test_the_search_never_sees_a_task_under_evaluation(config, tmp_path):
+    named = [task.name for task in read_training_tasks(config, shots=25, limit=3)]
+    assert named == ["easy", "harder"]
+    evaluated = dataclasses.replace(config, eval_tasks=("easy", "logic"))
+    (task,) = read_training_tasks(evaluated, shots=25, limit=3)
+    assert (task.name, len(task.test), len(task.pool)) == ("harder", 3, 30)
+    with pytest.raises(ValueError, match="--search-adaptation needs training tasks that are not under evaluation"):
+        read_training_tasks(dataclasses.replace(config, eval_tasks=("easy", "harder")), shots=25, limit=3)
+
+
+def searched(config, tmp_path, settings=None):
+    model, _ = load(config)
+    tasks = read_training_tasks(config, shots=25, limit=3)
+    path = tmp_path / "search.json"
+    return model, tasks, search(model, tasks, settings or {"seed": 1}, path), path
+
+
+def test_the_search_measures_what_separate_adaptations_give(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
+    _, tasks, losses, path = searched(config, tmp_path)
+    assert list(losses) == ["sgd 0.5", "adamw 0.01"]
+    for name, by_task in losses.items():
+        optimizer, lr = name.split()
+        changed = dataclasses.replace(
+            config, adaptation_optimizer=optimizer, adaptation_lr=float(lr), eval_tasks=("easy", "harder"), limit=3,
+            n_shots=(25,),
+        )  # fmt: skip
+        model, _ = load(changed)
+        for task in tasks:
+            shots = shot_indices(30, 25, seed=1, task=task.name, run=0)
+            expected = model.adapt_and_test(task.name, shots, run=0).loss
+            assert by_task[task.name] == pytest.approx(expected, rel=1e-4)
+    written = json.loads(path.read_text())
+    assert written["mean"]["sgd 0.5"] == pytest.approx(sum(losses["sgd 0.5"].values()) / 2)
+
+
+def test_a_search_continues_and_other_settings_start_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5),))
+    _, _, first, path = searched(config, tmp_path)
+    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
+    model, tasks = load(config)[0], read_training_tasks(config, shots=25, limit=3)
+    ran = []
+    monkeypatch.setattr(model, "use", lambda adaptation: ran.append(adaptation[:2]))
+    both = search(model, tasks, {"seed": 1}, path)
+    assert ran == [("adamw", 0.01)]  # the other one was there
+    assert both["sgd 0.5"] == first["sgd 0.5"]
+    assert read_search(path, {"seed": 1}) == both
+    assert read_search(path, {"seed": 2}) == {}
+    path.write_text("no JSON")
+    assert read_search(path, {"seed": 1}) == {}
+
+
+def test_the_choice_is_the_lowest_mean_that_is_finite():
+    losses = {few_shot_search.candidate_name(*candidate): {"a": 3.0, "b": 3.0} for candidate in SEARCH_GRID}
+    losses["sgd 0.5"] = {"a": 0.1, "b": None}  # diverged on one task
+    losses["sgd 0.05"] = {"a": 1.0, "b": 2.0}
+    losses["adamw 0.001"] = {"a": 2.0, "b": 1.2}
+    assert choose(losses, None)[:2] == ("sgd", 0.05)
+    assert choose(losses, "adamw")[:2] == ("adamw", 0.001)
+    with pytest.raises(ValueError, match="found no optimizer and rate with a finite loss"):
+        choose({name: {"a": None} for name in losses}, None)
+
+
+def test_flags_come_before_the_search(config, monkeypatch):
+    """With a rate given nothing is searched; with an optimizer given the choice is among its rates."""
+    small = dataclasses.replace(
+        config, n_shots=(0, 2), n_runs=1, limit=2, adaptation_steps=2, search_adaptation=True, search_limit=2
+    )
+    evaluate(small)
+    assert not (small.output_dir / "base_search.json").exists()
+    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.1), ("sgd", 1.0), ("adamw", 0.05)))
+    for optimizer in (None, "sgd"):
+        changed = dataclasses.replace(
+            small, adaptation_lr=None, adaptation_optimizer=optimizer, output_dir=small.output_dir / str(optimizer)
+        )
+        if optimizer == "sgd":
+            # The flag alone would ask for a rate where there is no search.
+            with pytest.raises(ValueError, match="give --adaptation-lr too"):
+                evaluate(dataclasses.replace(changed, search_adaptation=False))
+        evaluate(changed)
+        settings = json.loads((changed.output_dir / "base_settings.json").read_text())
+        found = json.loads((changed.output_dir / "base_search.json").read_text())
+        allowed = [name for name in found["mean"] if optimizer in (None, name.split()[0])]
+        best = min(allowed, key=lambda name: found["mean"][name])
+        assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == best
+
+
+# ---- shots in the prompt --------------------------------------------------------------------------------------------
+
+
+def test_the_conversation_with_its_shots():
+    def turns(*contents):
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+    system = {"role": "system", "content": "S"}
+    assert in_context([turns("a", "b"), turns("c", "d")], turns("e")) == turns("a", "b", "c", "d", "e")
+    assert in_context([[system, *turns("a", "b")]], [system, *turns("e")]) == [system, *turns("a", "b", "e")]
+    assert in_context([], turns("e")) == turns("e")
+
+
+def test_shots_in_the_prompt_are_plain_prompts(config, tiny_model):
+    """Outputs and loss against the unwrapped model on the whole conversation as one text; nothing is adapted."""
+    from transformers import AutoModelForCausalLM
+
+    model, tasks = load(dataclasses.replace(config, shots_in_prompt=True, adaptation_lr=None, limit=3))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 2, 5)]
+    found = {number: outcome for number, _, outcome in model.run_jobs(jobs)}
+    for number, job in enumerate(jobs):
+        outputs, nll, count = [], 0.0, 0
+        for row in tasks["logic"].test:
+            earlier = [turn for index in job.shots for turn in tasks["logic"].pool[index]["messages"]]
+            text = model.tokenizer.apply_chat_template(
+                [*earlier, *row["messages"][:-1]], tokenize=False, add_generation_prompt=True
+            )
+            assert text.count("<|im_start|>user") == len(job.shots) + 1
+            prompt = model.tokenizer(text)["input_ids"]
+            generated = plain.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+            outputs.append(model.tokenizer.decode(generated, skip_special_tokens=True))
+            response = model.tokenizer(row["messages"][-1]["content"] + "<|im_end|>\n")["input_ids"]
+            logs = plain(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            places = range(len(prompt), len(prompt) + len(response))
+            nll -= float(sum(logs[place - 1, (prompt + response)[place]] for place in places).detach())
+            count += len(response)
+        assert found[number].outputs == outputs
+        assert found[number].loss == pytest.approx(nll / count, rel=1e-4)
+        assert found[number].support_losses == []
+
+
+def test_shots_in_the_prompt_are_read_once_for_all_items(config):
+    """Also beside short rows under way, and with a cache that holds the long rows just so."""
+    model, tasks = load(dataclasses.replace(config, shots_in_prompt=True, adaptation_lr=None, max_new_tokens=24))
+    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 12)]
+    lengths = [len(item.ids) for item in model._items(jobs[1])]
+    per_row = (max(lengths) + 24) * 2 * 4 * 2 * 2 * 8  # layers, heads and sizes of the tiny model
+    model.runner.budget = dataclasses.replace(model.runner.budget, cache_bytes=len(lengths) * per_row)
+    found = {number: outcome for number, _, outcome in model.run_jobs(jobs)}
+    assert len(found[1].outputs) == len(tasks["logic"].test)
+    assert model.runner.tokens.computed < 2 * max(lengths)
+    assert model.runner.tokens.sequences > 6 * max(lengths)
+
+
+def test_prompts_longer_than_the_model_reads_are_named(config, monkeypatch):
+    model, _ = load(dataclasses.replace(config, shots_in_prompt=True, adaptation_lr=None, limit=2))
+    model.model.config.max_position_embeddings = 200
+    with pytest.raises(
+        ValueError, match=r"--shots-in-prompt with 5 shots of logic makes prompts of \d+ tokens, too long"
+    ):
+        list(model.run_jobs([Job("logic", [0, 1, 2, 3, 4], 0)]))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"shots_in_prompt": True}, "--adaptation-lr and --shots-in-prompt exclude each other"),
+        (
+            {"shots_in_prompt": True, "adaptation_lr": None, "search_adaptation": True},
+            "--search-adaptation and --shots",
+        ),
+        ({"shots_in_prompt": True, "adaptation_lr": None, "speed_steps": (0,)}, "--speed-steps and --shots"),
+        ({"speed_only": True}, "--speed-only needs --speed-steps"),
+        ({"speed_steps": (1, 1)}, "--speed-steps names 1 more than once"),
+        ({"speed_steps": (-1,)}, "--speed-steps is -1"),
+        ({"speed_shots": 0}, "--speed-shots is 0"),
+        ({"search_limit": 0}, "--search-limit is 0"),
+        ({"cells_per_batch": 0}, "--cells-per-batch is 0"),
+        ({"backend": "hf"}, "--backend is 'hf': choose one of transformers, vllm"),
+    ],
+)
+def test_impossible_settings_are_named(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes).check()
+
+
+# ---- the speed curve ------------------------------------------------------------------------------------------------
+
+
+def test_points_of_the_curve_are_one_trajectory(config):
+    """After s steps: what an adaptation of s steps gives, with the same batches."""
+    model, _ = load(config)
+    jobs = [
+        Job(task, shot_indices(12, 5, seed=1, task=task, run=run), run)
+        for task in ("calculus", "logic")
+        for run in (0, 1)
+    ]
+    points = {(number, step): outcome for number, step, outcome in model.run_jobs(jobs, test_after=(4, 0, 1, 2))}
+    assert len(points) == 16
+    for step in (0, 1, 2, 4):
+        for number, job in enumerate(jobs):
+            ((_, _, expected),) = model.run_jobs([job], test_after=[step], cells_per_batch=1)
+            assert points[number, step].outputs == expected.outputs
+            assert points[number, step].loss == pytest.approx(expected.loss, rel=1e-4)
+            assert points[number, step].support_losses == pytest.approx(expected.support_losses, rel=1e-3)
+            assert len(expected.support_losses) == step
+        assert points[0, 4].loss < points[0, 0].loss
+
+
+def test_the_curve_alone(config):
+    curve = dataclasses.replace(
+        config, speed_steps=(0, 2), speed_shots=3, speed_only=True, n_shots=(0, 50), n_runs=1, limit=2
+    )
+    results, (store,) = evaluate(curve)  # 50 shots are more than the pool holds: nobody asks for them
+    assert results == {}
+    assert {file.name for file in curve.output_dir.iterdir()} == {
+        "base_speed.json", "base_speed_settings.json", "base_speed_cells.jsonl", "base_speed_predictions.jsonl",
+    }  # fmt: skip
+    assert list(json.loads(store.results_path.read_text())["logic"]) == ["0", "2"]
+
+
+# ---- vLLM -----------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_that_is_not_installed(config):
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ValueError, match=r"--backend is vllm, but the package vllm is not installed: install it"):
+            dataclasses.replace(config, backend="vllm").check()
+    with pytest.raises(ValueError, match="--model-type fomaml adapts all parameters: leave --backend out"):
+        without_lora_flags(config, backend="vllm", model_type="fomaml").check()
+
+
+@pytest.fixture
+def fake_vllm(tiny_model, monkeypatch):
+    """The parts of vLLM's interface in use; it generates with transformers from the adapter files it is handed."""
+    calls = []
+
+    class LoRARequest:
+        def __init__(self, name, number, path):
+            self.name, self.number, self.path = name, number, path
+
+    class LLM:
+        def __init__(self, **settings):
+            calls.append(settings)
+
+        def generate(self, prompts, sampling, lora_request, use_tqdm):
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM
+
+            assert len(prompts) == len(lora_request)
+            results = []
+            for prompt, request in zip(prompts, lora_request, strict=True):
+                calls.append(request)
+                base = AutoModelForCausalLM.from_pretrained(tiny_model)
+                model = PeftModel.from_pretrained(base, request.path)
+                assert load_file(f"{request.path}/adapter_model.safetensors")
+                ids = prompt["prompt_token_ids"]
+                output = model.generate(
+                    input_ids=torch.tensor([ids]), max_new_tokens=sampling["max_tokens"], do_sample=False,
+                    eos_token_id=sampling["stop_token_ids"], pad_token_id=2,
+                )[0, len(ids) :]  # fmt: skip
+                results.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=output.tolist())]))
+            return results
+
+    module, lora, request = (types.ModuleType(f"vllm{name}") for name in ("", ".lora", ".lora.request"))
+    module.LLM, module.SamplingParams, request.LoRARequest = LLM, lambda **settings: settings, LoRARequest
+    module.__spec__ = importlib.util.spec_from_loader("vllm", None)
+    for name, part in (("vllm", module), ("vllm.lora", lora), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, part)
+    return calls
+
+
+def test_vllm_generates_with_the_adapted_parameters(config, adapter, fake_vllm, tiny_model):
+    """Through the files handed to it, the outputs are those of our own generation; losses are unchanged."""
+    plain = without_lora_flags(config, model_type="meta_lora", model_path=str(adapter), limit=2, adaptation_lr=0.5)
+    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 5)]
+    expected = {n: outcome for n, _, outcome in load(plain)[0].run_jobs(jobs)}
+    changed = dataclasses.replace(plain, backend="vllm")
+    changed.check()
+    found = {n: outcome for n, _, outcome in load(changed)[0].run_jobs(jobs)}
+    assert {n: outcome.outputs for n, outcome in found.items()} == {n: o.outputs for n, o in expected.items()}
+    assert found[0].outputs != found[1].outputs
+    assert [found[n].loss for n in (0, 1)] == pytest.approx([expected[n].loss for n in (0, 1)])
+    engine, *requests = fake_vllm
+    assert (engine["model"], engine["enable_lora"], engine["max_lora_rank"]) == (str(tiny_model), True, 8)
+    assert len({request.number for request in requests}) == 2
+
+
+def test_vllm_needs_a_lora_it_can_hold(config, fake_vllm, tiny_model):
+    from metasft.few_shot_vllm import VllmGenerator
+
+    whole = without_lora_flags(config, model_type="reptile", backend="vllm")
+    with pytest.raises(ValueError, match="adapted with all parameters: leave --backend out"):
+        load(whole)
+    peft = random_adapter(tiny_model)
+    peft.peft_config["default"].r = 1024
+    with pytest.raises(ValueError, match="takes LoRA up to r=512, but the adapter has r=1024"):
+        VllmGenerator(str(tiny_model), peft, dtype="float32", max_length=100, max_new_tokens=8, stop=[2], seed=1)
