@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from metasft.few_shot_packing import PackedSequences, RowCache, rows_are
+from metasft.few_shot_packing import RowCache
+from metasft.packed_attention import PackedSequences, rows_are
 
 Example = Mapping[str, torch.Tensor]
 """One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]."""
@@ -104,7 +105,7 @@ class Budget:
 
 @dataclass
 class PackedRunner:
-    """Forwards of a model whose attention is :func:`~metasft.few_shot_packing.use_packed_attention`.
+    """Forwards of a model whose attention is :func:`~metasft.packed_attention.use_packed_attention`.
 
     Attributes:
         model: the model, in evaluation mode but for adaptation with dropout.

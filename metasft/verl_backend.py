@@ -32,6 +32,7 @@ from verl.workers.engine_workers import TrainingWorker
 from metasft import packed_attention
 from metasft.adaptation import local_tensor
 from metasft.lora_batch import TaskBatchedLoRA
+from metasft.packed_attention import PackedSequences
 from metasft.response_loss import response_loss
 
 MODEL_TYPE = "meta_language_model"
@@ -72,6 +73,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         self.response_only_logits = True
         self.task_batch: TaskBatchedLoRA | None = None
         self._response: _Response | None = None
+        self._shares_prefixes: bool | None = None
         super().__init__(model_config, *args, **kwargs)
 
     # ---- task groups ------------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             enable_activation_offloading(
                 module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
             )
-        use_packed_attention(module)
+        # None: veRL's own packing, for attention that packed_attention does not cover.
+        self._shares_prefixes = not _drops_out(module) if use_packed_attention(module) else None
         self._watch_output_layer(module)
         return module
 
@@ -268,27 +271,35 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
         lengths = micro_batch["input_ids"].offsets().diff()
         response = self._response_of(micro_batch, lengths, packed)
+        rows = None
+        if packed and self._shares_prefixes is not None:
+            rows = self._packed_rows(micro_batch, response, device)
         if self._is_task_batched:
-            self._route(micro_batch["task"], response.tasks, lengths if packed else None)
-        layout = packed_attention.PackedLayout(lengths.tolist(), torch.device(device)) if packed else None
-        packed_attention.set_layout(layout)
+            counts = (
+                self._rows_per_task(micro_batch["task"], lengths if packed else None) if rows is None else rows.counts
+            )
+            outputs = torch.bincount(response.tasks, minlength=self.task_batch.num_tasks).tolist()
+            self.task_batch.route(counts, outputs)
         for name in ("index", "labels", "weights", "tasks"):
             setattr(response, name, getattr(response, name).to(device, non_blocking=True))
 
-        model_inputs, _ = super().prepare_model_inputs(micro_batch.to(device))
+        if rows is None:
+            model_inputs, _ = super().prepare_model_inputs(micro_batch.to(device))
+        else:
+            model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
         autocast = self._autocast_dtype != torch.float32
         self._response = response if self.response_only_logits else None
         try:
-            with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
-                output = self.module(**model_inputs, use_cache=False)
-                if response.loss is None:
-                    self._loss_from_logits(output.logits, response)
-            if backward:
-                # FSDP averages over the ranks of the group, each of which holds a part of the sum.
-                (response.loss * self.get_data_parallel_size()).backward()
+            with packed_attention.rows_are(rows):
+                with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
+                    output = self.module(**model_inputs, use_cache=False)
+                    if response.loss is None:
+                        self._loss_from_logits(output.logits, response)
+                if backward:
+                    # FSDP averages over the ranks of the group, each of which holds a part of the sum.
+                    (response.loss * self.get_data_parallel_size()).backward()
         finally:
             self._response = None
-            packed_attention.set_layout(None)
         terms = response.nll * response.weights * self.get_data_parallel_size()
         return torch.zeros(num_tasks, device=device).index_add_(0, response.tasks, terms)
 
@@ -312,12 +323,26 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             tasks=micro_batch["task"][row],
         )
 
-    def _route(self, task: torch.Tensor, response_tasks: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Tell the stacked adapters whose rows the micro-batch holds: tokens when packed, examples when padded."""
-        tasks = self.task_batch.num_tasks
-        rows = torch.zeros(tasks, dtype=torch.long)
-        rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths)
-        self.task_batch.route(rows.tolist(), torch.bincount(response_tasks, minlength=tasks).tolist())
+    def _packed_rows(self, micro_batch: Any, response: _Response, device: Any) -> PackedSequences:
+        """All sequences in one row; moves the index of ``response`` to it."""
+        batched = self._is_task_batched
+        # Without stacked adapters all examples meet the same parameters, whatever their task.
+        slots = micro_batch["task"].tolist() if batched else [0] * len(micro_batch["task"])
+        sequences = [ids.tolist() for ids in micro_batch["input_ids"].unbind()]
+        rows = PackedSequences(
+            list(zip(slots, sequences, strict=True)),
+            self.task_batch.num_tasks if batched else 1,
+            torch.device(device),
+            share=self._shares_prefixes,
+        )
+        entry = torch.tensor([node for path in rows.paths for node in path.nodes])
+        response.index = entry[response.index]
+        return rows
+
+    def _rows_per_task(self, task: torch.Tensor, lengths: torch.Tensor | None) -> list[int]:
+        """Rows of each task's stacked adapter: tokens when packed, examples when padded."""
+        rows = torch.zeros(self.task_batch.num_tasks, dtype=torch.long)
+        return rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths).tolist()
 
     # ---- the output layer -------------------------------------------------------------------------------------------
 
@@ -384,19 +409,32 @@ def check_shardable(module: torch.nn.Module) -> None:
         )
 
 
-def use_packed_attention(module: torch.nn.Module) -> None:
-    """Switch a model from ``sdpa`` to attention over packed sequences, where its layers are all plainly causal."""
+def use_packed_attention(module: torch.nn.Module) -> bool:
+    """Switch a model from ``sdpa`` to attention over packed rows, where its layers are all plainly causal.
+
+    Returns:
+        Whether it did.
+    """
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = base.config.get_text_config()
     plain = (
         base.config._attn_implementation == "sdpa"
+        and base.config is config  # no towers of other modalities
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "use_bidirectional_attention", None)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     )
     if plain:
-        packed_attention.register()
-        base.set_attn_implementation(packed_attention.NAME)
+        packed_attention.use_packed_attention(base)
+    return plain
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    """Whether training draws random masks: sequences that share states would share them, too."""
+    config = module.config.get_text_config()
+    return bool(getattr(config, "attention_dropout", 0)) or any(
+        isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()
+    )
 
 
 def build_training_worker(**configs: Any) -> TrainingWorker:

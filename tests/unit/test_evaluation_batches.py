@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from metasft.few_shot_model import CELLS_CPU, Job
 from metasft.few_shot_packed import PackedRunner
-from metasft.few_shot_packing import PackedSequences, RowCache, rows_are, use_packed_attention, why_not_packed
+from metasft.few_shot_packing import RowCache, why_not_packed
 from metasft.few_shot_padded import PaddedRunner
 from metasft.few_shot_protocol import shot_indices
+from metasft.packed_attention import PackedSequences, rows_are, use_packed_attention
 
 SAMPLES = ([5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32])
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from meta_reference import relative_error
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from metasft import packed_attention
 from metasft.adaptation import InnerLoop
 from metasft.lora_batch import Blocks, TaskBatchedLoRA, add_block_products, add_rows_times, choose_strategy, rows_times
+from metasft.packed_attention import PackedSequences, rows_are
 from metasft.verl_backend import check_shardable, use_packed_attention
 
 TOLERANCE = 1e-5
@@ -70,7 +72,10 @@ def build(model="llama", adapter="all", *, checkpointed=False):
 def examples(lengths, seed=0):
     """Token ids of every example of every task."""
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randint(3, 61, (n,), generator=generator) for n in task] for task in lengths]
+    opening = torch.randint(3, 61, (2,), generator=generator)  # every example starts alike, as system prompts do
+    return [
+        [torch.cat([opening, torch.randint(3, 61, (n - 2,), generator=generator)]) for n in task] for task in lengths
+    ]
 
 
 def loss_of(logits, ids):
@@ -89,33 +94,36 @@ def alone(model, tasks):
     return [loss_of([model(input_ids=ids[None]).logits[0] for ids in task], task) for task in tasks]
 
 
-def together(model, batch, tasks, *, packed=True):
-    """Each task's loss in one pass of all tasks with stacked adapters."""
+@contextmanager
+def all_logits(model, batch, tasks, *, packed):
+    """Logits of every example, in one pass of all tasks with stacked adapters."""
     rows = [ids for task in tasks for ids in task]
     lengths = [len(ids) for ids in rows]
     if packed:
-        packed_attention.set_layout(packed_attention.PackedLayout(lengths, torch.device("cpu")))
-        batch.route([sum(len(ids) for ids in task) for task in tasks])
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        logits = model(input_ids=torch.cat(rows)[None], position_ids=positions[None]).logits[0].split(lengths)
+        slots = [slot for slot, task in enumerate(tasks) for _ in task]
+        sequences = list(zip(slots, [ids.tolist() for ids in rows], strict=True))
+        layout = PackedSequences(sequences, len(tasks), torch.device("cpu"))
+        batch.route(layout.counts)
+        with rows_are(layout):
+            output = model(input_ids=layout.input_ids, position_ids=layout.position_ids).logits[0]
+            yield [output[path.nodes] for path in layout.paths]
     else:
-        packed_attention.set_layout(None)
         batch.route([len(task) for task in tasks])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
         output = model(input_ids=padded, attention_mask=mask).logits
-        logits = [row[:n] for row, n in zip(output, lengths, strict=True)]
-    per_task, start = [], 0
-    for task in tasks:
-        per_task.append(loss_of(logits[start : start + len(task)], task))
-        start += len(task)
-    return per_task
+        yield [row[:n] for row, n in zip(output, lengths, strict=True)]
 
 
-@pytest.fixture(autouse=True)
-def _no_layout_left_behind():
-    yield
-    packed_attention.set_layout(None)
+@contextmanager
+def together(model, batch, tasks, *, packed=True):
+    """Each task's loss in one pass of all tasks with stacked adapters; its backward belongs inside the context."""
+    with all_logits(model, batch, tasks, packed=packed) as logits:
+        per_task, start = [], 0
+        for task in tasks:
+            per_task.append(loss_of(logits[start : start + len(task)], task))
+            start += len(task)
+        yield per_task
 
 
 def one_at_a_time(model, tasks, batches, *, lr, optimizer="sgd", clip=None):
@@ -144,10 +152,11 @@ def all_together(model, tasks, batches, *, lr, optimizer="sgd", clip=None, packe
     names = {id(p): n for n, p in model.named_parameters()}
     with batch.adapting(len(tasks)) as adaptation:
         for support in batches:
-            sum(together(model, batch, support, packed=packed)).backward()
+            with together(model, batch, support, packed=packed) as losses:
+                sum(losses).backward()
             adaptation.step()
-        losses = together(model, batch, tasks, packed=packed)
-        sum(losses).backward()
+        with together(model, batch, tasks, packed=packed) as losses:
+            sum(losses).backward()
         gradients = [
             {
                 name: tensor.clone()
@@ -237,8 +246,8 @@ def test_a_broken_task_leaves_the_others_alone():
     with batch.adapting(3):
         for layer in batch._layers:
             layer.stack.a[1].fill_(float("inf"))
-        losses = together(model, batch, tasks)
-        (losses[0] + losses[2]).backward()
+        with together(model, batch, tasks) as losses:
+            (losses[0] + losses[2]).backward()
         assert not losses[1].isfinite()
         names = {id(p): n for n, p in model.named_parameters()}
         for task in (0, 2):
@@ -259,7 +268,8 @@ def test_difference_is_the_sum_over_tasks_of_how_far_they_moved():
     batch = TaskBatchedLoRA(model, lr=LR, optimizer="sgd")
     order = {id(p): i for i, p in enumerate(loop.parameters)}
     with batch.adapting(3) as adaptation:
-        sum(together(model, batch, support[0])).backward()
+        with together(model, batch, support[0]) as losses:
+            sum(losses).backward()
         adaptation.step()
         found = adaptation.difference()
         moved = [tensor - p for tensor, p in zip(adaptation.task_tensors(1), batch.parameters, strict=True)]
@@ -278,8 +288,8 @@ def test_bf16_base_with_fp32_adapters():
     use_packed_attention(model)
     batch = TaskBatchedLoRA(model, lr=LR, optimizer="sgd", dtype=torch.bfloat16)
     with batch.adapting(3), torch.autocast("cpu", torch.bfloat16):
-        losses = together(model, batch, tasks)
-        sum(loss.float() for loss in losses).backward()
+        with together(model, batch, tasks) as losses:
+            sum(loss.float() for loss in losses).backward()
         assert batch.gradient.dtype == torch.float32
     names = {id(p): n for n, p in model.named_parameters()}
     total = {names[id(p)]: p.grad for p in batch.parameters}
@@ -354,6 +364,6 @@ def test_a_model_without_adapter_is_refused():
 
 
 def test_an_adapted_output_layer_is_refused_where_it_would_be_sharded():
-    with pytest.raises(ValueError, match="meta.task_group_size=1"):
+    with pytest.raises(ValueError, match=r"meta\.task_group_size=1"):
         check_shardable(build("llama-untied", "output_layer"))
     check_shardable(build("llama-untied", "all"))
