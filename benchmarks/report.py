@@ -293,11 +293,11 @@ def _glance(results: Results) -> str:
             header = ["arm", "seconds per meta-step", "tokens/s", "peak MiB", "checkpoint MB", "GFLOP per token"]
             parts.append(f"**{DEVICES[device]}, {dtype}**\n\n{_table(header, rows)}")
     text = (
-        "The project's tasks, 4 tasks, K = 5, 4 examples per step and per query batch (memory: K = 2). FLOPs are "
-        "counted for "
-        "what is trained and where logits are needed (formula in `benchmarks/flops.py`); padding and logits at "
-        "prompts count for "
-        "the arms that compute them. The checkpoint is one export at r = 16, fp32."
+        "The project's tasks, 4 tasks, K = 5, 4 examples per step and per query batch (memory: K = 2). Tokens are those "
+        "of the data. FLOPs are counted for what is trained and where logits are needed (formula in "
+        "`benchmarks/flops.py`); padding and logits at prompts count for the arms that compute them; what the examples "
+        "of a batch open with counts for each of them, though our trainers compute it once. The checkpoint is one "
+        "export at r = 16, fp32."
     )
     return "\n\n".join(["## Arms side by side", text, *(parts or ["Not measured."])])
 
