@@ -47,6 +47,7 @@ def main() -> None:
 
     from metasft import launch
     from metasft.cpu_platform import peak_rss_bytes
+    from metasft.lora_batch import TaskBatchedLoRA
     from metasft.trainer import EpisodicSFTTrainer
 
     launch._single_process_defaults()
@@ -69,11 +70,15 @@ def main() -> None:
 
         def measure() -> float:
             norm = optimizer_step()
-            parameters = trainer.inner_loop.parameters
+            loop = trainer.inner_loop
+            parameters = loop.parameters
+            # Stacked adapters: one copy and one gradient for each task of a pass.
+            copies = [loop._theta] if isinstance(loop, TaskBatchedLoRA) else loop._theta
+            parts["task_gradient"] = size([loop.gradient]) if isinstance(loop, TaskBatchedLoRA) else 0
             states = [s for state in trainer.engine.optimizer.state.values() for s in state.values()]
             parts.update(
                 parameters=size(trainer.engine.module.parameters()),
-                theta_copy=size(trainer.inner_loop._theta),
+                theta_copy=size(copies),
                 meta_gradient=size([p.grad for p in parameters if p.grad is not None]),
                 optimizer=size([s for s in states if isinstance(s, torch.Tensor)]),
             )
@@ -83,7 +88,8 @@ def main() -> None:
         # The first meta-step creates the optimizer state; the second one is what all later ones look like.
         tokens = [trainer.train_step(step)["perf/tokens"] for step in (1, 2)]
     # While a later task adapts, its own gradient exists beside the meta-gradient of the earlier ones.
-    parts["task_gradient"] = parts["meta_gradient"] if trainer.meta.meta_batch_size > 1 else 0
+    if not parts["task_gradient"] and trainer.meta.meta_batch_size > 1:
+        parts["task_gradient"] = parts["meta_gradient"]
     peak = get_torch_device().max_memory_allocated()
     parts["activations_and_work_space"] = peak - before - sum(parts.values())
     result = {
