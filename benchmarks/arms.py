@@ -47,6 +47,7 @@ class Settings:
         repeats: timed rounds of all arms.
         largest_cell: tokens of an inner step of all tasks, above which a cell of the inner-step section is left out.
         cell_seconds: no further round once a comparison has taken this long (two rounds are always run).
+        test_items: per cell of the evaluation's grid.
         seed: of data, episodes and initial adapters.
         threads: per process.
         quick: a few small cells, to try the machinery.
@@ -61,6 +62,7 @@ class Settings:
     repeats: int = 5
     largest_cell: int = 16384
     cell_seconds: float = 120.0
+    test_items: int = 16
     seed: int = 1
     threads: int = 1
     quick: bool = False

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
     add("--repeats", type=int, help="timed rounds of all arms (default: 5; 2 with --quick)")
     add("--cell-seconds", type=float, default=120.0, help="no further round after this long (default: %(default)g)")
+    add("--test-items", type=int, default=16, metavar="N", help="per cell of the evaluation's grid (default: 16)")
     add(
         "--largest-cell",
         type=int,
@@ -87,6 +88,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--threads", arguments.threads, 1),
         ("--seed", arguments.seed, 0),
         ("--largest-cell", arguments.largest_cell, 16),
+        ("--test-items", arguments.test_items, 1),
         ("--cell-seconds", arguments.cell_seconds, 0),
     ):
         if value < least:
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype="fp32" if dtype == "any" else dtype,
                 repeats=arguments.repeats,
                 largest_cell=arguments.largest_cell,
+                test_items=arguments.test_items,
                 cell_seconds=arguments.cell_seconds,
                 seed=arguments.seed,
                 threads=arguments.threads,

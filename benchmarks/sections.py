@@ -753,7 +753,7 @@ def evaluation(settings: Settings) -> dict[str, Any]:
     if not (data_dir / "meta_test").is_dir():
         raise NotMeasured(f"{data_dir} has no meta_test folder with unseen tasks")
     shots, runs = ((0, 2), 2) if settings.quick else ((0, 5, 10, 25, 50), 3)
-    limit, new_tokens = (2, 2) if settings.quick else (16, 16)
+    limit, new_tokens = (2, 2) if settings.quick else (settings.test_items, 16)
 
     def grid(
         cells_per_batch: int | None, n_shots: tuple[int, ...], limit: int, *, packed: bool = True
