@@ -97,6 +97,10 @@ _ROW_FIELDS = ("support_first", "support_last", "support_mean", "query_before", 
 _ROW_WIDTH = 2 * len(_ROW_FIELDS) + 2
 
 
+CPU_TOKENS, CPU_TOKENS_ALONE = 512, 256
+"""Where tasks in one pass stop gaining on a CPU core (docs/performance.md, one inner step)."""
+
+
 class EpisodicSFTTrainer(SFTTrainer):
     """Meta-trains a model on episodes. Subclasses say what one meta-step computes.
 
@@ -295,18 +299,24 @@ class EpisodicSFTTrainer(SFTTrainer):
         """The episodes in the portions that are adapted together: one by one without task batching.
 
         With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
-        tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Every rank of a
+        tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Without a limit, a
+        pass on a CPU holds :data:`CPU_TOKENS`, and tasks of :data:`CPU_TOKENS_ALONE` or more are alone. Every rank of a
         task group cuts alike, since all of them know all the examples.
         """
         if not isinstance(self.inner_loop, TaskBatchedLoRA):
             yield from ([episode] for episode in episodes)
             return
-        limit = self.meta.task_batch_limit or len(episodes)
+        limit, budget = self.meta.task_batch_limit, self._pass_budget
+        alone = budget + 1
+        if limit is None and self.device_name == "cpu" and self.config.data.use_dynamic_bsz:
+            # A core's products run at full speed from a few hundred rows on: more of them only take more memory.
+            budget, alone = min(budget, CPU_TOKENS), CPU_TOKENS_ALONE
         portion: list[Episode] = []
         used = 0
         for episode in episodes:
             size = self._size_in_a_pass(episode)
-            if portion and (len(portion) == limit or used + size > self._pass_budget):
+            size = budget if size >= alone else size
+            if portion and (len(portion) == limit or used + size > budget):
                 yield portion
                 portion, used = [], 0
             portion.append(episode)

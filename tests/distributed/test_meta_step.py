@@ -24,7 +24,12 @@ COMMON = [
     "trainer.logger=[]",
     "optim.clip_grad=1e9",
 ]
-META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", ["model.lora_rank=4", "model.lora_alpha=8"])
+# All four tasks in one pass: left to itself, a CPU would take some of these alone.
+META_LORA = (
+    "meta_lora_trainer.py",
+    "config_meta_lora_example",
+    ["model.lora_rank=4", "model.lora_alpha=8", "meta.task_batch_limit=4"],
+)
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", [])
 REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.reptile_step_size=1.0"])
 LR = {"meta_lora": 0.5, "fomaml": 0.05, "reptile": 0.05}
@@ -47,9 +52,11 @@ VARIANTS = {
     "sum": ["meta.aggregation=sum"],
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
     # META-LORA runs the variants above with all tasks of a rank in one pass; these are its other ways.
-    "one_at_a_time": ["meta.task_batching=false"],
+    "automatic": ["meta.task_batch_limit=null"],
+    "one_at_a_time": ["meta.task_batching=false", "meta.task_batch_limit=null"],
     "one_at_a_time_checkpointed_padded": [
         "meta.task_batching=false",
+        "meta.task_batch_limit=null",
         "model.enable_gradient_checkpointing=true",
         "model.use_remove_padding=false",
     ],
@@ -67,7 +74,7 @@ def cases_for(world: int) -> list[dict]:
             if (world, group) == (4, 2):
                 variants = ("checkpointed_padded",)
             for variant in variants:
-                if method != "meta_lora" and variant.startswith(("one_at_a_time", "limited")):
+                if method != "meta_lora" and variant.startswith(("one_at_a_time", "limited", "automatic")):
                     continue  # there is no frozen base to share
                 if method == "reptile" and variant not in ("packed", "adamw", "checkpointed_padded"):
                     continue  # its inner loop is the one that the other two run in every variant
@@ -126,7 +133,10 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                 )
                 case = next(c for c in cases if c["name"] == "reptile-group1-packed")
                 lora = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.5"]
-                for name, ways in (("lora-reptile", []), ("lora-reptile-one", ["meta.task_batching=false"])):
+                for name, ways in (
+                    ("lora-reptile", ["meta.task_batch_limit=4"]),
+                    ("lora-reptile-one", ["meta.task_batching=false"]),
+                ):
                     cases.append({**case, "name": name, "overrides": [*case["overrides"], *lora, *ways]})
                 cases.append(
                     {
@@ -321,6 +331,19 @@ def test_reptile_on_lora_and_as_a_pseudo_gradient(outcomes, references):
     result = load(out, case)
     difference = references(path, False).mean_difference(result["theta_before"], result["episodes"], case["lr"])
     assert relative_error(result["gradient"], {n: -d for n, d in difference.items()}) < 1e-4
+
+
+def test_passes_hold_what_the_settings_allow(outcomes):
+    """Sizes of the passes of a meta-step, as (tasks, tokens of the largest batch of each)."""
+    cases, out, _ = outcomes(1)
+    passes = {name: load(out, cases[name])["passes"] for name in cases if name.startswith("meta_lora-group1")}
+    assert [len(p) for p in passes["meta_lora-group1-packed"]] == [4]
+    assert [len(p) for p in passes["meta_lora-group1-limited"]] == [3, 1]
+    assert [len(p) for p in passes["meta_lora-group1-one_at_a_time"]] == [1, 1, 1, 1]
+    for name, most in (("automatic", 512), ("token_budget", 160)):
+        for sizes in passes[f"meta_lora-group1-{name}"]:
+            assert len(sizes) == 1 or sum(sizes) <= most, (name, sizes)
+    assert all(len(sizes) == 1 or max(sizes) < 256 for sizes in passes["meta_lora-group1-automatic"])
 
 
 def test_packed_batches_have_no_padding_and_padded_ones_say_how_much(outcomes):

@@ -115,6 +115,7 @@ def run_case(case, out):
 
     def next_meta_batch():
         batch = original_draw()
+        captured["meta_batch"] = trainer.episodes_of_this_group(batch)
         captured["episodes"] = [(e.task, e.support_batches, e.query_batch) for e in batch]
         return batch
 
@@ -126,11 +127,15 @@ def run_case(case, out):
         with CollectiveCounter() as counter:
             result["metrics"] = trainer.train_step(step)
     result.update(captured, theta_after=theta_of(trainer), collectives=counter.calls)
+    result["passes"] = [
+        [trainer._size_in_a_pass(episode) for episode in portion] for portion in trainer.passes(captured["meta_batch"])
+    ]
     base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     result["base_grads"] = [n for n, p in base.items() if p.grad is not None]
     in_optimizer = {id(p) for group in trainer.engine.optimizer.param_groups for p in group["params"]}
     result["base_in_optimizer"] = [n for n, p in base.items() if id(p) in in_optimizer]
     result["base_fingerprint"] = {n: full(p).double().sum().item() for n, p in base.items()}
+    del result["meta_batch"]
     torch.save(result, out / f"{case['name']}_rank{dist.get_rank()}.pt")
 
 
