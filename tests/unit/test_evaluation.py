@@ -27,16 +27,6 @@ from metasft.few_shot_source import find_model_source, recorded_adaptation, reso
 from metasft.few_shot_store import ResultStore
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_unseen_tasks(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_model):
-    return save_random_adapter(tmp_path_factory.mktemp("adapter"), tiny_model)
-
-
 @pytest.fixture
 def config(tiny_model, data_dir, tmp_path):
     return base_config(tiny_model, data_dir, tmp_path / "out")

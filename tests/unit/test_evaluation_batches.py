@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from few_shot_data import base_config, load, random_adapter, save_random_adapter, without_lora_flags, write_unseen_tasks
+from few_shot_data import base_config, load, random_adapter, without_lora_flags
 from transformers import AutoModelForCausalLM
 
 from metasft.few_shot_model import CELLS_CPU, Job
@@ -21,16 +21,6 @@ from metasft.few_shot_protocol import shot_indices
 from metasft.packed_attention import PackedSequences, rows_are, use_packed_attention
 
 SAMPLES = ([5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32])
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_unseen_tasks(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_model):
-    return save_random_adapter(tmp_path_factory.mktemp("adapter"), tiny_model)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from few_shot_data import (
     run_cell,
     save_random_adapter,
     without_lora_flags,
-    write_unseen_tasks,
 )
 from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,16 +24,6 @@ from metasft.episodes import ShuffledStream
 from metasft.few_shot_open import load_verl_lora
 from metasft.few_shot_protocol import shot_indices
 from metasft.few_shot_source import EMBEDDED_MODEL, find_model_source
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_unseen_tasks(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_model):
-    return save_random_adapter(tmp_path_factory.mktemp("adapter"), tiny_model)
 
 
 @pytest.fixture
