@@ -14,11 +14,16 @@ within the margin; as JSON and as a table (metasft/paired.py says how it is judg
     python compare_methods.py --speed --results-dir results
 
 draws accuracy and loss against the update steps of the adaptation, from the <model type>_speed.json files.
+
+    python compare_methods.py --report results/experiments/cpu
+
+writes the comparison report of what run_experiments.py ran, as one folder of Markdown, HTML, JSON and plots.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +62,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "task": None,
         "output": Path("results/adaptation_speed.png"),
     },
+    "report": {"output": None, "comparison_figure": Path("results/comparison_meta_lora_vs_fomaml.png")},
 }
 
 
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--paired", nargs=2, metavar=("A", "B"), help="result folders, or label=folder: A minus B")
     way.add_argument("--speed", action="store_true", help="draw the adaptation speed")
+    way.add_argument("--report", type=Path, metavar="FOLDER", help="report on the folder that run_experiments.py wrote")
     add("--results", nargs="+", metavar="LABEL=PATH", help="result folders or files (default: all in --results-dir)")
     add("--results-dir", type=Path, help="(default: results)")
     add("--summaries", nargs="+", metavar="LABEL=PATH", help="run_summary.json of a method's training")
@@ -87,16 +94,22 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         help="figure (default: results/comparison_meta_lora_vs_fomaml.png; --speed: results/adaptation_speed.png), or "
-        "JSON file (--paired: results/paired_<A>_<B>.json)",
+        "JSON file (--paired: results/paired_<A>_<B>.json), or folder (--report: <FOLDER>/report)",
     )
     add("--table", type=Path, help="Markdown (default: results/comparison.md; --paired: results/paired_<A>_<B>.md)")
+    add(
+        "--comparison-figure",
+        type=Path,
+        help="with --report: where the overview figure goes too (default: results/comparison_meta_lora_vs_fomaml.png)",
+    )
     return parser
 
 
 def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(way of use, its flags with their defaults filled in)."""
-    way = "paired" if options.paired else "speed" if options.speed else "overview"
-    given = {k: v for k, v in vars(options).items() if k not in ("paired", "speed") and v is not None}
+    ways = {"paired": options.paired, "speed": options.speed, "report": options.report}
+    way = next((name for name, asked in ways.items() if asked), "overview")
+    given = {k: v for k, v in vars(options).items() if k not in ways and v is not None}
     foreign = [key for key in given if key not in _DEFAULTS[way]]
     if foreign:
         flag = f"--{foreign[0].replace('_', '-')}"
@@ -161,6 +174,21 @@ def _speed(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}")
 
 
+def _report(folder: Path, options: argparse.Namespace) -> None:
+    from metasft.experiment_report import COMPARISON_FIGURE, write_report
+
+    report = write_report(folder, options.output)
+    figure = report / COMPARISON_FIGURE
+    if figure.is_file():
+        try:
+            options.comparison_figure.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(figure, options.comparison_figure)
+        except OSError as error:
+            flag = f"--comparison-figure is {options.comparison_figure}"
+            raise ValueError(f"{flag}, which cannot be written ({error}): give another") from error
+    print(f"wrote {report / 'index.html'}, report.md and report.json")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
     options = _parser().parse_args(argv)
@@ -170,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
             _paired(options.paired, argparse.Namespace(**settings))
         elif way == "speed":
             _speed(argparse.Namespace(**settings))
+        elif way == "report":
+            _report(options.report, argparse.Namespace(**settings))
         else:
             _overview(argparse.Namespace(**settings))
     except ValueError as error:

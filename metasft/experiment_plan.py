@@ -1,0 +1,425 @@
+"""From suites and a scale to runs: every command, composed and checked before anything runs.
+
+A run is one call of a public script. Two arms whose commands are the same but for the folder share the run, so that an
+ablation does not repeat the arm of the matrix that is one of its points.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metasft.config import (
+    METHOD_TITLES,
+    check_micro_batches,
+    check_model_path,
+    check_training_config,
+    resolve_task_group,
+)
+from metasft.experiments import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite
+from metasft.few_shot_protocol import EvaluationConfig
+
+CONFIG_DIR = "data/math_science_meta"
+SCRIPTS = {
+    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
+    "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
+    "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
+}
+MODEL_TYPES = {"lora_single": "lora", "lora_mixed": "lora"}
+OWN_FOLDER = "{run}"
+"""Stands for a run's own folder where commands are compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a script.
+
+    Attributes:
+        kind: ``model``, ``data``, ``train`` or ``evaluate``.
+        command: words of the command line, run in the repository root.
+        needs: names of the runs that must have finished.
+        summary: what ``run_summary.json`` says beside the measured costs, for a trainer that writes none; else None.
+    """
+
+    name: str
+    kind: str
+    command: tuple[str, ...]
+    resources: Resources
+    needs: tuple[str, ...] = ()
+    arm: str | None = None
+    seed: int | None = None
+    task: str | None = None
+    summary: Mapping[str, Any] | None = None
+
+
+class Replicate(NamedTuple):
+    """One trained and evaluated copy of an arm; ``train`` and ``evaluate`` are names of runs."""
+
+    seed: int
+    task: str | None
+    train: str | None
+    evaluate: str
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm at a scale: its definition, the configuration of its trainer (empty for ``base``), and its replicates."""
+
+    arm: Arm
+    config: Mapping[str, Any]
+    replicates: tuple[Replicate, ...]
+
+    @property
+    def samples_per_task(self) -> int | None:
+        """Support examples per task; examples of all tasks together where one run mixes them."""
+        if self.arm.method == "base":
+            return None
+        return (
+            self.config["meta"]["support_samples"]
+            if "meta" in self.config
+            else self.config["data"]["train_max_samples"]
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to be run in one output folder."""
+
+    scale: Scale
+    output: Path
+    suites: tuple[Suite, ...]
+    arms: Mapping[str, PlannedArm]
+    runs: Mapping[str, Run]
+
+    def axis_values(self, suite: Suite) -> dict[str, Any]:
+        """Arm -> the value that the suite varies, from the arm's configuration."""
+        return {
+            name: _look_up(self.arms[name].config, suite.axis["key"], f"axis of {suite.name}") for name in suite.arms
+        }
+
+    def needed_by(self, arms: Sequence[str]) -> list[str]:
+        """Names of the runs of these arms and of what they need, in the order of the plan."""
+        wanted = {run for name in arms for r in self.arms[name].replicates for run in (r.train, r.evaluate) if run}
+        for run in reversed(self.runs.values()):
+            if run.name in wanted:
+                wanted.update(run.needs)
+        return [name for name in self.runs if name in wanted]
+
+
+def make_plan(
+    suites: Sequence[Suite], scale: Scale, output: Path, known: Mapping[tuple[str, ...], str] | None = None
+) -> Plan:
+    """The runs of ``suites`` at ``scale``, training before evaluation, every configuration composed and checked.
+
+    Args:
+        output: the output folder, relative to the repository root or absolute.
+        known: what :func:`identity` says of the runs that are in the output folder already -> their names.
+
+    Raises:
+        ValueError: a setting that cannot work, naming arm, key, value and remedy.
+    """
+    planner = _Planner(scale, output, dict(known or {}))
+    arms: dict[str, PlannedArm] = {}
+    for suite in suites:
+        for name, arm in suite.arms.items():
+            further = scale.suites.get(suite.name, {}) if arm.method in META_LEARNERS else {}
+            planned = planner.arm(replace(arm, overrides={**further, **arm.overrides}))
+            if name in arms and arms[name] != planned:
+                raise ValueError(
+                    f"suites.{suite.name} of the scale {scale.name} changes the arm {name}, which another suite has "
+                    "too: give the arm of one of them another name"
+                )
+            arms[name] = planned
+    order = {"model": 0, "data": 1, "train": 2, "evaluate": 3}
+    runs = dict(sorted(planner.runs.items(), key=lambda item: order[item[1].kind]))
+    plan = Plan(scale, output, tuple(suites), arms, runs)
+    for suite in suites:
+        if suite.axis is not None:
+            plan.axis_values(suite)
+    return plan
+
+
+def identity(command: Sequence[str], folder: Path | str) -> tuple[str, ...]:
+    """The command without the run's own folder: equal where two runs do the same."""
+    return tuple(re.sub(re.escape(str(folder)) + r"(?=$|[/'])", OWN_FOLDER, word) for word in command)
+
+
+def shell_line(command: Sequence[str]) -> str:
+    """The command as one line to paste into a shell."""
+    return shlex.join(command)
+
+
+@dataclass
+class _Planner:
+    scale: Scale
+    output: Path
+    known: dict[tuple[str, ...], str]
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.data_dir = self.output / "data" / "math_science_meta"
+        self.makes_model = self.scale.model == TINY_MODEL
+        self.model = str(self.output / "model") if self.makes_model else self.scale.model
+        if not self.makes_model:
+            check_model_path(self.model)
+        else:
+            self._add("model", "model", ["python", "-m", "metasft.tiny_model", self.model])
+        command = [
+            "python",
+            "prepare_math_science_data.py",
+            "--output-dir",
+            str(self.data_dir),
+            *_flags(self.scale.data),
+        ]
+        self._add("data", "data", command)
+
+    def folder(self, name: str) -> Path:
+        return self.output / "runs" / name
+
+    def _add(self, name: str, kind: str, command: Sequence[str], group: str = "prepare", **more: Any) -> str:
+        """Plan a run unless one that does the same is planned or there already; returns the name of the one to use."""
+        own = identity(command, self.folder(name))
+        shared = self.known.setdefault(own, name)
+        if shared not in self.runs:
+            words = tuple(word.replace(OWN_FOLDER, str(self.folder(shared))) for word in own)
+            self.runs[shared] = Run(shared, kind, words, self.scale.runs[group], **more)
+        return shared
+
+    def arm(self, arm: Arm) -> PlannedArm:
+        config: Mapping[str, Any] = {}
+        replicates = []
+        for seed in self.scale.seeds:
+            for task in arm.tasks or (None,):
+                suffix = "-".join([arm.name, *([task] if task else []), f"seed{seed}"])
+                of = {"arm": arm.name, "seed": seed, "task": task}
+                train = None
+                if arm.method in META_LEARNERS:
+                    train, config = self._meta_learner(arm, f"train-{suffix}", of)
+                elif arm.method != "base":
+                    train, config = self._standard_lora(arm, f"train-{suffix}", of)
+                evaluate = self._evaluate(arm, f"evaluate-{suffix}", train, config, of)
+                replicates.append(Replicate(seed, task, train, evaluate))
+        return PlannedArm(arm, config, tuple(replicates))
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _needs(self) -> tuple[str, ...]:
+        return ("model", "data") if self.makes_model else ("data",)
+
+    def _meta_learner(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        script, config_name = SCRIPTS[arm.method]
+        settings = {
+            **self.scale.train["meta_learners"],
+            **self.scale.train[arm.method],
+            **arm.overrides,
+            "model.path": self.model,
+            "meta.task_dir": str(self.data_dir / "meta_train"),
+            "trainer.default_local_dir": str(self.folder(name)),
+            "trainer.seed": of["seed"],
+        }
+        overrides = [_override(key, value, arm.name) for key, value in settings.items()]
+        config = _compose(ROOT / CONFIG_DIR, config_name, tuple(overrides), arm.name)
+        processes = self.scale.runs["train"].processes
+        self._check_meta_learner(arm, config, processes)
+        launcher = ["python"] if processes == 1 else _torchrun(processes)
+        command = [*launcher, script, "--config-path", CONFIG_DIR, "--config-name", config_name, *overrides]
+        return self._add(name, "train", command, "train", needs=self._needs, **of), config
+
+    def _check_meta_learner(self, arm: Arm, config: Mapping[str, Any], processes: int) -> None:
+        # A model that is still to be made cannot be looked at; a hub name is not.
+        checked = {**config, "model": {**config["model"], "path": "made/later"}} if self.makes_model else config
+        try:
+            meta = check_training_config(checked, arm.method)
+            group = resolve_task_group(meta, world_size=processes, lora=config["model"]["lora_rank"] > 0)
+            check_micro_batches(config, meta, group)
+        except ValueError as error:
+            raise ValueError(f"arm {arm.name}: {error}") from error
+        if config["trainer"]["total_training_steps"] is None:
+            raise ValueError(
+                f"arm {arm.name}: trainer.total_training_steps is not set; give the number of meta-steps of "
+                f"{METHOD_TITLES[arm.method]}"
+            )
+
+    def _standard_lora(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """veRL's own trainer on the configuration that the data run writes, which the shipped one is like."""
+        place, config_name = ("meta_train", f"{of['task']}_train") if of["task"] else (".", "baseline_lora_mixed")
+        if not (ROOT / "data" / place / f"{config_name}.yaml").is_file():
+            known = sorted(p.stem.removesuffix("_train") for p in (ROOT / "data/meta_train").glob("*_train.yaml"))
+            raise ValueError(f"arm {arm.name} names the task {of['task']}: choose from {', '.join(known)}")
+        folder = str(self.folder(name))
+        settings = {
+            **self.scale.train["lora"],
+            **arm.overrides,
+            "model.path": self.model,
+            "trainer.default_local_dir": folder,
+            "trainer.project_name": folder,  # veRL's file logger writes <project_name>/<experiment_name>.jsonl
+            "trainer.seed": of["seed"],
+            "data.seed": of["seed"],
+            "trainer.resume_mode": "disable",  # it saves at the end only: there is nothing half-way to resume from
+        }
+        overrides = [_override(key, value, arm.name) for key, value in settings.items()]
+        config = _compose(ROOT / "data" / place, config_name, tuple(overrides), arm.name)
+        config_dir = os.path.normpath(self.data_dir.parent / place)
+        command = [
+            *_torchrun(self.scale.runs["train_lora"].processes),
+            *("-m", "verl.trainer.sft_trainer", "--config-dir", config_dir, "--config-name", config_name),
+            *overrides,
+        ]
+        summary = {
+            "method": "lora",
+            "base_model": self.model,
+            "lora_rank": config["model"]["lora_rank"],
+            "tasks": [of["task"]] if of["task"] else None,
+            "train_samples": config["data"]["train_max_samples"],
+            "seed": of["seed"],
+        }
+        return self._add(name, "train", command, "train_lora", needs=self._needs, summary=summary, **of), config
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, arm: Arm, name: str, train: str | None, config: Mapping[str, Any], of: Mapping[str, Any]
+    ) -> str:
+        adapts_lora = arm.method == "base" or config["model"]["lora_rank"] > 0
+        settings = {
+            "model_type": MODEL_TYPES.get(arm.method, arm.method),
+            "model_path": self.model if train is None else str(self._export(arm, self.folder(train), config)),
+            "data_dir": str(self.data_dir),
+            "output_dir": str(self.folder(name)),
+            **self.scale.evaluate["all"],
+            **self.scale.evaluate["lora" if adapts_lora else "full"],
+            "seed": of["seed"],
+        }
+        if settings["model_type"] == "lora":  # veRL's checkpoint does not say what it was trained on
+            settings["base_model"] = self.model
+        if self.scale.speed is not None and arm.name in self.scale.speed["arms"]:
+            settings |= {"speed_steps": self.scale.speed["steps"], "speed_shots": self.scale.speed["shots"]}
+        _check_evaluation(settings, arm.name)
+        command = ["python", "evaluate_few_shot.py", *_flags(settings)]
+        needs = self._needs if train is None else (train,)
+        return self._add(name, "evaluate", command, "evaluate", needs=needs, **of)
+
+    @staticmethod
+    def _export(arm: Arm, folder: Path, config: Mapping[str, Any]) -> Path:
+        """What the trainer leaves behind for evaluation."""
+        if arm.method not in META_LEARNERS:
+            return folder
+        steps = config["trainer"]["total_training_steps"]
+        if config["model"]["lora_rank"] > 0:
+            return folder / f"{arm.method}_checkpoint_step_{steps}.pt"
+        return folder / f"step_{steps}"
+
+
+def _torchrun(processes: int) -> list[str]:
+    return ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def _check_evaluation(settings: Mapping[str, Any], arm: str) -> None:
+    known = EvaluationConfig.__dataclass_fields__
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"evaluate.{key} is no flag of evaluate_few_shot.py: choose from {', '.join(sorted(known))}"
+            )
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    try:
+        EvaluationConfig(**{**values, "output_dir": Path(settings["output_dir"])}).check()
+    except ValueError as error:
+        raise ValueError(f"arm {arm}: {error}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"arm {arm}: a flag of evaluate has a value of the wrong type ({error}): correct the scale"
+        ) from error
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Command-line flags from a mapping: a list repeats values, true is the flag alone, null and false leave it out."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + key.replace("_", "-"))
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+# ---- Hydra ----------------------------------------------------------------------------------------------------------
+
+
+def _override(key: str, value: Any, arm: str) -> str:
+    """``key=value`` in Hydra's grammar.
+
+    Raises:
+        ValueError: a value that is neither null, a flag, a number, a text nor a list of those.
+    """
+    return f"{key}={_hydra_value(value, f'{key} of the arm {arm}')}"
+
+
+def _hydra_value(value: Any, where: str) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_hydra_value(item, where) for item in value)}]"
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {value!r}: give a number, a text, true, false, null or a list of those")
+    if re.fullmatch(r"[A-Za-z/_.~-][\w/.:~-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
+        return value
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{quoted}'"
+
+
+@cache
+def _compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Mapping[str, Any]:
+    """The whole configuration of a trainer as a plain mapping.
+
+    Raises:
+        ValueError: Hydra cannot compose it, or a value in it does not resolve.
+    """
+    from importlib.util import find_spec
+
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # By its folder: as pkg://verl.trainer.config Hydra would import veRL, and torch with it.
+    defaults = Path(find_spec("verl").origin).parent / "trainer" / "config"
+    try:
+        with initialize_config_dir(str(folder), version_base=None):
+            config = compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"arm {arm}: {_first_sentences(error)}; correct its overrides, or those of the scale"
+        ) from error
+
+
+def _first_sentences(error: Exception) -> str:
+    """Hydra's message in one line, without pointers to its manual and to `+key`, which would hide a misspelt key."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(
+        line for line in lines if line and not line.startswith(("See http", "To append", "full_key", "object_type"))
+    )
+
+
+def _look_up(config: Mapping[str, Any], key: str, where: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ValueError(f"{where}: {key} is no setting of every arm of the suite; name one that all of them have")
+        value = value[part]
+    return value

@@ -1,0 +1,340 @@
+"""The output folder of experiments: ``run.json`` per run, ``experiments.json`` over all, and the locks.
+
+``run.json`` is the truth about a run: the process that runs it writes it (:mod:`metasft.experiment_process`), so that a
+run that finished while the scheduler was dying is not lost. ``experiments.json`` is made from those files and the plan.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from metasft.checkpoint import write_json
+from metasft.experiment_plan import Plan, identity
+from metasft.experiments import META_LEARNERS, ROOT
+
+FORMAT = 1
+PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy", "ray", "reasoning-gym")
+RUN_FILE, LOG_FILE, EXPERIMENTS_FILE, LOCK_FILE = "run.json", "log.txt", "experiments.json", ".lock"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What ``run.json`` in a run's folder says; None where there is none."""
+    try:
+        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_json(folder / RUN_FILE, dict(record))
+
+
+@contextmanager
+def locked(folder: Path, *, wait: float = 0.0) -> Iterator[IO[str]]:
+    """Hold the lock of a folder; processes that inherit the file keep it held until they end.
+
+    Raises:
+        BlockingIOError: somebody else still has it after ``wait`` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait
+    with (folder / LOCK_FILE).open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+        yield file
+
+
+class ExperimentStore:
+    """The output folder of a plan.
+
+    Attributes:
+        records: run name -> its record, the entries of ``runs`` in ``experiments.json``: those of the plan, and those
+            of earlier plans in the same folder.
+    """
+
+    def __init__(self, plan: Plan, command: Sequence[str]) -> None:
+        self.plan, self.command = plan, shlex.join(command)
+        self.folder = ROOT / plan.output
+        self.earlier = _read_experiments(self.folder)
+        self.created = self.earlier.get("created") or now()
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def open(self, *, retry_failed: bool) -> None:
+        """Take up what is there: finished runs stay, interrupted ones wait again, failed ones if ``retry_failed``.
+
+        Raises:
+            ValueError: the folder belongs to another scale, model or evaluation, an arm there has other settings, or a
+                run there was made by another command.
+        """
+        for key, value in (
+            ("scale", self.plan.scale.name),
+            ("model", self.plan.scale.model),
+            ("evaluation", self._evaluation()),
+        ):
+            if self.earlier.get(key, value) != value:
+                raise ValueError(
+                    f"--output-dir {self.plan.output} holds experiments with another {key} ({self.earlier[key]!r} "
+                    f"there, {value!r} now): give another --output-dir"
+                )
+        self._check_arms()
+        self.records = {n: r for n, r in (self.earlier.get("runs") or {}).items() if n not in self.plan.runs}
+        for name, run in self.plan.runs.items():
+            folder = self.run_folder(name)
+            record = read_record(folder) or {"state": "waiting", "attempts": 0}
+            if "command" in record and tuple(record["command"]) != run.command:
+                if not (retry_failed and record["state"] == "failed"):
+                    raise ValueError(_other_command(folder, record["command"], run.command))
+                shutil.rmtree(folder)  # it holds what other settings left half-way
+                record = {"state": "waiting", "attempts": record["attempts"]}
+            if record["state"] not in ("finished", "failed") or (retry_failed and record["state"] == "failed"):
+                record = {**record, "state": "waiting", "error": None}
+            self.records[name] = {**_EMPTY, **record, **self._what(name)}
+
+    def _what(self, name: str) -> dict[str, Any]:
+        run = self.plan.runs[name]
+        return {
+            "kind": run.kind,
+            "arm": run.arm,
+            "seed": run.seed,
+            "task": run.task,
+            "command": list(run.command),
+            "needs": list(run.needs),
+            "environment": dict(self.plan.scale.environment),
+            "gpus": run.resources.gpus,
+            "summary": dict(run.summary) if run.summary is not None else None,
+        }
+
+    def refresh(self, name: str) -> dict[str, Any]:
+        """Read a run's record again after its process may have written it."""
+        self.records[name] = {**self.records[name], **(read_record(self.run_folder(name)) or {})}
+        return self.records[name]
+
+    def update(self, name: str, **changes: Any) -> None:
+        """Change a run's record and its file."""
+        self.records[name].update(changes)
+        write_record(self.run_folder(name), self.records[name])
+
+    # ---- experiments.json -------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write ``experiments.json``, with the suites and arms of earlier plans in this folder."""
+        plan = self.plan
+        suites = dict(self.earlier.get("suites") or {})
+        for suite in plan.suites:
+            axis = None if suite.axis is None else {**suite.axis, "values": plan.axis_values(suite)}
+            suites[suite.name] = {
+                "title": suite.title,
+                "question": suite.question,
+                "arms": list(suite.arms),
+                "comparisons": [dict(comparison) for comparison in suite.comparisons],
+                "axis": axis,
+            }
+        write_json(
+            self.folder / EXPERIMENTS_FILE,
+            {
+                "format": FORMAT,
+                "command": self.command,
+                "created": self.created,
+                "updated": now(),
+                "scale": plan.scale.name,
+                "scale_title": plan.scale.title,
+                "model": plan.scale.model,
+                "provenance": self._provenance(),
+                "evaluation": self._evaluation(),
+                "suites": suites,
+                "arms": self._arms(),
+                "runs": self.records,
+            },
+        )
+
+    def _evaluation(self) -> dict[str, Any]:
+        values = dict(self.plan.scale.evaluate["all"])
+        return {
+            "tasks": values.pop("eval_tasks", None),
+            **values,
+            **{g: dict(self.plan.scale.evaluate[g]) for g in ("lora", "full")},
+        }
+
+    def _check_arms(self) -> None:
+        before = self.earlier.get("arms") or {}
+        for name, planned in self.plan.arms.items():
+            here = {"method": planned.arm.method, "overrides": dict(planned.arm.overrides)}
+            there = {key: before.get(name, here)[key] for key in here}
+            if there != here and any(self._has_finished(r) for r in before[name]["replicates"]):
+                raise ValueError(
+                    f"--output-dir {self.plan.output} holds an arm {name} with other settings ({there!r} there, "
+                    f"{here!r} now): rename the arm, or give another --output-dir"
+                )
+
+    def _has_finished(self, replicate: Mapping[str, Any]) -> bool:
+        runs = [self.earlier["runs"][name] for name in (replicate["train"], replicate["evaluate"]) if name]
+        return any(run["state"] == "finished" for run in runs)
+
+    def _arms(self) -> dict[str, Any]:
+        arms = dict(self.earlier.get("arms") or {})
+        for name, planned in self.plan.arms.items():
+            arm = planned.arm
+            replicates = {(r["seed"], r["task"]): r for r in arms.get(name, {}).get("replicates", ())}
+            replicates |= {(r.seed, r.task): r._asdict() for r in planned.replicates}
+            arms[name] = {
+                "label": arm.label,
+                "experiment": arm.experiment,
+                "method": arm.method,
+                "model_type": "lora" if arm.method.startswith("lora_") else arm.method,
+                "samples_per_task": planned.samples_per_task,
+                "meta_learner": arm.method in META_LEARNERS,
+                "overrides": dict(arm.overrides),
+                "seeds": sorted({seed for seed, _ in replicates}),
+                "replicates": list(replicates.values()),
+            }
+        return arms
+
+    def _provenance(self) -> dict[str, Any]:
+        return {**_provenance(), "data_sha256": self._data_sha256()}
+
+    def _data_sha256(self) -> dict[str, str]:
+        try:
+            manifest = json.loads((self.folder / "data" / "math_science_meta" / "manifest.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+_EMPTY: dict[str, Any] = {
+    "kind": None,
+    "arm": None,
+    "seed": None,
+    "task": None,
+    "state": "waiting",
+    "command": [],
+    "needs": [],
+    "attempts": 0,
+    "seconds": None,
+    "returncode": None,
+    "started": None,
+    "finished": None,
+    "peak_memory_bytes": None,
+    "error": None,
+}
+
+
+def known_runs(output: Path) -> dict[tuple[str, ...], str]:
+    """What the runs in an output folder do (:func:`identity`) -> their names, so that a new arm shares them.
+
+    Args:
+        output: relative to the repository root, or absolute.
+
+    Raises:
+        ValueError: ``experiments.json`` there is not readable.
+    """
+    runs = (_read_experiments(ROOT / output).get("runs") or {}).items()
+    return {identity(run["command"], output / "runs" / name): name for name, run in runs}
+
+
+def _read_experiments(folder: Path) -> dict[str, Any]:
+    path = folder / EXPERIMENTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): move it away, the runs beside it are kept") from error
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has the format {content.get('format')!r}, this release writes {FORMAT}: give another --output-dir"
+        )
+    return content
+
+
+def _other_command(folder: Path, there: Sequence[str], here: Sequence[str]) -> str:
+    old, new = ([word for word in one if word not in other] for one, other in ((there, here), (here, there)))
+    return (
+        f"{folder} was made by another command ({' '.join(old) or 'nothing else'} there, "
+        f"{' '.join(new) or 'nothing else'} now): give another --output-dir, delete that folder, or, if it "
+        "failed, give --retry-failed"
+    )
+
+
+# ---- provenance -----------------------------------------------------------------------------------------------------
+
+_measured: dict[str, Any] = {}
+
+
+def _provenance() -> dict[str, Any]:
+    """Where the runs come from; the code's commit is that of the start of this process."""
+    if not _measured:
+        status = _git("status", "--porcelain", "--untracked-files=no")
+        _measured.update(
+            commit=_git("rev-parse", "HEAD"),
+            dirty=None if status is None else bool(status),
+            versions=package_versions(),
+            device=device_name(),
+            cores=os.cpu_count(),
+            python=platform.python_version(),
+            platform=platform.platform(),
+        )
+    return _measured
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        finished = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return finished.stdout.strip()
+
+
+def package_versions() -> dict[str, str | None]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name() -> str:
+    """The GPUs of this machine as ``nvidia-smi`` names them, else the processor."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")
+        names = [name.strip() for name in names if name.strip()]
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    if names:
+        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            models = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine() or sys.platform

@@ -1,0 +1,141 @@
+"""Run a plan of experiments: train and evaluate every arm of a suite, several at a time, and report.
+
+    python run_experiments.py --suite matrix two_stage --scale cpu
+
+Suites are the files of data/experiments, `all` is every one of them; scales those of data/experiments/scales; a path to
+another YAML file works for both. Every run is a public script as a subprocess with a folder of its own under
+<output>/runs, scheduled by Ray: one inside this process, or a cluster with --address.
+
+Started again with the same command, it keeps what has finished and goes on with the rest; failed runs stay failed until
+--retry-failed. --dry-run prints every command and runs nothing. Exit code: 0 when all runs finished, 1 when some did
+not, 2 for a setting that cannot work, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from metasft.installed import require
+
+require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
+
+from metasft.experiment_plan import Plan, make_plan, shell_line  # noqa: E402  (after the check above)
+from metasft.experiment_runner import run_all  # noqa: E402
+from metasft.experiment_store import ExperimentStore, known_runs, locked  # noqa: E402
+from metasft.experiments import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", nargs="+", default=["matrix"], metavar="SUITE", help="names, paths, or all (default: matrix)")
+    add("--scale", default="smoke", help="name or path (default: %(default)s)")
+    add("--model", help="folder or hub name (default: that of the scale)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="one replicate of every arm each (default: those of the scale)",
+    )
+    add("--arms", nargs="+", metavar="ARM", help="run these arms of the suites only")
+    add("--output-dir", type=Path, help="(default: results/experiments/<scale>)")
+    add("--address", help="of a Ray cluster, such as 10.0.0.1:6379 or auto (default: start Ray here)")
+    add("--retry-failed", action="store_true", help="run again what failed, and what was skipped because of it")
+    add("--dry-run", action="store_true", help="print the commands, run nothing")
+    add("--report-only", action="store_true", help="write the report of what is there, run nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options, ["python", "run_experiments.py", *argv])
+    except ValueError as error:
+        print(f"run_experiments: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run_experiments: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    scale = read_scale(options.scale)
+    if options.model is not None:
+        scale = replace(scale, model=options.model)
+    if options.seeds is not None:
+        scale = replace(scale, seeds=check_seeds(options.seeds))
+    output = _output_folder(options.output_dir or Path("results/experiments") / scale.name)
+    if options.report_only:
+        return _report(output)
+    plan = make_plan(read_suites(options.suite), scale, output, known_runs(output))
+    selected = plan.needed_by(_chosen_arms(options.arms, plan))
+    if options.dry_run:
+        _print_commands(plan, selected)
+        return 0
+    try:
+        with locked(ROOT / output):
+            store = ExperimentStore(plan, command)
+            store.open(retry_failed=options.retry_failed)
+            run_all(store, selected, address=options.address)
+            code = _summary(store, selected)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run_experiments.py works in {output}: wait for it, or give another --output-dir"
+        ) from None
+    return max(code, _report(output))
+
+
+def _output_folder(path: Path) -> Path:
+    """Relative to the repository root where it lies inside, so that commands read the same on every machine."""
+    absolute = path.expanduser().resolve()
+    if absolute.exists() and not absolute.is_dir():
+        raise ValueError(f"--output-dir is {path}, which is a file: give a folder")
+    return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+
+
+def _chosen_arms(names: Sequence[str] | None, plan: Plan) -> list[str]:
+    for name in names or ():
+        if name not in plan.arms:
+            raise ValueError(f"--arms names {name}, which is in none of the suites: choose from {', '.join(plan.arms)}")
+    return list(names or plan.arms)
+
+
+def _print_commands(plan: Plan, selected: Sequence[str]) -> None:
+    print(f"# in {ROOT}, with {Path(sys.executable).parent} first on the PATH")
+    for key, value in plan.scale.environment.items():
+        print(f"export {key}={shlex.quote(value)}")
+    for name in selected:
+        print(f"\n# {name}\n{shell_line(plan.runs[name].command)}")
+
+
+def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
+    records = [(name, store.records[name]) for name in selected]
+    states = [record["state"] for _, record in records]
+    counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    print(f"\n{len(states)} runs: {counted}")
+    for name, record in records:
+        if record["state"] == "failed":
+            print(f"\n{name} failed:")
+            print("\n".join(f"    {line}" for line in (record["error"] or "").splitlines()))
+    if "failed" in states:
+        print("\n--retry-failed runs them again")
+    return 0 if set(states) == {"finished"} else 1
+
+
+def _report(output: Path) -> int:
+    from metasft.experiment_report import write_report
+
+    print(f"report: {write_report(ROOT / output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
