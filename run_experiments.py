@@ -26,7 +26,7 @@ require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_
 
 from metasft.experiment_plan import Plan, make_plan, shell_line  # noqa: E402  (after the check above)
 from metasft.experiment_runner import run_all  # noqa: E402
-from metasft.experiment_store import ExperimentStore, known_runs, locked  # noqa: E402
+from metasft.experiment_store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
 
 
@@ -75,8 +75,9 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     output = _output_folder(options.output_dir or Path("results/experiments") / scale.name)
     if options.report_only:
         return _report(output)
-    plan = make_plan(read_suites(options.suite), scale, output, known_runs(output))
+    plan = make_plan(read_suites(options.suite), scale, output, known_runs(output), finished_searches(output))
     selected = plan.needed_by(_chosen_arms(options.arms, plan))
+    _print_searches(plan, selected)
     if options.dry_run:
         _print_commands(plan, selected)
         return 0
@@ -108,12 +109,20 @@ def _chosen_arms(names: Sequence[str] | None, plan: Plan) -> list[str]:
     return list(names or plan.arms)
 
 
+def _print_searches(plan: Plan, selected: Sequence[str]) -> None:
+    needed = {plan.runs[name].searched_by for name in selected} | set(selected)
+    for model_type, search in plan.searches.items():
+        if search.run in needed:
+            because = f" ({search.reason})" if search.reason else ""
+            print(f"# adaptation of every {model_type} arm: optimizer and rate that {search.run} finds{because}")
+
+
 def _print_commands(plan: Plan, selected: Sequence[str]) -> None:
     print(f"# in {ROOT}, with {Path(sys.executable).parent} first on the PATH")
     for key, value in plan.scale.environment.items():
         print(f"export {key}={shlex.quote(value)}")
     for name in selected:
-        print(f"\n# {name}\n{shell_line(plan.runs[name].command)}")
+        print(f"\n# {name}\n{shell_line(command_of(plan, name))}")
 
 
 def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from metasft.config import (
     check_training_config,
     resolve_task_group,
 )
+from metasft.experiment_search import Search, choose_searches, placeholders
 from metasft.experiments import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite
 from metasft.few_shot_protocol import EvaluationConfig
 
@@ -31,7 +32,6 @@ SCRIPTS = {
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
 }
-MODEL_TYPES = {"lora_single": "lora", "lora_mixed": "lora"}
 OWN_FOLDER = "{run}"
 """Stands for a run's own folder where commands are compared."""
 
@@ -44,6 +44,7 @@ class Run:
         kind: ``model``, ``data``, ``train`` or ``evaluate``.
         command: words of the command line, run in the repository root.
         needs: names of the runs that must have finished.
+        searched_by: the evaluation whose choice takes the place of placeholders in ``command``; None: there are none.
         summary: what ``run_summary.json`` says beside the measured costs, for a trainer that writes none; else None.
     """
 
@@ -52,6 +53,7 @@ class Run:
     command: tuple[str, ...]
     resources: Resources
     needs: tuple[str, ...] = ()
+    searched_by: str | None = None
     arm: str | None = None
     seed: int | None = None
     task: str | None = None
@@ -89,13 +91,18 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is to be run in one output folder."""
+    """Everything that is to be run in one output folder.
+
+    Attributes:
+        searches: model type -> the evaluation that searches the adaptation of its arms.
+    """
 
     scale: Scale
     output: Path
     suites: tuple[Suite, ...]
     arms: Mapping[str, PlannedArm]
     runs: Mapping[str, Run]
+    searches: Mapping[str, Search] = field(default_factory=dict)
 
     def axis_values(self, suite: Suite) -> dict[str, Any]:
         """Arm -> the value that the suite varies, from the arm's configuration."""
@@ -113,36 +120,52 @@ class Plan:
 
 
 def make_plan(
-    suites: Sequence[Suite], scale: Scale, output: Path, known: Mapping[tuple[str, ...], str] | None = None
+    suites: Sequence[Suite],
+    scale: Scale,
+    output: Path,
+    known: Mapping[tuple[str, ...], str] | None = None,
+    searched: Mapping[str, str] | None = None,
 ) -> Plan:
     """The runs of ``suites`` at ``scale``, training before evaluation, every configuration composed and checked.
 
     Args:
         output: the output folder, relative to the repository root or absolute.
         known: what :func:`identity` says of the runs that are in the output folder already -> their names.
+        searched: model type -> the evaluation there whose search of the adaptation has finished.
 
     Raises:
         ValueError: a setting that cannot work, naming arm, key, value and remedy.
     """
-    planner = _Planner(scale, output, dict(known or {}))
+    definitions = {suite.name: [_at_scale(arm, suite, scale) for arm in suite.arms.values()] for suite in suites}
+    every = [arm for of_suite in definitions.values() for arm in of_suite]
+    searches = choose_searches(every, scale, searched or {})
+    planner = _Planner(scale, output, searches, dict(known or {}))
+    # Of arms that do the same, the one that searches gives the runs their name.
+    for arm in every:
+        if any(arm.name == search.arm for search in searches.values()):
+            planner.arm(arm)
     arms: dict[str, PlannedArm] = {}
     for suite in suites:
-        for name, arm in suite.arms.items():
-            further = scale.suites.get(suite.name, {}) if arm.method in META_LEARNERS else {}
-            planned = planner.arm(replace(arm, overrides={**further, **arm.overrides}))
-            if name in arms and arms[name] != planned:
+        for arm in definitions[suite.name]:
+            planned = planner.arm(arm)
+            if arm.name in arms and arms[arm.name] != planned:
                 raise ValueError(
-                    f"suites.{suite.name} of the scale {scale.name} changes the arm {name}, which another suite has "
-                    "too: give the arm of one of them another name"
+                    f"suites.{suite.name} of the scale {scale.name} changes the arm {arm.name}, which another suite "
+                    "has too: give the arm of one of them another name"
                 )
-            arms[name] = planned
+            arms[arm.name] = planned
     order = {"model": 0, "data": 1, "train": 2, "evaluate": 3}
     runs = dict(sorted(planner.runs.items(), key=lambda item: order[item[1].kind]))
-    plan = Plan(scale, output, tuple(suites), arms, runs)
+    plan = Plan(scale, output, tuple(suites), arms, runs, planner.searches)
     for suite in suites:
         if suite.axis is not None:
             plan.axis_values(suite)
     return plan
+
+
+def _at_scale(arm: Arm, suite: Suite, scale: Scale) -> Arm:
+    further = scale.suites.get(suite.name, {}) if arm.method in META_LEARNERS else {}
+    return replace(arm, overrides={**further, **arm.overrides})
 
 
 def identity(command: Sequence[str], folder: Path | str) -> tuple[str, ...]:
@@ -159,8 +182,10 @@ def shell_line(command: Sequence[str]) -> str:
 class _Planner:
     scale: Scale
     output: Path
+    searches: dict[str, Search]
     known: dict[tuple[str, ...], str]
     runs: dict[str, Run] = field(default_factory=dict)
+    adapts_lora: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data_dir = self.output / "data" / "math_science_meta"
@@ -289,7 +314,7 @@ class _Planner:
     ) -> str:
         adapts_lora = arm.method == "base" or config["model"]["lora_rank"] > 0
         settings = {
-            "model_type": MODEL_TYPES.get(arm.method, arm.method),
+            "model_type": arm.model_type,
             "model_path": self.model if train is None else str(self._export(arm, self.folder(train), config)),
             "data_dir": str(self.data_dir),
             "output_dir": str(self.folder(name)),
@@ -302,9 +327,27 @@ class _Planner:
         if self.scale.speed is not None and arm.name in self.scale.speed["arms"]:
             settings |= {"speed_steps": self.scale.speed["steps"], "speed_shots": self.scale.speed["shots"]}
         _check_evaluation(settings, arm.name)
-        command = ["python", "evaluate_few_shot.py", *_flags(settings)]
         needs = self._needs if train is None else (train,)
-        return self._add(name, "evaluate", command, "evaluate", needs=needs, **of)
+        search = self.searches.get(arm.model_type)
+        if search is None:
+            return self._add(name, "evaluate", _evaluation(settings), "evaluate", needs=needs, **of)
+        if self.adapts_lora.setdefault(arm.model_type, adapts_lora) != adapts_lora:
+            raise ValueError(
+                f"arm {arm.name} adapts {'LoRA' if adapts_lora else 'all parameters'}, another arm of {arm.model_type} "
+                f"does not: one search cannot serve both, remove evaluate.search.arms.{arm.model_type} from the scale"
+            )
+        for key in ("adaptation_optimizer", "adaptation_lr"):
+            settings.pop(key, None)
+        searching = _evaluation(
+            {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate["search"]["limit"]}
+        )
+        if search.run in (name, self.known.get(identity(searching, self.folder(name)))):
+            shared = self._add(name, "evaluate", searching, "evaluate", needs=needs, **of)
+            self.searches[arm.model_type] = search._replace(run=shared)
+            return shared
+        command = _evaluation({**settings, **placeholders(search.run)})
+        needs = (*needs, search.run)
+        return self._add(name, "evaluate", command, "evaluate", needs=needs, searched_by=search.run, **of)
 
     @staticmethod
     def _export(arm: Arm, folder: Path, config: Mapping[str, Any]) -> Path:
@@ -319,6 +362,10 @@ class _Planner:
 
 def _torchrun(processes: int) -> list[str]:
     return ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def _evaluation(settings: Mapping[str, Any]) -> list[str]:
+    return ["python", "evaluate_few_shot.py", *_flags(settings)]
 
 
 def _check_evaluation(settings: Mapping[str, Any], arm: str) -> None:

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from metasft.checkpoint import write_json
 from metasft.experiment_plan import Plan, identity
+from metasft.experiment_search import fill_in, read_choice
 from metasft.experiments import META_LEARNERS, ROOT
 
 FORMAT = 1
@@ -88,33 +89,82 @@ class ExperimentStore:
     def open(self, *, retry_failed: bool) -> None:
         """Take up what is there: finished runs stay, interrupted ones wait again, failed ones if ``retry_failed``.
 
+        A run whose command has changed is an error where it has finished, failed, or trained for a while; an evaluation
+        that has not finished starts over.
+
         Raises:
-            ValueError: the folder belongs to another scale, model or evaluation, an arm there has other settings, or a
-                run there was made by another command.
+            ValueError: the folder belongs to another scale or model, an arm there has other settings, finished
+                evaluations other ones, or runs there were made by other commands.
         """
         for key, value in (
             ("scale", self.plan.scale.name),
             ("model", self.plan.scale.model),
             ("evaluation", self._evaluation()),
         ):
-            if self.earlier.get(key, value) != value:
+            # Evaluations that are part of the plan are compared by their commands.
+            compared = key != "evaluation" or self._has_other_evaluations()
+            if compared and self.earlier.get(key, value) != value:
                 raise ValueError(
                     f"--output-dir {self.plan.output} holds experiments with another {key} ({self.earlier[key]!r} "
                     f"there, {value!r} now): give another --output-dir"
                 )
         self._check_arms()
-        self.records = {n: r for n, r in (self.earlier.get("runs") or {}).items() if n not in self.plan.runs}
-        for name, run in self.plan.runs.items():
-            folder = self.run_folder(name)
-            record = read_record(folder) or {"state": "waiting", "attempts": 0}
-            if "command" in record and tuple(record["command"]) != run.command:
-                if not (retry_failed and record["state"] == "failed"):
-                    raise ValueError(_other_command(folder, record["command"], run.command))
-                shutil.rmtree(folder)  # it holds what other settings left half-way
-                record = {"state": "waiting", "attempts": record["attempts"]}
+        self.records = {
+            name: {**record, **(read_record(self.run_folder(name)) or {})}
+            for name, record in (self.earlier.get("runs") or {}).items()
+            if name not in self.plan.runs
+        }
+        found = {name: read_record(self.run_folder(name)) or dict(_NEW) for name in self.plan.runs}
+        changed = [n for n, r in found.items() if "command" in r and tuple(r["command"]) != command_of(self.plan, n)]
+        kept = [name for name in changed if not self._starts_over(name, found[name], retry_failed)]
+        if kept:
+            raise ValueError(self._other_commands(kept, found))
+        for name, record in found.items():
+            if name in changed:
+                with locked(self.run_folder(name), wait=30.0):  # the end of an interrupted attempt
+                    shutil.rmtree(self.run_folder(name))  # it holds what other settings left half-way
+                record = {**_NEW, "attempts": record["attempts"]}
             if record["state"] not in ("finished", "failed") or (retry_failed and record["state"] == "failed"):
                 record = {**record, "state": "waiting", "error": None}
             self.records[name] = {**_EMPTY, **record, **self._what(name)}
+
+    def _starts_over(self, name: str, record: Mapping[str, Any], retry_failed: bool) -> bool:
+        """Whether a run whose command has changed may lose what there is of it."""
+        if record["state"] == "failed":
+            return retry_failed
+        return record["state"] != "finished" and (record["attempts"] == 0 or self.plan.runs[name].kind == "evaluate")
+
+    def _has_other_evaluations(self) -> bool:
+        runs = self.earlier.get("runs") or {}
+        return any(
+            run["kind"] == "evaluate" and run["state"] == "finished" and name not in self.plan.runs
+            for name, run in runs.items()
+        )
+
+    def _other_commands(self, names: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> str:
+        said = []
+        for name in names:
+            there, here = found[name]["command"], command_of(self.plan, name)
+            old, new = ([word for word in one if word not in other] for one, other in ((there, here), (here, there)))
+            said.append(
+                f"{name} ({found[name]['state']}, {' '.join(old) or 'nothing else'} there, "
+                f"{' '.join(new) or 'nothing else'} now)"
+            )
+        folders = shlex.join(str(self.plan.output / "runs" / name) for name in names)
+        return (
+            f"the settings have changed since these runs in {self.plan.output}: {', '.join(said)}; to run them again "
+            f"delete their folders (rm -r {folders}) or, what has failed, give --retry-failed, and to keep them give "
+            "another --output-dir"
+        )
+
+    def has_choice(self, name: str) -> bool:
+        """Take over, into the record of an evaluation, what the one that it waits for chose; False: that chose nothing.
+
+        True as well for a run that has nothing to take over.
+        """
+        command = command_of(self.plan, name)
+        self.records[name]["command"] = list(command)
+        return self.plan.runs[name].searched_by is None or command != self.plan.runs[name].command
 
     def _what(self, name: str) -> dict[str, Any]:
         run = self.plan.runs[name]
@@ -123,7 +173,8 @@ class ExperimentStore:
             "arm": run.arm,
             "seed": run.seed,
             "task": run.task,
-            "command": list(run.command),
+            "command": list(command_of(self.plan, name)),
+            "planned_command": list(run.command),
             "needs": list(run.needs),
             "environment": dict(self.plan.scale.environment),
             "gpus": run.resources.gpus,
@@ -167,6 +218,10 @@ class ExperimentStore:
                 "model": plan.scale.model,
                 "provenance": self._provenance(),
                 "evaluation": self._evaluation(),
+                "searches": {
+                    **(self.earlier.get("searches") or {}),
+                    **{model_type: search.run for model_type, search in plan.searches.items()},
+                },
                 "suites": suites,
                 "arms": self._arms(),
                 "runs": self.records,
@@ -174,11 +229,13 @@ class ExperimentStore:
         )
 
     def _evaluation(self) -> dict[str, Any]:
-        values = dict(self.plan.scale.evaluate["all"])
+        groups = self.plan.scale.evaluate
+        values = dict(groups["all"])
         return {
             "tasks": values.pop("eval_tasks", None),
             **values,
-            **{g: dict(self.plan.scale.evaluate[g]) for g in ("lora", "full")},
+            **{group: dict(groups[group]) for group in ("lora", "full")},
+            **({"search": groups["search"]} if groups["search"] else {}),
         }
 
     def _check_arms(self) -> None:
@@ -206,7 +263,7 @@ class ExperimentStore:
                 "label": arm.label,
                 "experiment": arm.experiment,
                 "method": arm.method,
-                "model_type": "lora" if arm.method.startswith("lora_") else arm.method,
+                "model_type": arm.model_type,
                 "samples_per_task": planned.samples_per_task,
                 "meta_learner": arm.method in META_LEARNERS,
                 "overrides": dict(arm.overrides),
@@ -226,6 +283,7 @@ class ExperimentStore:
         return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
+_NEW: dict[str, Any] = {"state": "waiting", "attempts": 0}
 _EMPTY: dict[str, Any] = {
     "kind": None,
     "arm": None,
@@ -254,7 +312,39 @@ def known_runs(output: Path) -> dict[tuple[str, ...], str]:
         ValueError: ``experiments.json`` there is not readable.
     """
     runs = (_read_experiments(ROOT / output).get("runs") or {}).items()
-    return {identity(run["command"], output / "runs" / name): name for name, run in runs}
+    return {identity(run.get("planned_command", run["command"]), output / "runs" / name): name for name, run in runs}
+
+
+def finished_searches(output: Path) -> dict[str, str]:
+    """Model type -> the evaluation in an output folder whose search of the adaptation has finished.
+
+    Args:
+        output: relative to the repository root, or absolute.
+
+    Raises:
+        ValueError: ``experiments.json`` there is not readable.
+    """
+    folder = ROOT / output
+    searches = _read_experiments(folder).get("searches") or {}
+    return {model_type: run for model_type, run in searches.items() if _choice_of(folder / "runs" / run) is not None}
+
+
+def command_of(plan: Plan, name: str) -> tuple[str, ...]:
+    """A run's command, with the choice of the search that it waits for where that has finished."""
+    run = plan.runs[name]
+    if run.searched_by is None:
+        return run.command
+    searching = plan.runs.get(run.searched_by)
+    choice = _choice_of(ROOT / plan.output / "runs" / run.searched_by, None if searching is None else searching.command)
+    return run.command if choice is None else fill_in(run.command, run.searched_by, choice)
+
+
+def _choice_of(folder: Path, command: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """What a finished evaluation chose; None as well where another command than ``command`` made it."""
+    record = read_record(folder)
+    if record is None or record["state"] != "finished":
+        return None
+    return read_choice(folder) if command is None or list(command) == record["command"] else None
 
 
 def _read_experiments(folder: Path) -> dict[str, Any]:
@@ -270,15 +360,6 @@ def _read_experiments(folder: Path) -> dict[str, Any]:
             f"{path} has the format {content.get('format')!r}, this release writes {FORMAT}: give another --output-dir"
         )
     return content
-
-
-def _other_command(folder: Path, there: Sequence[str], here: Sequence[str]) -> str:
-    old, new = ([word for word in one if word not in other] for one, other in ((there, here), (here, there)))
-    return (
-        f"{folder} was made by another command ({' '.join(old) or 'nothing else'} there, "
-        f"{' '.join(new) or 'nothing else'} now): give another --output-dir, delete that folder, or, if it "
-        "failed, give --retry-failed"
-    )
 
 
 # ---- provenance -----------------------------------------------------------------------------------------------------

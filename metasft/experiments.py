@@ -23,6 +23,7 @@ METHODS = ("base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed"
 META_LEARNERS = ("meta_lora", "fomaml", "reptile")
 TRAIN_GROUPS = ("meta_learners", *META_LEARNERS, "lora")
 EVALUATE_GROUPS = ("all", "lora", "full")
+MODEL_TYPES = ("base", "meta_lora", "lora", "fomaml", "reptile")
 RUN_GROUPS = ("prepare", "train", "train_lora", "evaluate")
 
 
@@ -45,6 +46,11 @@ class Arm:
     experiment: str | None = None
     tasks: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        """Of evaluate_few_shot.py: one of ``MODEL_TYPES``."""
+        return "lora" if self.method.startswith("lora_") else self.method
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class Scale:
         train: ``TRAIN_GROUPS`` -> Hydra overrides.
         suites: suite name -> Hydra overrides of all its meta-learners.
         evaluate: ``EVALUATE_GROUPS`` -> flags of ``evaluate_few_shot.py`` by their names with underscores; ``lora``
-            where LoRA parameters are adapted, ``full`` where all are.
+            where LoRA parameters are adapted, ``full`` where all are. And ``search``, empty or with ``limit`` (held-out
+            items per training task) and ``arms`` (model type -> the arm whose first evaluation searches optimizer and
+            rate for all arms of the type, in place of those of ``lora`` and ``full``).
         speed: ``arms``, ``steps``, ``shots`` of the speed curve; None: no speed curve.
     """
 
@@ -138,7 +146,9 @@ def read_scale(name: str) -> Scale:
     if missing := [group for group in RUN_GROUPS if group not in runs]:
         raise ValueError(f"runs in {where} lacks {missing[0]}: give what such a run occupies, for example {{cpus: 1}}")
     train = _mapping(values["train"], f"train in {where}", TRAIN_GROUPS)
-    evaluate = _mapping(values["evaluate"], f"evaluate in {where}", EVALUATE_GROUPS)
+    evaluate = _mapping(values["evaluate"], f"evaluate in {where}", (*EVALUATE_GROUPS, "search"))
+    groups = {group: _mapping(evaluate.get(group) or {}, f"evaluate.{group} in {where}") for group in EVALUATE_GROUPS}
+    groups["search"] = _read_search(evaluate.get("search"), groups, where)
     speed = values.get("speed")
     if speed is not None:
         speed = _mapping(speed, f"speed in {where}", ("arms", "steps", "shots"))
@@ -154,13 +164,35 @@ def read_scale(name: str) -> Scale:
         runs={group: _resources(runs[group], f"runs.{group} in {where}") for group in RUN_GROUPS},
         data=_mapping(values["data"], f"data in {where}"),
         train={group: _mapping(train.get(group) or {}, f"train.{group} in {where}") for group in TRAIN_GROUPS},
-        evaluate={g: _mapping(evaluate.get(g) or {}, f"evaluate.{g} in {where}") for g in EVALUATE_GROUPS},
+        evaluate=groups,
         suites={
             suite: _mapping(overrides, f"suites.{suite} in {where}")
             for suite, overrides in _mapping(values.get("suites") or {}, f"suites in {where}").items()
         },
         speed=speed,
     )
+
+
+def _read_search(value: Any, groups: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    search = _mapping(value, f"evaluate.search in {where}", ("limit", "arms"))
+    if not _is_count(search.get("limit"), least=1):
+        raise ValueError(
+            f"evaluate.search.limit in {where} is {search.get('limit')!r}: give the held-out items per training task, "
+            "for example 8"
+        )
+    arms = _mapping(search.get("arms"), f"evaluate.search.arms in {where}", MODEL_TYPES)
+    for model_type, arm in arms.items():
+        if not isinstance(arm, str):
+            raise ValueError(f"evaluate.search.arms.{model_type} in {where} is {arm!r}: name an arm")
+    for group, settings in groups.items():
+        if "search_adaptation" in settings:
+            raise ValueError(
+                f"evaluate.{group} in {where} has search_adaptation, a search for every arm, beside evaluate.search, "
+                "one per model type: keep one of the two"
+            )
+    return {"limit": search["limit"], "arms": arms}
 
 
 def check_same_arms(arms: Sequence[Arm]) -> None:
