@@ -102,19 +102,24 @@ def _fomaml(key: str) -> Callable[[Mapping[str, Any], str], Measured | None]:
     return lambda result, _: Measured.of(result["inner_optimizers"]["adamw"][key])
 
 
-def memory_ratio(result: Mapping[str, Any], dtype: str, *, above: bool) -> float | None:
-    """FOMAML's peak over META-LORA's in ``dtype`` (sgd inside both), in total or above the process before the model."""
-    arms = result["arms"]
-    pair = (arms.get({"fp32": "fomaml_fp32", "bf16": "fomaml_bf16_autocast"}[dtype]), arms.get(f"meta_lora_{dtype}"))
+def memory_ratio(result: Mapping[str, Any], dtype: str, *, above: bool, lean: bool = False) -> float | None:
+    """FOMAML's peak over META-LORA's in ``dtype`` (sgd inside both), in total or above the process before the model.
+
+    Args:
+        lean: both with the memory settings of ``sections.LEAN``, META-LORA one task at a time.
+    """
+    arms, suffix = result["arms"], "_lean" if lean else ""
+    full = {"fp32": "fomaml_fp32", "bf16": "fomaml_bf16_autocast"}[dtype]
+    pair = (arms.get(full + suffix), arms.get(f"meta_lora_{dtype}{suffix}"))
     if None in pair:
         return None
     full, lora = (arm["peak_bytes"] - (arm["before_model_bytes"] if above else 0) for arm in pair)
     return full / lora
 
 
-def _memory(above: bool) -> Callable[[Mapping[str, Any], str], Measured | None]:
+def _memory(*, above: bool, lean: bool = False) -> Callable[[Mapping[str, Any], str], Measured | None]:
     def find(result: Mapping[str, Any], dtype: str) -> Measured | None:
-        value = memory_ratio(result, dtype, above=above)
+        value = memory_ratio(result, dtype, above=above, lean=lean)
         return None if value is None else Measured(value)
 
     return find
@@ -143,6 +148,13 @@ TARGETS = (
     Target("FOMAML on 300 samples over META-LORA on 100, adamw inside", 8.0, "fomaml", _fomaml("full_pass")),
     Target("peak memory, FOMAML over META-LORA, whole process", 4.0, "memory", _memory(above=False)),
     Target("the same, above the process before the model is built", 4.0, "memory", _memory(above=True)),
+    Target(
+        "peak memory with lean settings for both, META-LORA one task at a time, whole process",
+        4.0,
+        "memory",
+        _memory(above=False, lean=True),
+    ),
+    Target("the same, above the process before the model is built", 4.0, "memory", _memory(above=True, lean=True)),
     Target("bytes of a checkpoint, FOMAML over META-LORA, r = 16", 28.0, "checkpoint", _checkpoint("meta_lora_r16")),
     Target("bytes of a checkpoint, FOMAML over META-LORA, r = 4", 100.0, "checkpoint", _checkpoint("meta_lora_r4")),
     Target(
@@ -450,6 +462,8 @@ def _memory_block(result: Mapping[str, Any]) -> str:
     setting = (
         f"T = {result['tasks']}, K = {result['inner_steps']}, {result['batch']} examples a step, r = {result['rank']}."
     )
+    if lean := result.get("lean"):
+        setting += f" *lean*: {' '.join(f'{key}={value}' for key, value in lean.items())}."
     header = ["arm", "peak MiB", "above the process before the model", "peak once the model is loaded"]
     return f"{_table(header, rows)}\n\n{setting}"
 

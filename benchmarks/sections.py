@@ -642,6 +642,7 @@ def _worker(name: str, settings: Settings, extra: dict[str, Any], processes: int
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         single = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {key: value for key, value in os.environ.items() if key not in single}
+        environment |= extra.get("arm", {}).get("environment", {})
         finished = subprocess.run(
             [*launcher, "-m", "benchmarks.workers", name, str(job), str(out)],
             cwd=ROOT,
@@ -656,6 +657,13 @@ def _worker(name: str, settings: Settings, extra: dict[str, Any], processes: int
         return json.loads(out.read_text())
 
 
+# glibc gives large buffers back at once instead of keeping them for the next one, and oneDNN keeps the code of 64 shapes
+# of a product instead of 1024: fresh batches bring fresh shapes, so that little of it is used again.
+LEAN = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+}
 MEMORY_ARMS = {
     "meta_lora_bf16": {"method": "meta_lora", "dtype": "bf16", "overrides": TOGETHER},
     "meta_lora_bf16_one_at_a_time": {"method": "meta_lora", "dtype": "bf16", "overrides": ["meta.task_batch_limit=1"]},
@@ -664,6 +672,14 @@ MEMORY_ARMS = {
     "fomaml_fp32": {"method": "fomaml", "dtype": "fp32"},
     "fomaml_bf16_autocast": {"method": "fomaml", "dtype": "bf16"},
     "fomaml_fp32_adamw": {"method": "fomaml", "dtype": "fp32", "overrides": ["meta.inner_optimizer=adamw"]},
+    "meta_lora_bf16_lean": {
+        "method": "meta_lora",
+        "dtype": "bf16",
+        "overrides": ["meta.task_batch_limit=1"],
+        "environment": LEAN,
+    },
+    "fomaml_fp32_lean": {"method": "fomaml", "dtype": "fp32", "environment": LEAN},
+    "fomaml_bf16_autocast_lean": {"method": "fomaml", "dtype": "bf16", "environment": LEAN},
     "verl_sft_fp32": {"method": "verl_sft", "dtype": "fp32"},
     "peft_loop_fp32": {"method": "peft_loop", "dtype": "fp32"},
 }
@@ -677,7 +693,7 @@ def memory(settings: Settings) -> dict[str, Any]:
     results = {
         arm: _worker("memory", settings, {**shared, "arm": MEMORY_ARMS[arm]}) for arm in _progress(arms, "memory")
     }
-    return {**shared, "rank": RANK, "arms": results}
+    return {**shared, "rank": RANK, "lean": LEAN, "arms": results}
 
 
 def checkpoint(settings: Settings) -> dict[str, Any]:
