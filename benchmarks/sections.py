@@ -657,7 +657,7 @@ def _worker(name: str, settings: Settings, extra: dict[str, Any], processes: int
         return json.loads(out.read_text())
 
 
-# glibc gives large buffers back at once instead of keeping them for the next one, and oneDNN keeps the code of 64 shapes
+# glibc gives large buffers back at once instead of keeping them for the next, and oneDNN keeps the code of 64 shapes
 # of a product instead of 1024: fresh batches bring fresh shapes, so that little of it is used again.
 LEAN = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
