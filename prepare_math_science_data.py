@@ -13,6 +13,12 @@ and, beside the output folder, configs for the standard-LoRA baselines: ``meta_t
 ``baseline_lora_mixed.yaml``, and those of the full-data yardstick, ``<task>_full.yaml`` and
 ``baseline_lora_mixed_full.yaml``. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45
 gives 300. The same flags give the same bytes.
+
+Public benchmarks and own data make the same files (docs/sources.md):
+
+    python prepare_math_science_data.py --suite guide --dry-run        what would be fetched from the hub
+    python prepare_math_science_data.py --benchmark bbh --local-dir ~/datasets
+    python prepare_math_science_data.py --source local --mapping my_tasks.yaml
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ from typing import Any, NoReturn
 
 from metasft import tasks as task_source
 from metasft.installed import require
+from metasft.sources import answers, commands
+from metasft.sources.build import Built, build
+from metasft.sources.suite import SIZES, shipped_suites
 from metasft.tasks import Example
 
 MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
@@ -57,16 +66,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("data/math_science_meta"), help="folder to write (%(default)s)")
-    add("--support-ratio", type=float, default=0.15, help="support set's share of --samples-per-task (%(default)s)")
-    add("--query-ratio", type=float, default=0.25, help="query set's share; the rest is the test set (%(default)s)")
-    add("--source", choices=("reasoning_gym",), default="reasoning_gym", help="where examples come from")
+    add("--support-ratio", type=float, help=f"support set's share of --samples-per-task ({SIZES['support_ratio']})")
+    add("--query-ratio", type=float, help=f"query set's share; the rest is the test set ({SIZES['query_ratio']})")
+    add(
+        "--source",
+        choices=commands.SOURCES,
+        help="where examples come from (what the other flags say, or reasoning_gym)",
+    )
     add("--tasks", nargs="+", metavar="TASK", help=f"some of: {', '.join(task_source.all_tasks())} (default: all)")
-    add("--samples-per-task", type=int, default=667, help="examples of each training task (%(default)s)")
-    add("--test-samples", type=int, default=200, help="test examples of each unseen task (%(default)s)")
-    add("--shot-pool", type=int, default=100, help="examples to draw shots from, per unseen task (%(default)s)")
+    add("--samples-per-task", type=int, help=f"examples of each training task ({SIZES['samples_per_task']})")
+    add("--test-samples", type=int, help=f"test examples of each unseen task ({SIZES['test_samples']})")
+    add("--shot-pool", type=int, help=f"examples to draw shots from, per unseen task ({SIZES['shot_pool']})")
     add("--full-samples", type=int, help="also write <task>_full.parquet with this many examples, none of the test set")
-    add("--seed", type=int, default=1, help="of the problem streams (%(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        help="of the problem streams, or of the order of a benchmark's items (%(default)s)",
+    )
     add("--skip-existing", action="store_true", help="do nothing where these flags' files exist unchanged")
+    group = parser.add_argument_group("public benchmarks and own data; their sizes come from the suite unless given")
+    add = group.add_argument
+    add("--suite", help=f"tasks from the hub: {', '.join(shipped_suites())}, or the path of a YAML file")
+    add("--benchmark", choices=commands.BENCHMARKS, help="the suite of one benchmark")
+    add("--local-dir", type=Path, help="folder with copies of the datasets, <owner>/<name>/..., instead of the hub")
+    add("--revision", nargs="+", metavar="REPOSITORY=COMMIT", help="revisions to use instead of the pinned ones")
+    add("--accept-licence", nargs="+", metavar="SOURCE", help="sources whose licence needs consent")
+    add("--mapping", type=Path, help="YAML file that says what own files and columns hold")
+    add(
+        "--dry-run", action="store_true", help="print repositories, revisions, files and sizes; fetch and write nothing"
+    )
     return parser.parse_args(argv)
 
 
@@ -76,38 +105,15 @@ def check_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a flag or a combination of flags that cannot work.
     """
+    commands.resolve_source(arguments)
     names = list(dict.fromkeys(arguments.tasks or task_source.all_tasks()))
     unknown = [name for name in names if name not in task_source.all_tasks()]
     if unknown:
         raise ValueError(
             f"--tasks names '{unknown[0]}', which is no task: choose from {', '.join(task_source.all_tasks())}"
         )
-    for flag, ratio in (("--support-ratio", arguments.support_ratio), ("--query-ratio", arguments.query_ratio)):
-        if not 0 < ratio < 1:
-            raise ValueError(f"{flag} is {ratio}: choose a share between 0 and 1, both excluded")
-    if arguments.support_ratio + arguments.query_ratio >= 1:
-        raise ValueError(
-            f"--support-ratio {arguments.support_ratio} and --query-ratio {arguments.query_ratio} leave no test set: "
-            "choose shares that add up to less than 1"
-        )
-    for flag, value in (("--test-samples", arguments.test_samples), ("--shot-pool", arguments.shot_pool)):
-        if value < 1:
-            raise ValueError(f"{flag} is {value}: ask for at least 1 example")
-    samples = arguments.samples_per_task
-    support = int(arguments.support_ratio * samples + 0.5)
-    query = int(arguments.query_ratio * samples + 0.5)
-    test = samples - support - query
-    if min(support, query, test) < 1:
-        raise ValueError(
-            f"--samples-per-task is {samples}, which splits into {support} support, {query} query and {test} test "
-            "examples: raise it until none of the three is empty"
-        )
-    full = arguments.full_samples
-    if full is not None and full < support + query:
-        raise ValueError(
-            f"--full-samples is {full}, but the full set contains the {support} support and {query} query examples: "
-            f"ask for at least {support + query}"
-        )
+    samples, full = arguments.samples_per_task, arguments.full_samples
+    sizes = commands.split_sizes(vars(arguments), full)
     return {
         "source": arguments.source,
         "tasks": names,
@@ -115,9 +121,9 @@ def check_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "support_ratio": arguments.support_ratio,
         "query_ratio": arguments.query_ratio,
         "samples_per_task": samples,
-        "support_samples": support,
-        "query_samples": query,
-        "in_domain_test_samples": test,
+        "support_samples": sizes["support"],
+        "query_samples": sizes["query"],
+        "in_domain_test_samples": sizes["test"],
         "test_samples": arguments.test_samples,
         "shot_pool": arguments.shot_pool,
         "full_samples": full,
@@ -128,10 +134,10 @@ def normalised_command(arguments: argparse.Namespace) -> str:
     """The command line that makes the same files again, with every flag that has a value."""
     words = ["python", "prepare_math_science_data.py"]
     for name, value in vars(arguments).items():
-        if name == "skip_existing" or value is None:
+        if name in ("skip_existing", "dry_run") or value is None:
             continue
         words.append(f"--{name.replace('_', '-')}")
-        if name == "output_dir":
+        if name in ("output_dir", "local_dir", "mapping"):
             value = os.path.normpath(value)
         words.extend(map(str, value) if isinstance(value, list) else [str(value)])
     return shlex.join(words)
@@ -349,9 +355,17 @@ checkpoint:
 """
 
 
+def support_sizes(settings: dict[str, Any]) -> dict[str, int]:
+    """Training task -> size of its support set, for the settings of any source."""
+    if "suite" in settings:
+        return {name: settings["sizes"][name]["support"] for name in settings["suite"]["train"]}
+    train_tasks = [name for name in settings["tasks"] if name in task_source.TRAIN_TASKS]
+    return dict.fromkeys(train_tasks, settings["support_samples"])
+
+
 def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Texts of the baseline configs: path relative to ``output_dir`` -> YAML."""
-    train_tasks = [name for name in settings["tasks"] if name in task_source.TRAIN_TASKS]
+    train_tasks = support_sizes(settings)
     output = os.path.normpath(output_dir)
     beside = os.path.normpath(os.path.join(output, ".."))
     folder = os.path.normpath(os.path.join(beside, "meta_train"))
@@ -359,9 +373,9 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[st
     def files(part: str) -> dict[str, str]:
         return {name: os.path.join(output, "meta_train", f"{name}_{part}.parquet") for name in train_tasks}
 
-    support, full, count = files("support"), files("full"), settings["support_samples"]
+    support, full = files("support"), files("full")
     configs = {}
-    for name in train_tasks:
+    for name, count in train_tasks.items():
         configs[f"../meta_train/{name}_train.yaml"] = baseline_config(
             name, [support[name]], count, folder, f"{name}_train"
         )
@@ -369,7 +383,7 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[st
             f"{name}_full", [full[name]], None, folder, f"{name}_full"
         )
     if train_tasks:
-        tasks, samples = len(train_tasks), min(MIXED_SAMPLES, count * len(train_tasks))
+        tasks, samples = len(train_tasks), min(MIXED_SAMPLES, sum(train_tasks.values()))
         configs["../baseline_lora_mixed.yaml"] = baseline_config(
             "mixed", list(support.values()), samples, beside, "baseline_lora_mixed", tasks=tasks
         )
@@ -379,10 +393,15 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[st
     return configs
 
 
-def code_sha256() -> str:
+def code_sha256(source: str) -> str:
     """SHA-256 over the code that makes the data: with other code the same flags may mean other files."""
+    paths = [Path(task_source.__file__), Path(__file__)]
+    if source == "reasoning_gym":
+        paths.append(Path(answers.__file__))
+    else:
+        paths += sorted(Path(answers.__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
-    for path in (Path(task_source.__file__), Path(__file__)):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -405,7 +424,7 @@ def make_manifest(
             "licence": "Apache-2.0",
         },
         "command": command,
-        "code_sha256": code_sha256(),
+        "code_sha256": code_sha256("reasoning_gym"),
         "settings": settings,
         "tasks": {
             name: {
@@ -428,6 +447,28 @@ def make_manifest(
     }
 
 
+def make_suite_manifest(
+    selection: commands.Selection, built: Built, command: str, hashes: dict[str, str], configs: list[str]
+) -> dict[str, Any]:
+    """The manifest of a suite: as that of the embedded tasks, with every source, and what was kept out of training."""
+    suite = selection.suite
+    return {
+        "source": {"name": selection.settings["source"], "suite": suite.name, "title": suite.title},
+        "sources": built.sources,
+        "command": command,
+        "code_sha256": code_sha256(selection.settings["source"]),
+        "settings": dict(selection.settings),
+        "tasks": built.tasks,
+        "notes": [
+            "test items are chosen first; whatever equals or resembles one, or shares its group, is in no other file",
+            "contamination: examples that were kept out for that reason, by the test items they resemble",
+            "training tasks: query set first, then support set, in an order that depends on seed and item alone",
+        ],
+        "files": {name: {"rows": len(members), "sha256": hashes[name]} for name, members in built.files.items()},
+        "baseline_configs": configs,
+    }
+
+
 def read_manifest(output_dir: Path) -> dict[str, Any] | None:
     """The manifest of an earlier run, None where there is none or it cannot be read."""
     try:
@@ -443,9 +484,11 @@ def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings:
         return "there is no readable manifest.json"
     if manifest.get("settings") != settings:
         return "they were made with other flags"
-    if manifest.get("code_sha256") != code_sha256():
+    source = settings["source"]
+    if manifest.get("code_sha256") != code_sha256(source):
         return "they were made by another version of the code"
-    if (manifest.get("source") or {}).get("version") != task_source.package_version():
+    version = (manifest.get("source") or {}).get("version")
+    if source == "reasoning_gym" and version != task_source.package_version():
         return "they were made with another version of reasoning-gym"
     for name, entry in manifest["files"].items():
         path = output_dir / name
@@ -470,16 +513,34 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
+def make_suite(selection: commands.Selection) -> Built:
+    """Read the sources of a suite and cut its tasks, with a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(unit="step", disable=None) as bar:
+
+        def progress(step: str) -> None:
+            bar.set_description(step)
+            bar.update()
+
+        suite, known = selection.suite, selection.known
+        return build(
+            suite, selection.sizes, selection.access, known, seed=selection.settings["seed"], progress=progress
+        )
+
+
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Generate, split and write everything; returns the manifest.
+    """Generate or read, split and write everything; returns the manifest.
 
     Everything is written to a temporary folder beside the output folder and moved into place at the end, the manifest
     last, so that a failure leaves what was there before. Other files in the output folder are not touched.
 
     Raises:
-        ValueError: wrong flags, too few distinct questions, or a folder that cannot be written.
+        ValueError: wrong flags, too few distinct questions, a source that cannot be read, or a folder that cannot be
+            written.
     """
-    settings = check_settings(arguments)
+    selection = None if arguments.source == "reasoning_gym" else commands.select(arguments)
+    settings = check_settings(arguments) if selection is None else dict(selection.settings)
     output_dir: Path = arguments.output_dir
     previous = read_manifest(output_dir)
     if arguments.skip_existing:
@@ -499,7 +560,11 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         beside = Path(os.path.normpath(output_dir / ".."))
         created = _make_parents(beside)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.resolve().name}-", dir=beside))
-        files = make_splits(settings)
+        if selection is None:
+            files = make_splits(settings)
+        else:
+            built = make_suite(selection)
+            files = built.files
         for name, members in files.items():
             write_parquet(members, temporary / "data" / name)
         configs = make_baseline_configs(output_dir, settings)
@@ -508,7 +573,11 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         hashes = {name: sha256_of(temporary / "data" / name) for name in files}
-        manifest = make_manifest(settings, normalised_command(arguments), files, hashes, list(configs))
+        command = normalised_command(arguments)
+        if selection is None:
+            manifest = make_manifest(settings, command, files, hashes, list(configs))
+        else:
+            manifest = make_suite_manifest(selection, built, command, hashes, list(configs))
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (temporary / "data" / "manifest.json").write_text(text, encoding="utf-8")
 
@@ -541,6 +610,9 @@ def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
     """Print the number of examples in every file, and where to read more."""
     for name, entry in manifest["files"].items():
         print(f"{os.path.join(output_dir, name)}: {entry['rows']} samples")
+    for name, task in manifest["tasks"].items():
+        if kept_out := sum(task.get("contamination", {}).values()):
+            print(f"{name}: {kept_out} examples kept out of training and shot pools for resembling test items")
     for name in manifest["baseline_configs"]:
         print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
     print(f"source, settings and SHA-256 of each file: {os.path.join(output_dir, 'manifest.json')}")
@@ -549,6 +621,13 @@ def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
+        commands.resolve_source(arguments)
+        if arguments.dry_run:
+            for line in commands.dry_run(commands.select(arguments)):
+                print(line)
+            return 0
+        if arguments.source != "reasoning_gym":
+            require("datasets", "datasketch")
         manifest = prepare(arguments)
     except ValueError as error:
         print(f"prepare_math_science_data.py: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ not, 2 for a setting that cannot work, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     scale = read_scale(options.scale)
     if options.model is not None:
-        scale = replace(scale, model=options.model)
+        scale = replace(scale, model=_model(options.model))
     if options.seeds is not None:
         scale = replace(scale, seeds=check_seeds(options.seeds))
     output = _output_folder(options.output_dir or Path("results/experiments") / scale.name)
@@ -95,11 +96,21 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _output_folder(path: Path) -> Path:
-    """Relative to the repository root where it lies inside, so that commands read the same on every machine."""
     absolute = path.expanduser().resolve()
     if absolute.exists() and not absolute.is_dir():
         raise ValueError(f"--output-dir is {path}, which is a file: give a folder")
-    return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+    return _from_root(absolute)
+
+
+def _model(name: str) -> str:
+    """A folder as seen from the repository root, where runs are started; a hub name as it is."""
+    path = Path(name).expanduser()
+    return str(_from_root(Path(os.path.abspath(path)))) if path.exists() else name
+
+
+def _from_root(path: Path) -> Path:
+    """Relative to the repository root where it lies inside, so that commands read the same on every machine."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _chosen_arms(names: Sequence[str] | None, plan: Plan) -> list[str]:
@@ -121,6 +132,8 @@ def _print_commands(plan: Plan, selected: Sequence[str]) -> None:
     print(f"# in {ROOT}, with {Path(sys.executable).parent} first on the PATH")
     for key, value in plan.scale.environment.items():
         print(f"export {key}={shlex.quote(value)}")
+    if not any(plan.runs[name].resources.gpus for name in selected):
+        print("export CUDA_VISIBLE_DEVICES=")
     for name in selected:
         print(f"\n# {name}\n{shell_line(command_of(plan, name))}")
 

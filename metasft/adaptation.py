@@ -18,6 +18,15 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Joint L2 norm of the local parts of ``tensors``, 0-dim fp32 on their device; NaN or infinite where they are."""
+    if not tensors:
+        return torch.zeros(())
+    norms = torch._foreach_norm([local_tensor(tensor) for tensor in tensors])
+    return torch.stack([norm.to(torch.float32) for norm in norms]).norm()
+
+
 def make_inner_optimizer(parameters: Sequence[torch.nn.Parameter], name: str, lr: float) -> torch.optim.Optimizer:
     """A fresh inner optimizer. Plain SGD, or AdamW without weight decay (decay would pull towards 0, not theta).
 
@@ -98,6 +107,11 @@ class InnerLoop:
         """Drop all gradients, so that the next backward starts from none."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    @torch.no_grad()
+    def gradient_norms(self) -> torch.Tensor:
+        """Norm of this rank's shard of the gradients in ``.grad``, fp32 [1] (one task)."""
+        return total_norm([p.grad for p in self.parameters if p.grad is not None]).reshape(1)
 
     @torch.no_grad()
     def difference(self) -> list[torch.Tensor]:

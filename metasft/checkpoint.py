@@ -1,27 +1,24 @@
 """What a run leaves behind: exported adapters and models, and loading any of them for evaluation.
 
 The META-LORA export is one ``.pt`` file of tensors and plain values, read back with ``weights_only=True``: a file from
-somebody else cannot run code. Everything is written to a temporary sibling first and renamed when complete.
+somebody else cannot run code. Nothing is ever found half written (:mod:`metasft.durable`).
 """
 
 from __future__ import annotations
 
 import enum
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from metasft.durable import remove, replacing_file, replacing_folder, write_json
+
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
-LAYOUT_FILE = "layout.json"
 
 
 @dataclass(frozen=True)
@@ -42,51 +39,6 @@ class AdapterCheckpoint:
     base_model: str
     adaptation: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
-
-
-@contextmanager
-def replacing_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; flush and rename it on success, remove it on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files private; exports are meant to be shared
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``target``; rename it on success (replacing an old one), remove it on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, all or nothing."""
-    with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain_adapter_config(config: Any) -> dict[str, Any]:
@@ -344,54 +296,26 @@ def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
     )
 
 
-def check_resume_layout(folder: Path, layout: Mapping[str, Any]) -> None:
-    """Refuse to resume from state that another layout of processes wrote: veRL's files hold one shard per rank.
+def prune(folder: Path, patterns: tuple[str, ...], keep: int | None, step: int) -> None:
+    """Of what the run saved up to ``step``, delete all but the newest ``keep`` (None or < 1 keeps all).
+
+    Later steps are left alone: in a folder where a longer run was started over, they are not this run's, and to count
+    them would delete what was just saved.
 
     Args:
-        folder: a ``global_step_<N>`` folder.
-        layout: of this run, keys ``method``, ``world_size``, ``task_group_size``, ``lora_rank``.
-
-    Raises:
-        ValueError: naming the first difference and the two ways on.
+        folder: ``trainer.default_local_dir``.
+        patterns: names with ``{step}`` in the place of the number.
+        keep: ``trainer.max_ckpt_to_keep``.
+        step: the meta-step that was saved last.
     """
-    path = folder / LAYOUT_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no {LAYOUT_FILE}: it was not written by one of the episodic trainers; use another "
-            "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
-        )
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    names = {
-        "method": "the method",
-        "world_size": "the number of processes",
-        "task_group_size": "meta.task_group_size",
-        "lora_rank": "model.lora_rank",
-    }
-    for key, name in names.items():
-        if saved.get(key) != layout[key]:
-            raise ValueError(
-                f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
-                "or set trainer.resume_mode=disable to start over"
-            )
-
-
-def prune_exports(folder: Path, patterns: tuple[str, ...], keep: int | None) -> None:
-    """Delete the oldest exports beyond ``keep`` (None or < 1 keeps all). ``patterns`` hold ``{step}``."""
     if keep is None or keep < 1:
         return
     for pattern in patterns:
         expression = re.compile(re.escape(pattern).replace(re.escape("{step}"), r"(\d+)") + "$")
-        found = sorted(
-            ((int(match.group(1)), entry) for entry in folder.iterdir() if (match := expression.match(entry.name))),
-            key=lambda pair: pair[0],
-        )
-        for _, entry in found[:-keep]:
-            _remove(entry)
-
-
-def _remove(entry: Path) -> None:
-    remove: Callable[[Path], Any] = shutil.rmtree if entry.is_dir() else Path.unlink
-    remove(entry)
+        found = [(int(match.group(1)), entry) for entry in folder.iterdir() if (match := expression.match(entry.name))]
+        saved = sorted((pair for pair in found if pair[0] <= step), key=lambda pair: pair[0])
+        for _, entry in saved[:-keep]:
+            remove(entry)
 
 
 def size_bytes(path: Path) -> int:

@@ -74,6 +74,19 @@ class MetaConfig:
         default=1,
         metadata=_key("meta-steps between measurements of the query loss before adaptation; 0 = never", least=0),
     )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata=_key(
+            "meta-steps that may be skipped because a loss or gradient was not finite; one more ends the run", least=0
+        ),
+    )
+    theta_check_freq: int = field(
+        default=100,
+        metadata=_key(
+            "meta-steps between comparisons of theta over the ranks, which every save makes too; 0 = never",
+            least=0,
+        ),
+    )
     reptile_step_size: float | None = field(
         default=None,
         metadata=_key("eps, annealed linearly to 0 over training", above=0.0, most=1.0, methods=("reptile",)),
@@ -272,6 +285,13 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
         raise ValueError(
             f"trainer.save_freq={save_freq!r} must be a whole number of meta-steps, -1 for only at the end"
         )
+    for key in ("save_contents", "load_contents"):
+        contents = config["checkpoint"].get(key)
+        if not isinstance(contents, list | tuple) or set(contents) != {"model", "optimizer", "extra"}:
+            raise ValueError(
+                f"checkpoint.{key}={contents!r}: a run resumes exactly from model, optimizer and extra together, and "
+                "exports are written beside them; set [model,optimizer,extra]"
+            )
     seed = config["trainer"].get("seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"trainer.seed={seed!r} must be a whole number, at least 0")

@@ -97,7 +97,7 @@ def provenance_blocks(analysis: Analysis) -> list[Block]:
     rows: list[list[Text]] = [
         ["Command", (Mono(str(document.get("command"))),)],
         ["Model", str(document.get("model"))],
-        ["Commit", (Mono(str(provenance.get("commit"))), _dirty(provenance.get("dirty")))],
+        ["Commit", (Mono(str(provenance.get("commit") or "unknown")), _dirty(provenance.get("dirty")))],
         ["Device", f"{provenance.get('device')}, {provenance.get('cores')} cores"],
         ["Python", str(provenance.get("python"))],
         ["Versions", versions or "not recorded"],

@@ -10,8 +10,8 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,16 @@ from metasft.config import (
     check_training_config,
     resolve_task_group,
 )
+from metasft.experiment_config import compose, overrides_of
+from metasft.experiment_flags import (
+    as_flags,
+    check_data,
+    check_evaluation,
+    check_scale_evaluation,
+    evaluation_command,
+)
 from metasft.experiment_search import Search, choose_searches, placeholders
-from metasft.experiments import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite
-from metasft.few_shot_protocol import EvaluationConfig
+from metasft.experiments import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
 
 CONFIG_DIR = "data/math_science_meta"
 SCRIPTS = {
@@ -32,6 +39,7 @@ SCRIPTS = {
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
 }
+LIKE_ANY_TASK = "algebra_train"  # the configurations of the standard LoRA differ in their files only
 OWN_FOLDER = "{run}"
 """Stands for a run's own folder where commands are compared."""
 
@@ -136,13 +144,25 @@ def make_plan(
     Raises:
         ValueError: a setting that cannot work, naming arm, key, value and remedy.
     """
+    check_names(scale, suites)
+    check_scale_evaluation(scale)
+    with chdir(ROOT):  # where the runs are started: relative paths of a scale are from there
+        return _make_plan(suites, scale, output, known or {}, searched or {})
+
+
+def _make_plan(
+    suites: Sequence[Suite],
+    scale: Scale,
+    output: Path,
+    known: Mapping[tuple[str, ...], str],
+    searched: Mapping[str, str],
+) -> Plan:
     definitions = {suite.name: [_at_scale(arm, suite, scale) for arm in suite.arms.values()] for suite in suites}
     every = [arm for of_suite in definitions.values() for arm in of_suite]
-    searches = choose_searches(every, scale, searched or {})
-    planner = _Planner(scale, output, searches, dict(known or {}))
+    planner = _Planner(scale, output, choose_searches(every, scale, searched), dict(known))
     # Of arms that do the same, the one that searches gives the runs their name.
     for arm in every:
-        if any(arm.name == search.arm for search in searches.values()):
+        if any(arm.name == search.arm for search in planner.searches.values()):
             planner.arm(arm)
     arms: dict[str, PlannedArm] = {}
     for suite in suites:
@@ -191,6 +211,7 @@ class _Planner:
         self.data_dir = self.output / "data" / "math_science_meta"
         self.makes_model = self.scale.model == TINY_MODEL
         self.model = str(self.output / "model") if self.makes_model else self.scale.model
+        self.prepared = check_data(self.scale)
         if not self.makes_model:
             check_model_path(self.model)
         else:
@@ -200,7 +221,7 @@ class _Planner:
             "prepare_math_science_data.py",
             "--output-dir",
             str(self.data_dir),
-            *_flags(self.scale.data),
+            *as_flags(self.scale.data),
         ]
         self._add("data", "data", command)
 
@@ -211,10 +232,20 @@ class _Planner:
         """Plan a run unless one that does the same is planned or there already; returns the name of the one to use."""
         own = identity(command, self.folder(name))
         shared = self.known.setdefault(own, name)
+        if shared != name and self._does(shared) not in (None, own):
+            shared = self.known[own] = name  # what had that name in the output folder does something else now
+        if self._does(shared) not in (None, own) and self.runs[shared].arm != more.get("arm"):
+            raise ValueError(
+                f"the arm {more['arm']} does something else now than {shared} in {self.output}, which the arm "
+                f"{self.runs[shared].arm} shares: delete that folder there, or give another --output-dir"
+            )
         if shared not in self.runs:
             words = tuple(word.replace(OWN_FOLDER, str(self.folder(shared))) for word in own)
             self.runs[shared] = Run(shared, kind, words, self.scale.runs[group], **more)
         return shared
+
+    def _does(self, name: str) -> tuple[str, ...] | None:
+        return identity(self.runs[name].command, self.folder(name)) if name in self.runs else None
 
     def arm(self, arm: Arm) -> PlannedArm:
         config: Mapping[str, Any] = {}
@@ -240,17 +271,15 @@ class _Planner:
 
     def _meta_learner(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         script, config_name = SCRIPTS[arm.method]
-        settings = {
-            **self.scale.train["meta_learners"],
-            **self.scale.train[arm.method],
-            **arm.overrides,
+        asked = {**self.scale.train["meta_learners"], **self.scale.train[arm.method], **arm.overrides}
+        own = {
             "model.path": self.model,
             "meta.task_dir": str(self.data_dir / "meta_train"),
             "trainer.default_local_dir": str(self.folder(name)),
             "trainer.seed": of["seed"],
         }
-        overrides = [_override(key, value, arm.name) for key, value in settings.items()]
-        config = _compose(ROOT / CONFIG_DIR, config_name, tuple(overrides), arm.name)
+        overrides = overrides_of(asked, own, arm.name)
+        config = compose(ROOT / CONFIG_DIR, config_name, overrides, arm.name)
         processes = self.scale.runs["train"].processes
         self._check_meta_learner(arm, config, processes)
         launcher = ["python"] if processes == 1 else _torchrun(processes)
@@ -264,6 +293,7 @@ class _Planner:
             meta = check_training_config(checked, arm.method)
             group = resolve_task_group(meta, world_size=processes, lora=config["model"]["lora_rank"] > 0)
             check_micro_batches(config, meta, group)
+            self.prepared.check_training_tasks(meta.tasks or self.prepared.support, "meta.tasks", meta.support_samples)
         except ValueError as error:
             raise ValueError(f"arm {arm.name}: {error}") from error
         if config["trainer"]["total_training_steps"] is None:
@@ -275,13 +305,10 @@ class _Planner:
     def _standard_lora(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """veRL's own trainer on the configuration that the data run writes, which the shipped one is like."""
         place, config_name = ("meta_train", f"{of['task']}_train") if of["task"] else (".", "baseline_lora_mixed")
-        if not (ROOT / "data" / place / f"{config_name}.yaml").is_file():
-            known = sorted(p.stem.removesuffix("_train") for p in (ROOT / "data/meta_train").glob("*_train.yaml"))
-            raise ValueError(f"arm {arm.name} names the task {of['task']}: choose from {', '.join(known)}")
+        if of["task"]:
+            self.prepared.check_training_tasks([of["task"]], f"arm {arm.name}: tasks")
         folder = str(self.folder(name))
-        settings = {
-            **self.scale.train["lora"],
-            **arm.overrides,
+        own = {
             "model.path": self.model,
             "trainer.default_local_dir": folder,
             "trainer.project_name": folder,  # veRL's file logger writes <project_name>/<experiment_name>.jsonl
@@ -289,8 +316,9 @@ class _Planner:
             "data.seed": of["seed"],
             "trainer.resume_mode": "disable",  # it saves at the end only: there is nothing half-way to resume from
         }
-        overrides = [_override(key, value, arm.name) for key, value in settings.items()]
-        config = _compose(ROOT / "data" / place, config_name, tuple(overrides), arm.name)
+        overrides = overrides_of({**self.scale.train["lora"], **arm.overrides}, own, arm.name)
+        shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANY_TASK
+        config = compose(ROOT / "data" / place, shipped, overrides, arm.name)
         config_dir = os.path.normpath(self.data_dir.parent / place)
         command = [
             *_torchrun(self.scale.runs["train_lora"].processes),
@@ -326,11 +354,11 @@ class _Planner:
             settings["base_model"] = self.model
         if self.scale.speed is not None and arm.name in self.scale.speed["arms"]:
             settings |= {"speed_steps": self.scale.speed["steps"], "speed_shots": self.scale.speed["shots"]}
-        _check_evaluation(settings, arm.name)
+        check_evaluation(settings, arm.name, self.prepared)
         needs = self._needs if train is None else (train,)
         search = self.searches.get(arm.model_type)
         if search is None:
-            return self._add(name, "evaluate", _evaluation(settings), "evaluate", needs=needs, **of)
+            return self._add(name, "evaluate", evaluation_command(settings), "evaluate", needs=needs, **of)
         if self.adapts_lora.setdefault(arm.model_type, adapts_lora) != adapts_lora:
             raise ValueError(
                 f"arm {arm.name} adapts {'LoRA' if adapts_lora else 'all parameters'}, another arm of {arm.model_type} "
@@ -338,14 +366,14 @@ class _Planner:
             )
         for key in ("adaptation_optimizer", "adaptation_lr"):
             settings.pop(key, None)
-        searching = _evaluation(
+        searching = evaluation_command(
             {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate["search"]["limit"]}
         )
         if search.run in (name, self.known.get(identity(searching, self.folder(name)))):
             shared = self._add(name, "evaluate", searching, "evaluate", needs=needs, **of)
             self.searches[arm.model_type] = search._replace(run=shared)
             return shared
-        command = _evaluation({**settings, **placeholders(search.run)})
+        command = evaluation_command({**settings, **placeholders(search.run)})
         needs = (*needs, search.run)
         return self._add(name, "evaluate", command, "evaluate", needs=needs, searched_by=search.run, **of)
 
@@ -362,105 +390,6 @@ class _Planner:
 
 def _torchrun(processes: int) -> list[str]:
     return ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-
-
-def _evaluation(settings: Mapping[str, Any]) -> list[str]:
-    return ["python", "evaluate_few_shot.py", *_flags(settings)]
-
-
-def _check_evaluation(settings: Mapping[str, Any], arm: str) -> None:
-    known = EvaluationConfig.__dataclass_fields__
-    for key in settings:
-        if key not in known:
-            raise ValueError(
-                f"evaluate.{key} is no flag of evaluate_few_shot.py: choose from {', '.join(sorted(known))}"
-            )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    try:
-        EvaluationConfig(**{**values, "output_dir": Path(settings["output_dir"])}).check()
-    except ValueError as error:
-        raise ValueError(f"arm {arm}: {error}") from error
-    except TypeError as error:
-        raise ValueError(
-            f"arm {arm}: a flag of evaluate has a value of the wrong type ({error}): correct the scale"
-        ) from error
-
-
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    """Command-line flags from a mapping: a list repeats values, true is the flag alone, null and false leave it out."""
-    words: list[str] = []
-    for key, value in settings.items():
-        if value is None or value is False:
-            continue
-        words.append("--" + key.replace("_", "-"))
-        if isinstance(value, list | tuple):
-            words += map(str, value)
-        elif value is not True:
-            words.append(str(value))
-    return words
-
-
-# ---- Hydra ----------------------------------------------------------------------------------------------------------
-
-
-def _override(key: str, value: Any, arm: str) -> str:
-    """``key=value`` in Hydra's grammar.
-
-    Raises:
-        ValueError: a value that is neither null, a flag, a number, a text nor a list of those.
-    """
-    return f"{key}={_hydra_value(value, f'{key} of the arm {arm}')}"
-
-
-def _hydra_value(value: Any, where: str) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_hydra_value(item, where) for item in value)}]"
-    if not isinstance(value, str):
-        raise ValueError(f"{where} is {value!r}: give a number, a text, true, false, null or a list of those")
-    if re.fullmatch(r"[A-Za-z/_.~-][\w/.:~-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
-        return value
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{quoted}'"
-
-
-@cache
-def _compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Mapping[str, Any]:
-    """The whole configuration of a trainer as a plain mapping.
-
-    Raises:
-        ValueError: Hydra cannot compose it, or a value in it does not resolve.
-    """
-    from importlib.util import find_spec
-
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    # By its folder: as pkg://verl.trainer.config Hydra would import veRL, and torch with it.
-    defaults = Path(find_spec("verl").origin).parent / "trainer" / "config"
-    try:
-        with initialize_config_dir(str(folder), version_base=None):
-            config = compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(
-            f"arm {arm}: {_first_sentences(error)}; correct its overrides, or those of the scale"
-        ) from error
-
-
-def _first_sentences(error: Exception) -> str:
-    """Hydra's message in one line, without pointers to its manual and to `+key`, which would hide a misspelt key."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return "; ".join(
-        line for line in lines if line and not line.startswith(("See http", "To append", "full_key", "object_type"))
-    )
 
 
 def _look_up(config: Mapping[str, Any], key: str, where: str) -> Any:

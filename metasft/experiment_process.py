@@ -188,18 +188,18 @@ def _write_summary(folder: Path, record: Mapping[str, Any], outcome: Mapping[str
     Args:
         ends: when a step's end was seen, in seconds from the start of the process.
     """
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = _text(folder / "metrics.jsonl").splitlines()
     steps = [line["data"] for line in map(json.loads, lines) if "train/loss" in line["data"]]
     between = [later - earlier for earlier, later in pairwise(ends)]
     # Steps shorter than a look at the file are seen several at once: then the mean is all that can be told.
     seen_all = len(ends) == len(steps)
-    per_step = None if not between else statistics.median(between) if seen_all else sum(between) / (len(steps) - 1)
+    per_step = None
+    if between and len(steps) > 1:
+        per_step = statistics.median(between) if seen_all else sum(between) / (len(steps) - 1)
     peaks = [step["perf/max_memory_allocated_gb"] for step in steps if "perf/max_memory_allocated_gb" in step]
     on_gpu = bool(record["gpus"])
-    latest = (
-        folder / f"global_step_{(folder / 'latest_checkpointed_iteration.txt').read_text(encoding='utf-8').strip()}"
-    )
-    weights = list(latest.glob("model_world_size_*.pt"))
+    latest = f"global_step_{_text(folder / 'latest_checkpointed_iteration.txt').strip()}"
+    weights = list((folder / latest).glob("model_world_size_*.pt"))
     threads = record["environment"].get("OMP_NUM_THREADS")
     device = device_name()
     write_json(
@@ -208,7 +208,7 @@ def _write_summary(folder: Path, record: Mapping[str, Any], outcome: Mapping[str
             **record["summary"],
             "world_size": len(weights) or None,
             "device_name": f"{device}, {threads} threads per process" if threads and not on_gpu else device,
-            "steps": len(steps),
+            "steps": len(steps) or None,
             "tokens": int(sum(step.get("train/global_tokens", 0) for step in steps)) or None,
             "seconds_total": None if per_step is None else outcome["seconds"] - ends[0] + per_step,
             "seconds_process": outcome["seconds"],
@@ -217,11 +217,19 @@ def _write_summary(folder: Path, record: Mapping[str, Any], outcome: Mapping[str
             if on_gpu
             else outcome["peak_memory_bytes"],
             "peak_memory_kind": "device" if on_gpu else "rss",
-            "checkpoint": latest.name,
+            "checkpoint": latest if weights else None,
             "checkpoint_bytes": sum(map(size_bytes, weights)) or None,
             "versions": package_versions(),
         },
     )
+
+
+def _text(path: Path) -> str:
+    """What a file holds; empty where it is missing: the arm may have told the trainer not to write it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":

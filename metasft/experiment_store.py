@@ -36,11 +36,18 @@ def now() -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What ``run.json`` in a run's folder says; None where there is none."""
+    """What ``run.json`` in a run's folder says; None where there is none.
+
+    Raises:
+        ValueError: it is not readable.
+    """
+    path = folder / RUN_FILE
     try:
-        return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): delete its folder to run it again") from None
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -53,10 +60,17 @@ def locked(folder: Path, *, wait: float = 0.0) -> Iterator[IO[str]]:
 
     Raises:
         BlockingIOError: somebody else still has it after ``wait`` seconds.
+        ValueError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir leads to {folder}, which cannot be written ({error.strerror}): give another one"
+        ) from None
     deadline = time.monotonic() + wait
-    with (folder / LOCK_FILE).open("a") as file:
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,12 +158,12 @@ class ExperimentStore:
     def _other_commands(self, names: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> str:
         said = []
         for name in names:
-            there, here = found[name]["command"], command_of(self.plan, name)
-            old, new = ([word for word in one if word not in other] for one, other in ((there, here), (here, there)))
-            said.append(
-                f"{name} ({found[name]['state']}, {' '.join(old) or 'nothing else'} there, "
-                f"{' '.join(new) or 'nothing else'} now)"
+            there, here = _settings(found[name]["command"]), _settings(command_of(self.plan, name))
+            old, new = (
+                " ".join(setting for setting in one if setting not in other) or "nothing else"
+                for one, other in ((there, here), (here, there))
             )
+            said.append(f"{name} ({found[name]['state']}, {old} there, {new} now)")
         folders = shlex.join(str(self.plan.output / "runs" / name) for name in names)
         return (
             f"the settings have changed since these runs in {self.plan.output}: {', '.join(said)}; to run them again "
@@ -283,6 +297,17 @@ class ExperimentStore:
         return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
+def _settings(command: Sequence[str]) -> list[str]:
+    """A command in pieces that say something each: a flag with its values, or ``key=value``."""
+    pieces: list[str] = []
+    for word in command:
+        if pieces and pieces[-1].startswith("--") and not word.startswith("--") and "=" not in word:
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    return pieces
+
+
 _NEW: dict[str, Any] = {"state": "waiting", "attempts": 0}
 _EMPTY: dict[str, Any] = {
     "kind": None,
@@ -355,10 +380,9 @@ def _read_experiments(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}): move it away, the runs beside it are kept") from error
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has the format {content.get('format')!r}, this release writes {FORMAT}: give another --output-dir"
-        )
+    there = content.get("format") if isinstance(content, dict) else None
+    if there != FORMAT:
+        raise ValueError(f"{path} has the format {there!r}, this release writes {FORMAT}: give another --output-dir")
     return content
 
 

@@ -142,32 +142,35 @@ def read_scale(name: str) -> Scale:
     values = _read_yaml(path, Scale, required=("title", "model", "seeds", "runs", "data", "train", "evaluate"))
     where = str(path)
     seeds = _seeds(values["seeds"], f"seeds in {where}")
-    runs = _mapping(values["runs"], f"runs in {where}", RUN_GROUPS)
+    runs = check_mapping(values["runs"], f"runs in {where}", RUN_GROUPS)
     if missing := [group for group in RUN_GROUPS if group not in runs]:
         raise ValueError(f"runs in {where} lacks {missing[0]}: give what such a run occupies, for example {{cpus: 1}}")
-    train = _mapping(values["train"], f"train in {where}", TRAIN_GROUPS)
-    evaluate = _mapping(values["evaluate"], f"evaluate in {where}", (*EVALUATE_GROUPS, "search"))
-    groups = {group: _mapping(evaluate.get(group) or {}, f"evaluate.{group} in {where}") for group in EVALUATE_GROUPS}
+    train = check_mapping(values["train"], f"train in {where}", TRAIN_GROUPS)
+    evaluate = check_mapping(values["evaluate"], f"evaluate in {where}", (*EVALUATE_GROUPS, "search"))
+    groups = {
+        group: check_mapping(evaluate.get(group) or {}, f"evaluate.{group} in {where}") for group in EVALUATE_GROUPS
+    }
     groups["search"] = _read_search(evaluate.get("search"), groups, where)
     speed = values.get("speed")
     if speed is not None:
-        speed = _mapping(speed, f"speed in {where}", ("arms", "steps", "shots"))
+        speed = check_mapping(speed, f"speed in {where}", ("arms", "steps", "shots"))
         if lacking := [key for key in ("arms", "steps", "shots") if key not in speed]:
             raise ValueError(f"speed in {where} lacks {lacking[0]}: give arms, steps and shots, or leave speed out")
-    environment = _mapping(values.get("environment") or {}, f"environment in {where}")
+        _names(speed["arms"], f"speed.arms in {where}")
+    environment = check_mapping(values.get("environment") or {}, f"environment in {where}")
     return Scale(
         name=path.stem,
-        title=values["title"],
-        model=values["model"],
+        title=_text(values["title"], f"title in {where}"),
+        model=_text(values["model"], f"model in {where}"),
         seeds=seeds,
         environment={key: str(value) for key, value in environment.items()},
         runs={group: _resources(runs[group], f"runs.{group} in {where}") for group in RUN_GROUPS},
-        data=_mapping(values["data"], f"data in {where}"),
-        train={group: _mapping(train.get(group) or {}, f"train.{group} in {where}") for group in TRAIN_GROUPS},
+        data=check_mapping(values["data"], f"data in {where}"),
+        train={group: check_mapping(train.get(group) or {}, f"train.{group} in {where}") for group in TRAIN_GROUPS},
         evaluate=groups,
         suites={
-            suite: _mapping(overrides, f"suites.{suite} in {where}")
-            for suite, overrides in _mapping(values.get("suites") or {}, f"suites in {where}").items()
+            suite: check_mapping(overrides, f"suites.{suite} in {where}")
+            for suite, overrides in check_mapping(values.get("suites") or {}, f"suites in {where}").items()
         },
         speed=speed,
     )
@@ -176,13 +179,13 @@ def read_scale(name: str) -> Scale:
 def _read_search(value: Any, groups: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
     if value is None:
         return {}
-    search = _mapping(value, f"evaluate.search in {where}", ("limit", "arms"))
+    search = check_mapping(value, f"evaluate.search in {where}", ("limit", "arms"))
     if not _is_count(search.get("limit"), least=1):
         raise ValueError(
             f"evaluate.search.limit in {where} is {search.get('limit')!r}: give the held-out items per training task, "
             "for example 8"
         )
-    arms = _mapping(search.get("arms"), f"evaluate.search.arms in {where}", MODEL_TYPES)
+    arms = check_mapping(search.get("arms"), f"evaluate.search.arms in {where}", MODEL_TYPES)
     for model_type, arm in arms.items():
         if not isinstance(arm, str):
             raise ValueError(f"evaluate.search.arms.{model_type} in {where} is {arm!r}: name an arm")
@@ -209,6 +212,23 @@ def check_same_arms(arms: Sequence[Arm]) -> None:
                 )
 
 
+def check_names(scale: Scale, suites: Sequence[Suite]) -> None:
+    """Raise ValueError where ``suites`` or ``speed.arms`` of a scale name what is neither shipped nor in ``suites``."""
+    known = {suite.name: suite for suite in suites}
+    known |= {name: _read_suite(path) for name, path in _shipped(SUITES_DIR).items() if name not in known}
+    arms = list(dict.fromkeys(arm for suite in known.values() for arm in suite.arms))
+    for key, named, there in (
+        ("suites", scale.suites, list(known)),
+        ("speed.arms", scale.speed["arms"] if scale.speed else (), arms),
+    ):
+        for name in named:
+            if name not in there:
+                raise ValueError(
+                    f"{key} of the scale {scale.name} names {name}, which is in no suite that is shipped or given; "
+                    f"{_hint(name, there)}"
+                )
+
+
 def _shipped(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.yaml")}
 
@@ -227,13 +247,13 @@ def _find(name: str, folder: Path, flag: str) -> Path:
 
 def _read_suite(path: Path) -> Suite:
     values = _read_yaml(path, Suite, required=("title", "question", "arms"))
-    entries = _mapping(values["arms"], f"arms in {path}")
+    entries = check_mapping(values["arms"], f"arms in {path}")
     if not entries:
         raise ValueError(f"arms in {path} is empty: name at least one")
     arms = {name: _read_arm(name, entry, path) for name, entry in entries.items()}
     comparisons = []
-    for number, entry in enumerate(values.get("comparisons") or ()):
-        comparison = _mapping(entry, f"comparisons[{number}] in {path}", ("a", "b", "margin"))
+    for number, entry in enumerate(_list(values.get("comparisons") or [], f"comparisons in {path}")):
+        comparison = check_mapping(entry, f"comparisons[{number}] in {path}", ("a", "b", "margin"))
         for side in ("a", "b"):
             if comparison.get(side) not in arms:
                 raise ValueError(
@@ -241,32 +261,36 @@ def _read_suite(path: Path) -> Suite:
                     f"{', '.join(arms)}"
                 )
         if not _is_number(comparison.get("margin")):
-            raise ValueError(f"comparisons[{number}].margin in {path} must be a number above 0, such as 0.03")
+            raise ValueError(
+                f"comparisons[{number}].margin in {path} is {comparison.get('margin')!r}: give a number above 0, such "
+                "as 0.03"
+            )
         comparisons.append(comparison)
     axis = values.get("axis")
     if axis is not None:
-        axis = _mapping(axis, f"axis in {path}", ("label", "key"))
+        axis = check_mapping(axis, f"axis in {path}", ("label", "key"))
         if not all(isinstance(axis.get(key), str) for key in ("label", "key")):
             raise ValueError(f"axis in {path} needs a label and the Hydra key that its arms differ in")
-    return Suite(path.stem, values["title"], values["question"], arms, tuple(comparisons), axis)
+    title, question = (_text(values[key], f"{key} in {path}") for key in ("title", "question"))
+    return Suite(path.stem, title, question, arms, tuple(comparisons), axis)
 
 
 def _read_arm(name: str, entry: Any, path: Path) -> Arm:
     where = f"arms.{name} in {path}"
     if not all(character.isalnum() or character in "_." for character in name):
         raise ValueError(f"{where}: an arm's name is also a folder's, use letters, digits and _ only")
-    values = _mapping(entry, where, ("label", "method", "experiment", "tasks", "overrides"))
+    values = check_mapping(entry, where, ("label", "method", "experiment", "tasks", "overrides"))
     method = values.get("method")
     if method not in METHODS:
         raise ValueError(f"{where} has the method {method!r}: choose one of {', '.join(METHODS)}")
     if not isinstance(values.get("label"), str):
         raise ValueError(f"{where} has no label: give a text for tables and plots")
-    tasks = values.get("tasks") or []
-    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise ValueError(f"{where} has the tasks {tasks!r}: give a list of task names")
+    if values.get("experiment") is not None:
+        _text(values["experiment"], f"experiment of {where}")
+    tasks = _names(values.get("tasks") or [], f"tasks of {where}")
     if (method == "lora_single") != bool(tasks):
         raise ValueError(f"{where}: tasks belong to lora_single, one run each, and to no other method")
-    overrides = _mapping(values.get("overrides") or {}, f"overrides of {where}")
+    overrides = check_mapping(values.get("overrides") or {}, f"overrides of {where}")
     if method == "base" and overrides:
         raise ValueError(f"{where} overrides {next(iter(overrides))}, but the method base trains nothing: remove it")
     return Arm(name, values["label"], method, values.get("experiment"), tuple(tasks), overrides)
@@ -283,22 +307,44 @@ def _read_yaml(path: Path, kind: type, *, required: Sequence[str]) -> dict[str, 
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not readable YAML ({reason}): correct it") from None
     known = [f.name for f in fields(kind) if f.name != "name"]
-    values = _mapping(values, str(path), known)
+    values = check_mapping(values, str(path), known)
     for key in required:
         if values.get(key) in (None, "", [], {}):
             raise ValueError(f"{path} has no {key}: look at the files beside those of {SUITES_DIR.name} for an example")
     return values
 
 
-def _mapping(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+def check_mapping(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """``value``, which must be a mapping with text keys, all of them among ``known``, else a ValueError says so."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{where} is {value!r}: it must be a mapping with text keys")
     for key in value:
         if known is not None and key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise ValueError(f"{where} has the key {key}, which is not known there; {hint}")
+            raise ValueError(f"{where} has the key {key}, which is not known there; {_hint(key, known)}")
     return dict(value)
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {value!r}: give a text, in quotes where it looks like something else")
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {value!r}: give a list")
+    return value
+
+
+def _names(value: Any, where: str) -> list[str]:
+    for name in _list(value, where):
+        _text(name, f"an entry of {where}")
+    return value
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
@@ -315,7 +361,7 @@ def check_seeds(value: Sequence[int]) -> tuple[int, ...]:
 
 
 def _resources(value: Any, where: str) -> Resources:
-    values = {"cpus": 1, "gpus": 0, "processes": 1, **_mapping(value, where, Resources._fields)}
+    values = {"cpus": 1, "gpus": 0, "processes": 1, **check_mapping(value, where, Resources._fields)}
     for key, least in (("cpus", 1), ("gpus", 0), ("processes", 1)):
         if not _is_count(values[key], least=least):
             raise ValueError(f"{where}: {key} is {values[key]!r}, use a whole number, at least {least}")

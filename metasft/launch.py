@@ -26,11 +26,14 @@ hydra_main = hydra.main
 VERL_VERSION = "0.9.0"
 
 
-def fail(error: Exception) -> None:
-    """Report a user error in one line on rank 0 and leave with exit code 2 on every rank."""
+def fail(error: Exception, code: int = 2) -> None:
+    """Report an error that all ranks know in one line on rank 0 and leave with ``code`` on every rank.
+
+    Codes: 2 for a user error, 1 for a run that cannot go on.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any]:
@@ -106,7 +109,12 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
             trainer = build(config, trainer_class, checked)
         except ValueError as error:
             fail(error)
-        trainer.fit()
+        from metasft.faults import RunFault
+
+        try:
+            trainer.fit()
+        except RunFault as fault:
+            fail(fault, code=1)
     finally:
         destroy_global_process_group()
 

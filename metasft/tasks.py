@@ -14,12 +14,30 @@ import itertools
 import json
 import math
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+from metasft.sources.answers import INSTRUCTION, Score, extract_answer, normalised
+
+__all__ = [
+    "INSTRUCTION",
+    "TEST_TASKS",
+    "TRAIN_TASKS",
+    "Example",
+    "Score",
+    "all_tasks",
+    "extract_answer",
+    "generate_examples",
+    "majority_baseline",
+    "messages_for",
+    "package_version",
+    "row_for",
+    "score",
+    "stream_examples",
+]
 
 TRAIN_TASKS: dict[str, tuple[str, ...]] = {
     "algebra": ("simple_equations", "polynomial_equations", "polynomial_multiplication", "complex_arithmetic"),
@@ -43,7 +61,6 @@ TEST_TASKS: dict[str, tuple[str, ...]] = {
 }
 """Task -> families, never seen in meta-training. ``theorem_proving`` means formal deduction puzzles, not proofs."""
 
-INSTRUCTION = 'End with "Answer: <answer>".'
 MAX_PROMPT_CHARS = 400
 MAX_ANSWER_CHARS = 60
 CORRECT_SCORE = 0.99
@@ -235,11 +252,11 @@ class Example:
     """One question with its gold answer.
 
     Attributes:
-        task: a key of TRAIN_TASKS or TEST_TASKS.
+        task: its name (here a key of TRAIN_TASKS or TEST_TASKS).
         data_source: where it comes from, such as ``reasoning_gym/gcd``; decides how an answer is scored.
         example_id: unique among all examples of all tasks.
         prompt: question and instruction line, the content of the user turn.
-        response: ``Answer: <answer>``, the content of the assistant turn.
+        response: the content of the assistant turn, ending with the answer (here ``Answer: <answer>``).
         answer: the gold answer.
         extra_info: what the scorer needs besides the answer, JSON-able.
     """
@@ -251,21 +268,6 @@ class Example:
     response: str
     answer: str
     extra_info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Verdict on one generated text.
-
-    Attributes:
-        correct: the extracted answer is right.
-        formatted: there was an answer to extract.
-        extracted: that answer, None when there was none.
-    """
-
-    correct: bool
-    formatted: bool
-    extracted: str | None
 
 
 def all_tasks() -> dict[str, tuple[str, ...]]:
@@ -454,56 +456,6 @@ def generate_examples(
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}`` with balanced braces, None if there is none."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    start += len(r"\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position].strip()
-    return None
-
-
-def extract_answer(text: str) -> str | None:
-    r"""The answer a text ends with: what follows the last ``Answer:`` on its line, else the last ``\boxed{...}``.
-
-    Markdown emphasis, quotes, dollar signs and a full stop around the answer are removed.
-
-    Returns:
-        The answer, or None when the format is absent or nothing follows it.
-    """
-    _, marker, after = text.rpartition("Answer:")
-    if marker:
-        # By hand rather than splitlines(), which also splits at characters that may be part of an answer.
-        line = after.strip(" \t").split("\n", 1)[0].split("\r", 1)[0]
-        boxed = _last_boxed(line)
-        answer = boxed if boxed is not None else _unwrap(line)
-    else:
-        boxed = _last_boxed(text)
-        answer = "" if boxed is None else boxed
-    return answer or None
-
-
-def _unwrap(answer: str) -> str:
-    """Remove whatever surrounds an answer without being part of it: ``**13**.`` and ``"13"`` both become ``13``."""
-    previous = None
-    while answer != previous:
-        previous = answer
-        answer = answer.strip()
-        if answer.endswith(".") and not answer.endswith(".."):
-            answer = answer[:-1]
-        for wrap in ("**", "*", "`", "$", '"'):
-            if answer.startswith(wrap) and answer.endswith(wrap) and len(answer) >= 2 * len(wrap):
-                answer = answer[len(wrap) : -len(wrap)]
-        # One half of the emphasis in "**Answer:** 13" and "**Answer: 13**"; powers stand between their operands.
-        answer = answer.removeprefix("**").removesuffix("**")
-    return answer
-
-
 _FUNCTIONS = frozenset(("exp", "sin", "cos", "tan", "log", "ln", "sqrt", "asin", "acos", "atan"))
 _VARIABLES = frozenset({"x", "X", "C"})
 _CONSTANTS = frozenset({"E", "pi"})
@@ -585,24 +537,6 @@ def _reasoning_gym_correct(answer: str, gold: str, extra_info: Mapping[str, Any]
         return False
 
 
-def _latex_correct(answer: str, gold: str) -> bool:
-    from math_verify import parse, verify
-
-    # Its time limits use signals, which only the main thread may set.
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    target = parse(_boxed(answer), parsing_timeout=limit)
-    # The order of the arguments matters: gold first.
-    return bool(verify(parse(_boxed(gold), parsing_timeout=limit), target, timeout_seconds=limit))
-
-
-def _boxed(answer: str) -> str:
-    return answer if r"\boxed{" in answer else rf"\boxed{{{answer}}}"
-
-
-def _normalised(answer: str) -> str:
-    return " ".join(answer.casefold().split())
-
-
 def _read(row: Mapping[str, Any] | Example, column: str) -> Any:
     """A column of a data row: a mapping, a pandas row, or an Example."""
     if isinstance(row, Example):
@@ -615,11 +549,22 @@ def _read(row: Mapping[str, Any] | Example, column: str) -> Any:
         ) from None
 
 
+def _has(row: Mapping[str, Any] | Example, column: str) -> bool:
+    return isinstance(row, Example) or (column in row and row[column] is not None)
+
+
+def _extra_info(row: Mapping[str, Any] | Example) -> dict[str, Any]:
+    """What the scorer needs besides the answer: a JSON string in data files, a dict in examples."""
+    extra_info = _read(row, "extra_info")
+    return json.loads(extra_info) if isinstance(extra_info, str) else extra_info
+
+
 def score(text: str, row: Mapping[str, Any] | Example) -> Score:
     r"""Judge a generated text against the row it answers.
 
-    Rows from reasoning-gym are scored by their family's verifier. Others are scored by math-verify where the gold
-    answer is LaTeX (math-verify misreads reasoning-gym's syntax), else by equality up to case and white space.
+    Rows from reasoning-gym are scored by their family's verifier. Rows whose ``extra_info`` names a ``scorer`` are
+    scored by that one of ``sources.scoring``. Others are scored by math-verify where the gold answer is LaTeX
+    (math-verify misreads reasoning-gym's syntax), else by equality up to case and white space.
 
     Args:
         text: what the model wrote, whatever it is.
@@ -628,24 +573,30 @@ def score(text: str, row: Mapping[str, Any] | Example) -> Score:
     Raises:
         ValueError: the row, not the text, is unusable: a column is missing or names an unknown family.
     """
-    extracted = extract_answer(text)
     data_source, gold = _read(row, "data_source"), str(_read(row, "answer"))
     if data_source.startswith("reasoning_gym/"):
-        extra_info = _read(row, "extra_info")
-        if isinstance(extra_info, str):
-            extra_info = json.loads(extra_info)
+        extracted = extract_answer(text)
+        extra_info = _extra_info(row)
         if extra_info.get("family") not in _FAMILIES or "metadata" not in extra_info:
             raise ValueError(
                 f"the scorer of data_source '{data_source}' needs 'family' and 'metadata' in extra_info, which is "
                 f"{extra_info}: make the files with prepare_math_science_data.py"
             )
         correct = extracted is not None and _reasoning_gym_correct(extracted, gold, extra_info)
-    elif extracted is None:
+        return Score(correct=correct, formatted=extracted is not None, extracted=extracted)
+
+    from metasft.sources import scoring
+
+    extra_info = _extra_info(row) if _has(row, "extra_info") else {}
+    if "scorer" in extra_info:
+        return scoring.judge(text, gold, extra_info)
+    extracted = extract_answer(text)
+    if extracted is None:
         correct = False
-    elif _normalised(extracted) == _normalised(gold):
+    elif normalised(extracted) == normalised(gold):
         correct = True
     else:
-        correct = "\\" in gold and _latex_correct(extracted, gold)
+        correct = "\\" in gold and scoring.equal_mathematics(gold, extracted)
     return Score(correct=correct, formatted=extracted is not None, extracted=extracted)
 
 

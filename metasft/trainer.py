@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
+import math
 import random
-import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,76 +23,32 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
-from verl.utils.device import get_torch_device
+from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.tracking import Tracking
 
-from metasft.adaptation import InnerLoop
-from metasft.checkpoint import (
-    LAYOUT_FILE,
-    check_resume_layout,
-    prune_exports,
-    save_hf_model,
-    save_meta_lora,
-    size_bytes,
-    write_json,
-)
+from metasft.adaptation import InnerLoop, total_norm
+from metasft.checkpoint import prune, save_hf_model, save_meta_lora
 from metasft.config import METHOD_TITLES, MetaConfig, Method
+from metasft.durable import remove_leftovers, replacing_file
+from metasft.episode_table import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.episodes import Episode, EpisodeSampler
+from metasft.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
+from metasft.preemption import Preemption
+from metasft.resume import STATE, MetricsLog, check_layout, find_state, save_state, start_over
+from metasft.run_summary import summarised_steps, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
 from metasft.verl_backend import (
     MetaFSDPEngine,
     all_reduce_flat,
     build_training_worker,
+    copy_to_hdfs,
     full_state_dict_on_rank_0,
     make_batch,
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EpisodeRecord:
-    """What one rank saw of one episode. Losses are this rank's part; their mean over the task group is the batch mean.
-
-    Losses stay on the device (0-dim tensors), so that no step of the inner loop waits for it.
-
-    Attributes:
-        support_losses: loss before each inner step, K values.
-        query_loss_before: query loss at theta (None when not measured).
-        query_loss_after: query loss at theta_i (None without a query set).
-        tokens: tokens in the forwards that were followed by a backward.
-        padding: positions beside them that those forwards computed for nothing.
-    """
-
-    task: str
-    support_losses: list[torch.Tensor] = field(default_factory=list)
-    query_loss_before: torch.Tensor | None = None
-    query_loss_after: torch.Tensor | None = None
-    tokens: int = 0
-    padding: int = 0
-
-    # One row of numbers per episode travels in the all-reduce of the meta-gradient: values, flags of what is set,
-    # counts.
-    def to_row(self, device: torch.device) -> torch.Tensor:
-        losses = self.support_losses
-        values = [
-            losses[0] if losses else None,
-            losses[-1] if losses else None,
-            torch.stack(losses).mean() if losses else None,
-            self.query_loss_before,
-            self.query_loss_after,
-        ]
-        zero = torch.zeros((), device=device)
-        counts = [float(value is not None) for value in values] + [float(self.tokens), float(self.padding)]
-        return torch.cat(
-            [torch.stack([zero if value is None else value for value in values]), torch.tensor(counts, device=device)]
-        )
-
-
-_ROW_FIELDS = ("support_first", "support_last", "support_mean", "query_before", "query_after")
-_ROW_WIDTH = 2 * len(_ROW_FIELDS) + 2
 
 
 CPU_TOKENS, CPU_TOKENS_ALONE = 512, 256
@@ -124,6 +78,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.lora:
             config.checkpoint.save_lora_only = True  # the frozen base is never part of a checkpoint
         self.run_dir = Path(config.trainer.default_local_dir).expanduser()
+        self.skipped_steps = 0
+        self._preemption = Preemption()
         _seed_everything(config.trainer.seed)
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
@@ -133,6 +89,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             self.inner_loop = self.engine.batch_tasks(**inner)
         else:
             self.inner_loop = InnerLoop(self.engine.trained_parameters(), **inner)
+        self._last_saved = self.resume_global_step
 
     # ---- seams of veRL's trainer ------------------------------------------------------------------------------------
 
@@ -185,9 +142,12 @@ class EpisodicSFTTrainer(SFTTrainer):
         super()._build_ckpt_handler()
         # The sampler's file is named after this rank; task-group ranks would collide, global ranks do not.
         self.ckpt_handler.dp_rank = self.rank
-        resume_path = self.ckpt_handler._determine_resume_path()
-        if resume_path is not None:
-            check_resume_layout(Path(resume_path), self._layout())
+        settings = self.config.trainer
+        state = find_state(self.run_dir, settings.resume_mode, settings.resume_from_path)
+        if state is not None:
+            self.skipped_steps = check_layout(state, self._layout()).get("skipped_steps", 0)
+        # veRL's handler would take what the tracker file names, complete or not.
+        self.ckpt_handler._determine_resume_path = lambda: None if state is None else str(state)
 
     def _layout(self) -> dict[str, Any]:
         """What the files of the resume state depend on, besides the model itself."""
@@ -196,61 +156,91 @@ class EpisodicSFTTrainer(SFTTrainer):
             "world_size": dist.get_world_size(),
             "task_group_size": self.engine.get_data_parallel_size(),
             "lora_rank": self.config.model.lora_rank,
+            "seed": self.config.trainer.seed,
         }
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to ``trainer.total_training_steps`` meta-steps, then write the last checkpoint and the summary."""
-        first_step = self.resume_global_step + 1
+        """Train to ``trainer.total_training_steps`` meta-steps, then write the last checkpoint and the summary.
+
+        Asked to stop (SIGTERM), the run saves behind the meta-step that is under way and returns.
+
+        Raises:
+            RunFault: files cannot be written, ranks differ, or too many meta-steps were skipped.
+        """
         is_logging = self.rank == 0
-        tracking = None
-        if is_logging:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, self.run_dir / "config.yaml")
-            earlier = _keep_metrics_until(self.run_dir / "metrics.jsonl", self.resume_global_step)
-            tracking = Tracking(
-                project_name=self.config.trainer.project_name,
-                experiment_name=self.config.trainer.experiment_name,
-                default_backend=OmegaConf.to_container(self.config.trainer.logger)
-                if OmegaConf.is_config(self.config.trainer.logger)
-                else self.config.trainer.logger,
-                config=OmegaConf.to_container(self.config, resolve=True),
-            )
+        log = None
+        with writing("the settings and metrics of the run", self.run_dir):
+            if is_logging:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.run_dir)
+                if self.resume_global_step == 0:
+                    start_over(self.run_dir)
+                with replacing_file(self.run_dir / "config.yaml") as temporary:
+                    OmegaConf.save(self.config, temporary)
+                log = MetricsLog(self.run_dir / "metrics.jsonl", self.resume_global_step)
+        if self.resume_global_step >= self.total_training_steps:
+            self._nothing_to_do(log)
+            return
+        tracking = self._tracking() if is_logging else None
+        earlier_seconds = sum(record["perf/step_seconds"] for record in log.records) if is_logging else 0.0
         get_torch_device().reset_peak_memory_stats()
         start = time.perf_counter()
         progress = tqdm(
-            range(first_step, self.total_training_steps + 1),
+            range(self.resume_global_step + 1, self.total_training_steps + 1),
             initial=self.resume_global_step,
             total=self.total_training_steps,
             desc=METHOD_TITLES[self.method],
             unit="meta-step",
             disable=not is_logging,
         )
-        checkpoint = None
-        for step in progress:
-            metrics = self.train_step(step)
-            if tracking is not None:
-                for backend in tracking.logger:
-                    # One readable line on the console; everything, per task too, everywhere else.
-                    data = {k: v for k, v in metrics.items() if k.count("/") == 1} if backend == "console" else metrics
-                    tracking.log(data=data, step=step, backend=[backend])
-                with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **metrics}) + "\n")
-                progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
-            is_last = step == self.total_training_steps
-            if is_last or (self.save_freq > 0 and step % self.save_freq == 0):
-                checkpoint = self.save(step)
-        if checkpoint is None:
+        with self._preemption:
+            for step in progress:
+                metrics = self.train_step(step)
+                if is_logging:
+                    _track(tracking, metrics, step)
+                    log.append({"step": step, **metrics})
+                    progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
+                is_last = step == self.total_training_steps
+                is_due = is_last or self._stop_requested or (self.save_freq > 0 and step % self.save_freq == 0)
+                self._check_theta(step, is_due)
+                if is_due:
+                    checkpoint = self.save(step, log)
+                if self._stop_requested and not is_last:
+                    if is_logging:
+                        progress.close()
+                        print(f"stopped by SIGTERM: meta-step {step} is saved, the same command goes on from there")
+                        tracking.finish()
+                    return
+        with writing("the summary of the run", self.run_dir):
             if is_logging:
-                print(f"nothing to do: {self.run_dir} already holds meta-step {self.resume_global_step}")
-            return
+                write_summary(self, checkpoint, log.records, time.perf_counter() - start + earlier_seconds)
+                print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
         if is_logging:
-            seconds = time.perf_counter() - start + sum(record["perf/step_seconds"] for record in earlier)
-            self._write_summary(checkpoint, seconds)
-            print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
             tracking.finish()
         dist.barrier()
+
+    def _nothing_to_do(self, log: MetricsLog | None) -> None:
+        """The run has its meta-steps; write its summary where it was killed between the last checkpoint and that."""
+        done = self.resume_global_step
+        with writing("the summary of the run", self.run_dir):
+            if self.rank == 0:
+                if done == self.total_training_steps != summarised_steps(self.run_dir):
+                    seconds = sum(record["perf/step_seconds"] for record in log.records)
+                    write_summary(self, self._export_path(done), log.records, seconds)
+                print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
+
+    def _tracking(self) -> Tracking:
+        settings = self.config.trainer
+        return Tracking(
+            project_name=settings.project_name,
+            experiment_name=settings.experiment_name,
+            default_backend=OmegaConf.to_container(settings.logger)
+            if OmegaConf.is_config(settings.logger)
+            else settings.logger,
+            config=OmegaConf.to_container(self.config, resolve=True),
+        )
 
     def train_step(self, step: int) -> dict[str, float]:
         """One meta-step: draw the meta-batch, run this group's episodes, reduce over the groups, update theta.
@@ -265,22 +255,46 @@ class EpisodicSFTTrainer(SFTTrainer):
         self._measure_gain = bool(self.meta.adaptation_gain_freq) and step % self.meta.adaptation_gain_freq == 0
         # Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU.
         offloads = self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
+        grad_norm = fault = None
         with self.engine.train_mode(disable_auto_offload=not offloads):
-            self.step = step
-            records, grad_norm = self.meta_step(episodes)
+            self.step, self._tasks = step, [episode.task for episode in meta_batch]
+            try:
+                _, grad_norm = self.meta_step(episodes)
+            except SkipMetaStep as skipped:
+                fault = str(skipped)
         if self.meta.update_shared:
             self.engine.lr_scheduler_step()
-        metrics = self._step_metrics(meta_batch, records)
+        metrics = step_metrics(self._rows)
         metrics["train/lr"] = lr
         if grad_norm is not None:
             metrics["meta/grad_norm"] = grad_norm
-            if not np.isfinite(grad_norm):
-                logger.warning("meta-step %d: the meta-gradient is not finite; theta was not updated", step)
+            if not math.isfinite(grad_norm):  # veRL's optimizer step has left theta alone
+                fault = f"the norm of the meta-gradient is {grad_norm}"
+        if fault is not None:
+            self._count_skipped(step, fault)
+        metrics["meta/skipped_steps"] = self.skipped_steps
         seconds = time.perf_counter() - started
         metrics["perf/step_seconds"] = seconds
         metrics["perf/peak_memory_gb"] = get_torch_device().max_memory_allocated() / 1024**3
         metrics["perf/tokens_per_second"] = metrics["perf/tokens"] / seconds
         return metrics
+
+    def _count_skipped(self, step: int, fault: str) -> None:
+        self.skipped_steps += 1
+        most = self.meta.max_skipped_steps
+        if self.skipped_steps > most:
+            raise RunFault(
+                f"meta-step {step}: {fault}; more than meta.max_skipped_steps={most} meta-steps were skipped, so the "
+                "run ends here: lower meta.inner_lr or set meta.inner_clip_grad, or allow more"
+            )
+        if self.rank == 0:
+            logger.warning(
+                "meta-step %d: %s; theta is left as it was, and the meta-step counts as skipped (%d of at most %d)",
+                step,
+                fault,
+                self.skipped_steps,
+                most,
+            )
 
     def episodes_of_this_group(self, meta_batch: Sequence[Episode]) -> Sequence[Episode]:
         """The contiguous part of the meta-batch that this rank's task group works on."""
@@ -393,6 +407,8 @@ class EpisodicSFTTrainer(SFTTrainer):
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
                 self.query_backward(portion, of_pass)
+                for record, norm in zip(of_pass, self.inner_loop.gradient_norms().unbind(), strict=True):
+                    record.contribution_norm = norm
             meta_gradient.take()
             records += of_pass
         if not self.meta.update_shared:
@@ -406,18 +422,31 @@ class EpisodicSFTTrainer(SFTTrainer):
         """The one communication of a meta-step: sum ``tensors`` over the task groups, with the loss table riding along.
 
         The table has one row per episode of the whole meta-batch; every group fills its own rows.
+
+        Raises:
+            SkipMetaStep: on every rank, when a loss or gradient of any episode is not finite: nobody gets to update
+                theta.
         """
-        device = self.inner_loop.parameters[0].device
-        table = torch.zeros(self.meta.meta_batch_size, _ROW_WIDTH, dtype=torch.float32, device=device)
-        first = self.engine.task_group_index * len(records)
-        table[first : first + len(records)] = torch.stack([record.to_row(device) for record in records])
+        if records[0].contribution_norm is None:
+            norm = total_norm(tensors)
+            for record in records:
+                record.contribution_norm = norm
+        table = to_table(
+            records,
+            self.inner_loop.parameters[0].device,
+            first=self.engine.task_group_index * len(records),
+            rows=self.meta.meta_batch_size,
+            stopping=self._preemption.requested,
+        )
         if self.engine.get_data_parallel_size() > 1:
-            # Losses are means over the ranks of the group; the two counts are sums.
             dist.all_reduce(table, group=self.engine.get_data_parallel_group())
-            table[:, :-2] /= self.engine.get_data_parallel_size()
+            table[:-1, :-COUNTS] /= self.engine.get_data_parallel_size()
         if self.engine.num_task_groups > 1:
             all_reduce_flat([*tensors, table], self.engine.mesh["task"].get_group())
-        self._table = table
+        self._rows, self._stop_requested = from_table(table, self._tasks, records)
+        fault = first_fault(self._rows)
+        if fault is not None:
+            raise SkipMetaStep(fault)
 
     def _batch(
         self,
@@ -443,49 +472,58 @@ class EpisodicSFTTrainer(SFTTrainer):
                 records[task].padding += max(width - length, 0)
         return make_batch(examples, tasks, weights, self._batch_settings)
 
-    def _step_metrics(self, meta_batch: Sequence[Episode], records: Sequence[EpisodeRecord]) -> dict[str, float]:
-        width = len(_ROW_FIELDS)
-        by_task: dict[str, list[dict[str, float]]] = {}
-        for episode, row in zip(meta_batch, self._table.tolist(), strict=True):
-            by_task.setdefault(episode.task, []).append(
-                {name: row[i] for i, name in enumerate(_ROW_FIELDS) if row[width + i] > 0}
-            )
-        rows = [row for task_rows in by_task.values() for row in task_rows]
-        metrics: dict[str, float] = {}
-        for name, key in (
-            ("support_mean", "inner/support_loss"),
-            ("support_first", "inner/support_loss_first"),
-            ("support_last", "inner/support_loss_last"),
-            ("query_before", "meta/query_loss_before"),
-            ("query_after", "meta/query_loss_after"),
-        ):
-            _put_mean(metrics, key, rows, name)
-            for task, task_rows in by_task.items():
-                _put_mean(metrics, f"{key}/{task}", task_rows, name)
-        for task, task_rows in [("", rows), *by_task.items()]:
-            gains = [
-                r["query_before"] - r["query_after"] for r in task_rows if "query_before" in r and "query_after" in r
-            ]
-            if gains:
-                metrics["meta/adaptation_gain" + (f"/{task}" if task else "")] = sum(gains) / len(gains)
-        tokens, padding = self._table[:, -2:].sum(dim=0).tolist()
-        metrics["perf/tokens"] = int(tokens)
-        metrics["perf/padding_fraction"] = padding / (tokens + padding)
-        return metrics
-
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
-    def save(self, step: int) -> Path:
-        """Resume state in veRL's layout plus the export of the method. Returns the export's path."""
-        if self.rank == 0:
-            write_json(self.run_dir / f"global_step_{step}" / LAYOUT_FILE, self._layout())
-        self.ckpt_handler.save_checkpoint(step)
+    def save(self, step: int, log: MetricsLog | None = None) -> Path:
+        """The export of the method, then the resume state in veRL's layout. Returns the export's path.
+
+        In this order, a run that is killed in between repeats the meta-steps since the last resume state; the other way
+        round the export would never be made.
+
+        Args:
+            step: meta-steps done.
+            log: of rank 0; its lines up to ``step`` belong to the state.
+
+        Raises:
+            RunFault: a file cannot be written; the previous checkpoint is intact.
+        """
         path = self.export(step)
-        dist.barrier()
+        with writing("metrics.jsonl", self.run_dir):
+            if log is not None:
+                log.flush()
+        layout = {**self._layout(), "skipped_steps": self.skipped_steps}
+        save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout)
+        self._last_saved = step
+        with writing(f"the copy of meta-step {step}", self.run_dir):
+            if self.rank == 0:
+                prune(self.run_dir, (*self._export_names, STATE), self.config.trainer.max_ckpt_to_keep, step)
+                if self.config.trainer.default_hdfs_dir:
+                    copy_to_hdfs(self.run_dir / STATE.format(step=step), self.config.trainer.default_hdfs_dir)
         return path
 
+    def _check_theta(self, step: int, before_a_save: bool) -> None:
+        """Every ``meta.theta_check_freq`` meta-steps, and before a save: ranks that share theta hold the same bits."""
+        every = self.meta.theta_check_freq
+        if every and (before_a_save or step % every == 0):
+            shards = 1 if self.lora else self.engine.get_data_parallel_size()
+            check_theta(self.inner_loop.parameters, shards, torch.device(get_device_id()), step, self._last_saved)
+
+    @property
+    def _export_names(self) -> tuple[str, ...]:
+        """What one export consists of, with ``{step}`` for the meta-step."""
+        if self.lora:
+            return (f"{self.method}_checkpoint_step_{{step}}.pt", "adapter_step_{step}")
+        return ("step_{step}",)
+
+    def _export_path(self, step: int) -> Path:
+        return self.run_dir / self._export_names[0].format(step=step)
+
     def export(self, step: int) -> Path:
-        """Write theta for use outside veRL; called on all ranks, rank 0 writes. Returns the export's path."""
+        """Write theta for use outside veRL; called on all ranks, rank 0 writes. Returns the export's path.
+
+        Raises:
+            RunFault: it cannot be written.
+        """
         adaptation = {
             "method": self.method,
             "inner_lr": self.meta.inner_lr,
@@ -498,8 +536,10 @@ class EpisodicSFTTrainer(SFTTrainer):
 
             # Adapters are whole on every rank (also over a sharded base): nothing to gather.
             tensors = get_peft_model_state_dict(self.engine.module, save_embedding_layers=False)
-            patterns = (f"{self.method}_checkpoint_step_{{step}}.pt", "adapter_step_{step}")
-            if self.rank == 0:
+        else:
+            tensors = full_state_dict_on_rank_0(self.engine.module)
+        with writing(f"the export of meta-step {step}", self.run_dir):
+            if self.rank == 0 and self.lora:
                 save_meta_lora(
                     self.run_dir,
                     step,
@@ -509,53 +549,10 @@ class EpisodicSFTTrainer(SFTTrainer):
                     tensors=tensors,
                     method=self.method,
                 )
-        else:
-            patterns = ("step_{step}",)
-            state_dict = full_state_dict_on_rank_0(self.engine.module)
-            if self.rank == 0:
-                save_hf_model(
-                    self.run_dir,
-                    state_dict,
-                    self.model_config.hf_config,
-                    self.model_config.get_processor(),
-                    adaptation,
-                    step,
-                )
-        if self.rank == 0:
-            prune_exports(self.run_dir, patterns, self.config.trainer.max_ckpt_to_keep)
-        return self.run_dir / patterns[0].format(step=step)
-
-    def _write_summary(self, checkpoint: Path, seconds: float) -> None:
-        """``run_summary.json``: what the whole run cost, the parts before a resume included."""
-        from importlib.metadata import version
-
-        steps = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        on_cpu = self.device_name == "cpu"
-        write_json(
-            self.run_dir / "run_summary.json",
-            {
-                "method": self.method,
-                "base_model": self.config.model.path,
-                "lora_rank": self.config.model.lora_rank,
-                "tasks": [task.task for task in self.task_files],
-                "support_samples": self.meta.support_samples,
-                "world_size": dist.get_world_size(),
-                "task_group_size": self.engine.get_data_parallel_size(),
-                "device_name": _device_name(on_cpu),
-                "meta_steps": self.total_training_steps,
-                "tokens": sum(step["perf/tokens"] for step in steps),
-                "seconds_total": seconds,
-                "seconds_per_step_median": statistics.median(step["perf/step_seconds"] for step in steps),
-                "peak_memory_bytes": get_torch_device().max_memory_allocated(),
-                "peak_memory_kind": "rss" if on_cpu else "device",
-                "checkpoint": checkpoint.name,
-                "checkpoint_bytes": size_bytes(checkpoint),
-                "versions": {
-                    name: version(name) for name in ("metasft", "verl", "torch", "transformers", "peft", "numpy")
-                },
-                "seed": self.config.trainer.seed,
-            },
-        )
+            elif self.rank == 0:
+                processor = self.model_config.get_processor()
+                save_hf_model(self.run_dir, tensors, self.model_config.hf_config, processor, adaptation, step)
+        return self._export_path(step)
 
 
 def _seed_everything(seed: int) -> None:
@@ -575,39 +572,11 @@ def _without_line(unwanted: str) -> Iterator[None]:
         print(printed.getvalue().replace(unwanted + "\n", ""), end="", flush=True)
 
 
-def _device_name(on_cpu: bool) -> str:
-    if not on_cpu:
-        return get_torch_device().get_device_name()
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads per process"
-
-
-def _keep_metrics_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut the metrics back to the meta-step that is resumed from (0: an empty file); returns what is kept."""
-    kept = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a run that was killed while writing it
-            if record["step"] <= step:
-                kept.append(record)
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    return kept
-
-
-def _put_mean(metrics: dict[str, float], key: str, rows: Sequence[dict[str, float]], name: str) -> None:
-    values = [row[name] for row in rows if name in row]
-    if values:
-        metrics[key] = sum(values) / len(values)
+def _track(tracking: Tracking, metrics: dict[str, float], step: int) -> None:
+    for backend in tracking.logger:
+        # One readable line on the console; everything, per task too, everywhere else.
+        data = {k: v for k, v in metrics.items() if k.count("/") == 1} if backend == "console" else metrics
+        tracking.log(data=data, step=step, backend=[backend])
 
 
 def _short(metrics: dict[str, float], key: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +198,16 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """theta: the parameters that inner and outer steps change, in a fixed order."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().save_checkpoint(local_path, *args, **kwargs)
+        except Exception:
+            # veRL waits for all ranks once before the files and twice behind them. A rank that cannot write has to
+            # arrive there, too: the others would wait for ever, and nobody could agree on what has happened.
+            dist.barrier()
+            dist.barrier()
+            raise
 
     def batch_tasks(self, *, lr: float, optimizer: str, clip_grad: float | None) -> TaskBatchedLoRA:
         """Let passes carry several tasks, each with a copy of the adapter; the settings are those of an inner step.
@@ -489,6 +500,14 @@ def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *
         bucket.append(tensor)
         size += tensor.numel()
     flush()
+
+
+def copy_to_hdfs(folder: Path, destination: str) -> None:
+    """Copy a saved folder to ``trainer.default_hdfs_dir``."""
+    from verl.utils import hdfs_io
+
+    hdfs_io.makedirs(destination, exist_ok=True)
+    hdfs_io.copy(src=str(folder), dst=destination, dirs_exist_ok=True)
 
 
 def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,163 @@
+"""Flags of the scripts that prepare data and evaluate, from the mappings of a scale: composed, and checked up front."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metasft.experiments import Scale, check_mapping
+from metasft.few_shot_protocol import EvaluationConfig
+
+_SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
+_KINDS = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+}
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Words of a command line: a list repeats values, true is the flag alone; null, false and [] leave it out."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if value is None or value is False or value == []:
+            continue
+        words.append("--" + key.replace("_", "-"))
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+# ---- prepare_math_science_data.py -----------------------------------------------------------------------------------
+
+
+class PreparedData(NamedTuple):
+    """What the data run is going to make.
+
+    Attributes:
+        support: training task -> examples in its support set.
+        shots: unseen task -> examples in its shot pool.
+        where: names the settings behind it, for messages.
+    """
+
+    support: Mapping[str, int]
+    shots: Mapping[str, int]
+    where: str
+
+    def check_training_tasks(self, tasks: Sequence[str], key: str, samples: int = 0) -> None:
+        """Raise ValueError, naming ``key``, where one of ``tasks`` will not be there, or with less than ``samples``."""
+        for task in tasks:
+            if task not in self.support:
+                raise ValueError(
+                    f"{key} names {task}, which is no training task of {self.where}: choose from "
+                    f"{', '.join(self.support)}"
+                )
+            if self.support[task] < samples:
+                raise ValueError(
+                    f"meta.support_samples is {samples}, but {self.where} makes {self.support[task]} support examples "
+                    f"of {task}: raise support_ratio or samples_per_task there, or use fewer"
+                )
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Raise ValueError for a task that will not be there, or whose pool has fewer examples than shots are drawn."""
+        pools = {**self.support, **self.shots}
+        for task in config.eval_tasks or self.shots:
+            if task not in pools:
+                raise ValueError(
+                    f"evaluate.eval_tasks names {task}, which is no task of {self.where}: choose from "
+                    f"{', '.join(pools)}"
+                )
+            if config.largest_n > pools[task]:
+                raise ValueError(
+                    f"{config.largest_n} shots of {task} are asked for, but {self.where} makes a pool of "
+                    f"{pools[task]}: lower n_shots and speed.shots, or raise shot_pool there"
+                )
+
+
+def check_data(scale: Scale) -> PreparedData:
+    """What the ``data`` of a scale ask ``prepare_math_science_data.py`` for; nothing is read but suites and mappings.
+
+    Raises:
+        ValueError: an unknown key, or a value that the script would refuse.
+    """
+    # The script's own checks, so that there is one truth about its flags.
+    import prepare_math_science_data as script
+    from metasft.sources.commands import resolve_source, select
+    from metasft.tasks import TRAIN_TASKS
+
+    where = f"data of the scale {scale.name}"
+    known = [key for key in vars(script.parse_arguments([])) if key not in ("output_dir", "dry_run")]
+    check_mapping(scale.data, where, known)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments = script.parse_arguments(as_flags(scale.data))
+        resolve_source(arguments)
+        if arguments.source != "reasoning_gym":
+            selection = select(arguments)
+            support = {name: selection.sizes[name].support for name in selection.suite.train}
+            return PreparedData(
+                support, {name: selection.sizes[name].support for name in selection.suite.unseen}, where
+            )
+        settings = script.check_settings(arguments)
+    except SystemExit:
+        reason = said.getvalue().strip().removeprefix("prepare_math_science_data.py: ").removesuffix(" (see --help)")
+        raise ValueError(f"{where}: {reason}; correct it") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    train = [name for name in settings["tasks"] if name in TRAIN_TASKS]
+    unseen = [name for name in settings["tasks"] if name not in TRAIN_TASKS]
+    return PreparedData(
+        dict.fromkeys(train, settings["support_samples"]), dict.fromkeys(unseen, settings["shot_pool"]), where
+    )
+
+
+# ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------
+
+
+def evaluation_command(settings: Mapping[str, Any]) -> list[str]:
+    return ["python", "evaluate_few_shot.py", *as_flags(settings)]
+
+
+def check_scale_evaluation(scale: Scale) -> None:
+    """Check keys and kinds of the ``evaluate`` groups of a scale.
+
+    Raises:
+        ValueError: naming the key and its value.
+    """
+    known = EvaluationConfig.__dataclass_fields__
+    for group in ("all", "lora", "full"):
+        where = f"evaluate.{group} of the scale {scale.name}"
+        check_mapping(scale.evaluate[group], where, [key for key in known if key not in _SET_BY_RUNNER])
+        for key, value in scale.evaluate[group].items():
+            _check_kind(f"evaluate.{group}.{key} of the scale {scale.name}", value, known[key].type)
+
+
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    listed = annotation.startswith("tuple")
+    kind, words = _KINDS[re.search(r"\b(int|float|str|bool)\b", annotation)[1]]
+    for item in value if listed and isinstance(value, list) else [value]:
+        if value is not None and (not isinstance(item, kind) or (isinstance(item, bool) and kind is not bool)):
+            raise ValueError(f"{name} is {value!r}: give {words}{' or a list of those' if listed else ''}")
+
+
+def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> None:
+    """Raise ValueError for flags that ``evaluate_few_shot.py`` would refuse, or that do not fit the data."""
+    known = EvaluationConfig.__dataclass_fields__
+    values = {key: value for key, value in settings.items() if value is not None}
+    for key, value in values.items():
+        if known[key].type.startswith("tuple"):
+            values[key] = tuple(value) if isinstance(value, list) else (value,)
+    try:
+        config = EvaluationConfig(**{**values, "output_dir": Path(settings["output_dir"])})
+        config.check()
+        data.check_evaluation(config)
+    except ValueError as error:
+        raise ValueError(f"arm {arm}: {error}") from error

@@ -1,0 +1,263 @@
+"""The resume state ``global_step_<N>/``, the metrics that belong to it, and which state a run goes on from.
+
+The state is veRL's (its files, its names, its tracker file), written so that a crash at any moment leaves the last
+complete one in charge: all ranks write into a temporary folder, which is flushed and renamed; the tracker file moves
+last. The layout file in it says what wrote it and how large every file is, so that a damaged copy is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from metasft.durable import PARTIAL, flush, put_in_place, replacing_file, write_json
+from metasft.faults import writing
+
+LAYOUT_FILE = "layout.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+STATE = "global_step_{step}"
+
+logger = logging.getLogger(__name__)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: Mapping[str, Any]) -> None:
+    """Write ``global_step_<step>/`` and let the tracker file point to it; called by every rank.
+
+    Args:
+        run_dir: ``trainer.default_local_dir``.
+        step: meta-steps done.
+        engine: writes model, optimizer, schedule and random states of this rank.
+        sampler: its state dict is the position in every stream of examples.
+        layout: what :func:`check_layout` and the trainer need again.
+
+    Raises:
+        RunFault: a rank could not write; nothing is left behind.
+    """
+    rank = dist.get_rank()
+    what, target = f"the resume state of meta-step {step}", run_dir / STATE.format(step=step)
+    partial = run_dir / f".{target.name}{PARTIAL}"
+    try:
+        with writing(what, run_dir):
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with writing(what, run_dir):
+            # What is kept is decided once the new state is in charge, not before it is written.
+            engine.save_checkpoint(str(partial), global_step=step, max_ckpt_to_keep=None)
+            torch.save(sampler.state_dict(), partial / f"data_{rank}.pt")
+            for file in partial.rglob("*"):
+                # Each rank flushes its own files (on a network drive nobody else can), rank 0 the rest.
+                if rank == 0 or file.stem.endswith(f"_{rank}"):
+                    flush(file)
+        with writing(what, run_dir):
+            if rank == 0:
+                files = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
+                write_json(partial / LAYOUT_FILE, {**layout, "files": files})
+                put_in_place(partial, target)
+                with replacing_file(run_dir / TRACKER_FILE) as temporary:
+                    temporary.write_text(str(step), encoding="utf-8")
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.rglob("*") if entry.is_file())
+
+
+def start_over(run_dir: Path) -> None:
+    """Take the states of an earlier run in the same folder out of charge: a crash before the first save of this run
+    must not bring that one back."""
+    (run_dir / TRACKER_FILE).unlink(missing_ok=True)
+
+
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+
+def find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
+    """The state to go on from, the same on every rank; None to start from the beginning.
+
+    That is the one the tracker file names, or where it is missing or damaged the newest complete one before it.
+
+    Args:
+        run_dir: ``trainer.default_local_dir``.
+        mode: ``trainer.resume_mode``, one of auto, disable, resume_path.
+        path: ``trainer.resume_from_path``.
+
+    Raises:
+        ValueError: the mode is unknown, the path is not a complete state, or the tracker file promises a state that is
+            not there.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _find_state(run_dir, mode, path)
+        except ValueError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise ValueError(found[1])
+    return found[0]
+
+
+def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
+    if mode not in ("auto", "disable", "resume_path"):
+        raise ValueError(f"trainer.resume_mode={mode!r} is unknown; choose one of auto, disable, resume_path")
+    if mode == "disable":
+        return None
+    if mode == "resume_path" and path is None:
+        raise ValueError("trainer.resume_from_path is not set; give a global_step_<N> folder, or set resume_mode=auto")
+    if path is not None:
+        folder = Path(path).expanduser()
+        is_state = folder.is_dir() and step_of(folder) is not None
+        reason = _damage(folder) if is_state else "it is no global_step_<N> folder"
+        if reason is not None:
+            raise ValueError(f"trainer.resume_from_path={path} cannot be resumed from: {reason}; choose another")
+        return folder
+    tracker = run_dir / TRACKER_FILE
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    newest = int(text) if text.isdecimal() else None
+    states = [(step, entry) for entry in run_dir.glob("global_step_*") if (step := step_of(entry)) is not None]
+    for step, folder in sorted(states, reverse=True):
+        if newest is not None and step > newest:
+            continue  # of a longer run in the same folder that was started over
+        reason = _damage(folder)
+        if reason is None:
+            if step != newest:
+                logger.warning("%s names meta-step %s, which is not complete: going on from %s", tracker, text, folder)
+            return folder
+        logger.warning("%s is passed over: %s", folder, reason)
+    raise ValueError(
+        f"{tracker} names meta-step {text}, but {run_dir} holds no complete state up to it; put it back, or set "
+        "trainer.resume_mode=disable to start over"
+    )
+
+
+def step_of(folder: Path) -> int | None:
+    """N of ``global_step_<N>``, None for another name."""
+    match = re.fullmatch(r"global_step_(\d+)", folder.name)
+    return int(match.group(1)) if match else None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is missing from a state, None when it is whole (or of a writer that did not list its files)."""
+    layout = folder / LAYOUT_FILE
+    if not layout.is_file():
+        return None  # check_layout refuses it with the remedy
+    try:
+        files = json.loads(layout.read_text(encoding="utf-8")).get("files", {})
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"its {LAYOUT_FILE} is damaged"
+    for name, size in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} of {size} bytes"
+    return None
+
+
+def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse to resume from state that another layout of processes wrote: veRL's files hold one shard per rank.
+
+    Args:
+        folder: a ``global_step_<N>`` folder.
+        layout: of this run, keys ``method``, ``world_size``, ``task_group_size``, ``lora_rank``, ``seed``.
+
+    Returns:
+        What the layout file of the state holds.
+
+    Raises:
+        ValueError: naming the first difference and the two ways on.
+    """
+    path = folder / LAYOUT_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {LAYOUT_FILE}: it was not written by one of the episodic trainers; use another "
+            "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    names = {
+        "method": "the method",
+        "world_size": "the number of processes",
+        "task_group_size": "meta.task_group_size",
+        "lora_rank": "model.lora_rank",
+        "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
+    }
+    for key, name in names.items():
+        if saved.get(key, layout[key] if key == "seed" else None) != layout[key]:
+            raise ValueError(
+                f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
+                "or set trainer.resume_mode=disable to start over"
+            )
+    return saved
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one line per meta-step, cut back to the meta-step that a run goes on from.
+
+    A line that cannot be written (a full disk) waits in memory for the next one; a checkpoint, which comes with
+    :meth:`flush`, needs them all on the disk.
+
+    Args:
+        path: the file, created where it is missing.
+        step: the meta-step that is resumed from; later lines are dropped, with 0 all of them.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self.records = [record for record in read_metrics(path) if record["step"] <= step]
+        with replacing_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self._size = path.stat().st_size
+        self._waiting = ""
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one meta-step's metrics."""
+        self.records.append(record)
+        self._waiting += json.dumps(record) + "\n"
+        try:
+            self._write()
+        except OSError as error:
+            logger.warning("%s: %s; its newest lines wait in memory", self._path, error.strerror)
+
+    def flush(self) -> None:
+        """Have everything on the disk. Raises OSError where that is impossible."""
+        self._write()
+        flush(self._path)
+
+    def _write(self) -> None:
+        with self._path.open("r+b") as file:
+            file.truncate(self._size)  # part of a line that did not fit
+            file.seek(self._size)
+            file.write(self._waiting.encode())
+        self._size += len(self._waiting.encode())
+        self._waiting = ""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; without the last line where a run was killed while writing it."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records

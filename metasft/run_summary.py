@@ -1,0 +1,82 @@
+"""``run_summary.json``: what a run cost, measured, the parts before a resume included."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from verl.utils.device import get_torch_device
+
+from metasft.checkpoint import size_bytes
+from metasft.durable import write_json
+
+if TYPE_CHECKING:
+    from metasft.trainer import EpisodicSFTTrainer
+
+SUMMARY_FILE = "run_summary.json"
+PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy")
+
+
+def write_summary(
+    trainer: EpisodicSFTTrainer, checkpoint: Path, steps: Sequence[dict[str, Any]], seconds: float
+) -> None:
+    """Write the summary of a finished run.
+
+    Args:
+        trainer: that has done all its meta-steps.
+        checkpoint: the last export.
+        steps: the metrics of all meta-steps.
+        seconds: of the whole run, loading left out.
+    """
+    from importlib.metadata import version
+
+    on_cpu = trainer.device_name == "cpu"
+    write_json(
+        trainer.run_dir / SUMMARY_FILE,
+        {
+            "method": trainer.method,
+            "base_model": trainer.config.model.path,
+            "lora_rank": trainer.config.model.lora_rank,
+            "tasks": [task.task for task in trainer.task_files],
+            "support_samples": trainer.meta.support_samples,
+            "world_size": dist.get_world_size(),
+            "task_group_size": trainer.engine.get_data_parallel_size(),
+            "device_name": _device_name(on_cpu),
+            "meta_steps": trainer.total_training_steps,
+            "skipped_meta_steps": trainer.skipped_steps,
+            "tokens": sum(step["perf/tokens"] for step in steps),
+            "seconds_total": seconds,
+            "seconds_per_step_median": statistics.median(step["perf/step_seconds"] for step in steps),
+            "peak_memory_bytes": get_torch_device().max_memory_allocated(),
+            "peak_memory_kind": "rss" if on_cpu else "device",
+            "checkpoint": checkpoint.name,
+            "checkpoint_bytes": size_bytes(checkpoint),
+            "versions": {name: version(name) for name in PACKAGES},
+            "seed": trainer.config.trainer.seed,
+        },
+    )
+
+
+def summarised_steps(run_dir: Path) -> int | None:
+    """Meta-steps of the run that the summary in ``run_dir`` is of; None where there is none."""
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("meta_steps") if path.is_file() else None
+
+
+def _device_name(on_cpu: bool) -> str:
+    if not on_cpu:
+        return get_torch_device().get_device_name()
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads per process"

@@ -1,0 +1,10 @@
+"""The public benchmarks that suites may name."""
+
+from __future__ import annotations
+
+from metasft.sources import bbh, competition, science, theorems, word_problems
+from metasft.sources.source import Source
+
+SOURCES: dict[str, Source] = {
+    source.name: source for family in (competition, word_problems, science, theorems, bbh) for source in family.SOURCES
+}

@@ -1,0 +1,379 @@
+"""A run is never lost: killed at any moment, told to stop, out of disk, poisoned with NaN, or with a rank gone astray.
+
+The trainers run as their scripts run them, in processes that a server forks (tests/support/forked_ranks.py).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from forked_ranks import ForkServer, Ranks
+from resume_state import assert_complete, assert_same_run, metrics, read_state, same, saved_step
+from script_runner import ROOT, must_run, script_environment
+
+STEPS, SAVE_EVERY = 9, 2
+LORA = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.3"]
+META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", LORA)
+FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", ["meta.inner_lr=0.05", "optim.lr=1e-3"])
+REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.inner_lr=0.05"])
+RUNS = {
+    # Schedules that depend on the meta-step, moments inside, random masks: everything that a resume could get wrong.
+    "meta_lora": (META_LORA, 1, ["optim.lr_scheduler_type=cosine", "meta.adaptation_gain_freq=2"]),
+    "meta_lora_dropout": (META_LORA, 1, ["+model.override_config.attention_dropout=0.2"]),
+    "meta_lora_2": (META_LORA, 2, ["meta.inner_optimizer=adamw", "meta.inner_lr=0.01"]),
+    "fomaml": (FOMAML, 1, ["meta.inner_optimizer=adamw", "meta.inner_lr=1e-3"]),
+    "fomaml_2": (FOMAML, 2, ["optim.lr_scheduler_type=cosine"]),
+    "reptile": (REPTILE, 1, []),
+    "reptile_2": (REPTILE, 2, ["meta.reptile_update=pseudo_gradient", "optim.lr=1e-3"]),
+    "reptile_lora_2": (REPTILE, 2, [*LORA, "meta.inner_optimizer=adamw", "meta.inner_lr=0.01"]),
+}
+
+
+def slow(*values):
+    """A case for `make test-all`: one of each kind is enough in between."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+@dataclass
+class Run:
+    """One command, started as often as it takes."""
+
+    server: ForkServer
+    name: str
+    folder: Path
+    data: list[str]
+    changes: dict = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        return RUNS[self.name][1]
+
+    @property
+    def command(self) -> tuple[str, str, list[str]]:
+        (script, config, overrides), _, more = RUNS[self.name]
+        values = {
+            "meta.support_samples": 24,
+            "meta.num_inner_steps": 2,
+            "meta.meta_batch_size": 2,
+            "trainer.total_training_steps": STEPS,
+            "trainer.save_freq": SAVE_EVERY,
+            "trainer.max_ckpt_to_keep": 2,
+            "trainer.logger": "[]",
+            "trainer.default_local_dir": self.folder,
+            **self.changes,
+        }
+        return script, config, [*overrides, *more, *self.data, *(f"{key}={value}" for key, value in values.items())]
+
+    def start(self, **faults) -> Ranks:
+        script, config, overrides = self.command
+        arguments = {"script": script, "config_name": config, "overrides": overrides}
+        return self.server.start("fault_ranks:train", processes=self.processes, **arguments, **faults)
+
+    def finish(self, **faults) -> Ranks:
+        ranks = self.start(**faults)
+        assert ranks.wait() == [0] * self.processes, ranks.output[-6000:]
+        return ranks
+
+    @property
+    def steps_done(self) -> int:
+        file = self.folder / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def wait_for_steps(self, ranks: Ranks, more: int) -> None:
+        """Until so many meta-steps are logged that were not when the run was started."""
+        lines, deadline = 0, time.monotonic() + 300
+        known = saved_step(self.folder)
+        while lines < known + more and None in ranks.ended() and time.monotonic() < deadline:
+            time.sleep(0.002)
+            lines = self.steps_done
+
+
+@pytest.fixture
+def make_run(server, tiny_model, task_dir, tmp_path):
+    def make(name: str, folder: str = "run", **changes) -> Run:
+        data = [f"model.path={tiny_model}", f"meta.task_dir={task_dir}"]
+        return Run(server, name, tmp_path / folder, data, {key.replace("__", "."): v for key, v in changes.items()})
+
+    return make
+
+
+@pytest.fixture
+def uninterrupted(make_run):
+    def folder(name: str, **changes) -> Path:
+        run = make_run(name, "uninterrupted", **changes)
+        run.finish()
+        return run.folder
+
+    return folder
+
+
+# ---- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+def kill_at_random(run: Run, draw: random.Random) -> bool:
+    """One life of a run, ended at a random moment or file operation. Returns whether it was killed."""
+    before = saved_step(run.folder)
+    if draw.random() < 0.5:
+        crash = {"rank": draw.randrange(run.processes), "operation": draw.randint(1, 60), "torn": draw.random() < 0.5}
+        ranks = run.start(crash=crash)
+    else:
+        ranks = run.start()
+        run.wait_for_steps(ranks, draw.randint(0, 3))
+        time.sleep(draw.uniform(0, 0.3))
+        ranks.kill()
+    killed = -signal.SIGKILL in ranks.wait()
+    assert_complete(run.folder)
+    assert saved_step(run.folder) >= before, "the tracker file never moves back"
+    return killed
+
+
+def survive(run: Run, uninterrupted: Path, kills: int, seed: int) -> int:
+    """Kill a run so many times, starting it over whenever it got through, then let it finish. Returns the kills."""
+    draw, survived = random.Random(seed), 0
+    for _ in range(4 * kills):
+        if survived == kills:
+            break
+        if saved_step(run.folder) == STEPS:
+            run.finish()
+            assert_same_run(uninterrupted, run.folder)
+            run.folder = run.folder.with_name(f"{run.folder.name}_again")
+        survived += kill_at_random(run, draw)
+    last = run.finish()
+    assert_same_run(uninterrupted, run.folder)
+    assert "Traceback" not in last.output
+    return survived
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(make_run, uninterrupted):
+    kills = 6
+    survived = survive(make_run("meta_lora"), uninterrupted("meta_lora"), kills, seed=1)
+    print(f"kills survived: {survived} of {kills}, nothing lost")
+    assert survived == kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_many_kills_of_every_trainer(name, make_run, uninterrupted):
+    kills = 8
+    survived = survive(make_run(name), uninterrupted(name), kills, seed=len(name))
+    print(f"{name}: kills survived: {survived} of {kills}, nothing lost")
+    assert survived == kills
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation_of_a_save(make_run, uninterrupted):
+    """One save from its first operation to its last, each with a crash in front of it and one behind it."""
+    straight = uninterrupted("fomaml", trainer__total_training_steps=2, trainer__save_freq=1)
+    kills = 0
+    for operation in range(1, 500, 3):
+        run = make_run("fomaml", f"crash_{operation}", trainer__total_training_steps=2, trainer__save_freq=1)
+        ranks = run.start(crash={"rank": 0, "operation": operation, "torn": bool(operation % 2)})
+        codes = ranks.wait()
+        assert_complete(run.folder)
+        run.finish()
+        assert_same_run(straight, run.folder)
+        if codes == [0]:
+            break
+        kills += 1
+    print(f"kills survived: {kills} of {kills}, nothing lost")
+    assert kills > 10
+
+
+# ---- SIGTERM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["meta_lora_2", slow("fomaml_2"), slow("reptile")])
+def test_sigterm_saves_and_the_run_goes_on(name, make_run, uninterrupted):
+    """One rank alone gets the signal; all stop behind the same meta-step, at which no save was due, with code 0."""
+    run = make_run(name, trainer__save_freq=-1)
+    for step, behind, stopped in ((2, False, 2), (4, True, 5)):
+        ranks = run.finish(stop={"rank": run.processes - 1, "step": step, "behind": behind})
+        assert f"stopped by SIGTERM: meta-step {stopped} is saved" in ranks.output
+        assert saved_step(run.folder) == stopped == run.steps_done
+        assert not (run.folder / "run_summary.json").exists()
+    run.finish()
+    assert_same_run(uninterrupted(name, trainer__save_freq=-1), run.folder)
+
+
+@pytest.mark.slow
+def test_torchrun_hands_sigterm_on(make_run, uninterrupted):
+    changes = {"trainer__save_freq": -1, "trainer__total_training_steps": 60}
+    run = make_run("meta_lora_2", **changes)
+    script, config, overrides = run.command
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    command += ["--config-name", config, *overrides]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=script_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while run.steps_done < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    stopped = saved_step(run.folder)
+    assert 0 < stopped < 60 and f"stopped by SIGTERM: meta-step {stopped} is saved" in output, output[-4000:]
+    must_run(script, "--config-name", config, *overrides, processes=2)
+    assert_same_run(uninterrupted("meta_lora_2", **changes), run.folder)
+
+
+# ---- disks ----------------------------------------------------------------------------------------------------------
+
+
+def the_error(ranks: Ranks) -> str:
+    """The one sentence that a run ended with."""
+    (line,) = [line for line in ranks.output.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in ranks.output, ranks.output[-4000:]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "what", "words"),
+    [
+        slow("meta_lora", 0, ".global_step_4.partial", "the resume state of meta-step 4"),
+        ("meta_lora_2", 1, "rank_1.pt", "the resume state of meta-step 2"),
+        slow("reptile", 0, ".step_4.", "the export of meta-step 4"),
+    ],
+)
+def test_a_full_disk_ends_the_run_in_one_sentence(name, rank, what, words, make_run, uninterrupted):
+    run = make_run(name)
+    ranks = run.start(full={"rank": rank, "what": what})
+    assert ranks.wait() == [1] * run.processes, ranks.output[-6000:]
+    error = the_error(ranks)
+    assert words in error and "No space left on device" in error and "trainer.default_local_dir" in error
+    assert_complete(run.folder)
+    assert saved_step(run.folder) == (0 if name == "meta_lora_2" else 2)
+    run.finish()
+    assert_same_run(uninterrupted(name), run.folder)
+
+
+@pytest.mark.slow
+def test_a_file_system_that_fills_up(make_run, tmp_path):
+    """The real thing, where file systems may be mounted: torch, safetensors and Python report it differently."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(small)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs privileges that this machine does not give")
+    try:
+        run = make_run("fomaml", trainer__save_freq=1, trainer__max_ckpt_to_keep=100)
+        run.folder = small / "run"
+        ranks = run.start()
+        assert ranks.wait() == [1], ranks.output[-6000:]
+        error = the_error(ranks)
+        assert "could not be written" in error and "MiB are free there" in error
+        assert_complete(run.folder)
+        saved = saved_step(run.folder)
+        assert saved > 0
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        run.finish()
+        assert saved_step(run.folder) == STEPS
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        ranks = run.start()
+        assert ranks.wait() == [1]
+        assert "Read-only file system" in the_error(ranks)
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_once(make_run, tmp_path):
+    run = make_run("meta_lora_2")
+    (tmp_path / "file").write_text("")
+    run.folder = tmp_path / "file" / "run"
+    ranks = run.start()
+    assert ranks.wait() == [1, 1], ranks.output[-4000:]
+    assert "could not be written" in the_error(ranks) and "Not a directory" in the_error(ranks)
+
+
+# ---- losses and gradients that are not finite -----------------------------------------------------------------------
+
+NUMERICAL = [
+    # name, poison, its inner step, where the sentence sees it
+    slow("meta_lora", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
+    ("meta_lora", "support_gradient", 1, "'mul' is nan at inner step 2 of 2, behind the update of inner step 1"),
+    slow("meta_lora_2", "query_loss", 1, "the query loss of task 'mul' is nan behind inner step 2"),
+    slow("meta_lora", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan behind inner step 2"),
+    slow("fomaml", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan behind inner step 2"),
+    ("fomaml_2", "support_loss", 1, "the support loss of task 'mul' is nan at inner step 1 of 2"),
+    ("reptile", "support_gradient", 2, "the query loss of task 'mul' is nan behind inner step 2"),
+    slow("reptile_2", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "inner_step", "words"), NUMERICAL)
+def test_a_number_that_is_not_finite_costs_its_meta_step_alone(name, what, inner_step, words, make_run):
+    changes = {"meta__meta_batch_size": 4, "trainer__total_training_steps": 3, "trainer__save_freq": 1}
+    run = make_run(name, trainer__max_ckpt_to_keep="null", **changes)
+    ranks = run.finish(poison={"what": what, "task": "mul", "step": 2, "inner_step": inner_step})
+    (warning,) = [line for line in ranks.output.splitlines() if "counts as skipped" in line]
+    assert "meta-step 2: " in warning and words in warning and "(1 of at most 10)" in warning
+    states = {step: read_state(run.folder, step) for step in (1, 2, 3)}
+    for file in states[1]:
+        if file.startswith(("model", "optim")):
+            unmoved = {k: states[s][file] for k, s in (("before", 1), ("after", 2))}
+            if file.startswith("model"):
+                assert same(unmoved["before"], unmoved["after"]), "theta is left as it was"
+                assert not same(states[2][file], states[3][file]), "and goes on to move"
+            elif unmoved["before"]["state"]:
+                assert same(unmoved["before"]["state"], unmoved["after"]["state"])
+    assert [record["meta/skipped_steps"] for record in metrics(run.folder)] == [0, 1, 1]
+    last = metrics(run.folder)[-1]
+    assert all(value == value for value in last.values()), "nothing of it is left in the meta-step behind"
+
+
+def test_too_many_skipped_meta_steps_end_the_run_also_across_a_resume(make_run):
+    run = make_run("meta_lora", meta__meta_batch_size=4, meta__max_skipped_steps=2, trainer__save_freq=1)
+    poison = {"what": "query_loss", "task": "cat", "step": -2, "value": "inf"}
+    stopped = make_run("meta_lora", meta__meta_batch_size=4, meta__max_skipped_steps=2, trainer__save_freq=1)
+    stopped.changes["trainer.total_training_steps"] = 3
+    stopped.finish(poison=poison)
+    ranks = run.start(poison=poison)
+    assert ranks.wait() == [1]
+    error = the_error(ranks)
+    assert "meta-step 4: the query loss of task 'cat' is inf behind inner step 2" in error
+    assert "meta.max_skipped_steps=2" in error and saved_step(run.folder) == 3
+
+
+# ---- ranks that differ ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "found", "saved"), [slow(3, 3, 0), (100, 4, 0)])
+def test_a_rank_that_trains_another_model_ends_the_run(every, found, saved, make_run):
+    run = make_run("meta_lora_2", meta__theta_check_freq=every, trainer__save_freq=4)
+    ranks = run.start(drift={"rank": 1, "step": 2})
+    assert ranks.wait() == [1, 1], ranks.output[-4000:]
+    error = the_error(ranks)
+    assert f"meta-step {found}: theta on rank 1 is no longer bit for bit that of rank 0" in error
+    assert saved_step(run.folder) == saved and re.search(rf"since meta-step {saved}\b", error)
+    run.finish()
+
+
+def test_shards_of_one_model_are_not_compared_with_each_other(make_run):
+    make_run("fomaml_2", meta__theta_check_freq=1, trainer__total_training_steps=2).finish()
+
+
+# ---- exact resume ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name if name == "meta_lora_dropout" else slow(name) for name in RUNS])
+def test_several_resumes_equal_an_uninterrupted_run(name, make_run, uninterrupted):
+    """Stopped three times, twice behind a meta-step that is no save step; every stream, moment and mask goes on."""
+    straight = uninterrupted(name)
+    run = make_run(name)
+    for step in (3, 4, 7):
+        run.finish(stop={"rank": 0, "step": step})
+        assert saved_step(run.folder) == step
+    run.finish()
+    assert_same_run(straight, run.folder)

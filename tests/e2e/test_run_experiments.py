@@ -1,0 +1,287 @@
+"""``run_experiments.py`` as a user runs it: killed in the middle, started again, past a crash, to the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from experiment_files import BASE, META_LORA, MIXED, SINGLE, write_scale, write_suite
+from script_runner import ROOT, must_run, run_script, script_environment
+
+PATIENCE = 600  # seconds, for a machine that does much else
+# `hopeless` and, at first, `mended` ask for more query examples than there are, which only the trainer finds out.
+TOO_MANY = {"meta.query_samples": 1000}
+SAME_AS_PLAIN = {"trainer.project_name": "other"}  # another command that computes the same
+
+
+class Runner:
+    """``run_experiments.py`` on one output folder."""
+
+    def __init__(self, folder, model, scale=None):
+        self.folder, self.out = folder, folder / "all experiments"  # a path with a space
+        self.scale = write_scale(folder, scale, model=model)
+
+    def words(self, *flags):
+        return [
+            "run_experiments.py",
+            *("--suite", self.folder / "try.yaml", "--scale", self.scale, "--output-dir", self.out),
+            *flags,
+        ]
+
+    def run(self, *flags):
+        return run_script(*self.words(*flags), timeout=PATIENCE)
+
+    def start(self):
+        command = [sys.executable, *map(str, self.words())]
+        log = (self.folder / "runner.txt").open("a")
+        return subprocess.Popen(
+            command, cwd=ROOT, env=script_environment(), stdout=log, stderr=log, start_new_session=True
+        )
+
+    def said(self):
+        return (self.folder / "runner.txt").read_text()
+
+    def record(self, name):
+        try:
+            return json.loads((self.out / "runs" / name / "run.json").read_text())
+        except FileNotFoundError:
+            return {"state": "waiting", "attempts": 0}
+
+    def in_state(self, state):
+        runs = self.out / "runs"
+        names = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+        return [name for name in names if self.record(name)["state"] == state]
+
+    def document(self):
+        return json.loads((self.out / "experiments.json").read_text())
+
+    def report(self):
+        return json.loads((self.out / "report" / "report.json").read_text())
+
+    def files(self, names):
+        """Path -> time of the last change, of every file in these runs' folders."""
+        return {
+            path: path.stat().st_mtime_ns
+            for name in names
+            for path in (self.out / "runs" / name).rglob("*")
+            if path.is_file()
+        }
+
+    def end(self, process, number):
+        """Signal the process, and wait until nothing that it started is left."""
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert below
+        process.send_signal(number)
+        code = process.wait(PATIENCE)
+        wait_for(lambda: not [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+        left = [p.cmdline() for p in psutil.process_iter() if str(self.out) in " ".join(_command_line(p))]
+        assert not left
+        return code
+
+
+def _command_line(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def measured(report, arm):
+    """What a report says of an arm's answers, losses and training, without times."""
+    return {key: report["arms"][arm][key] for key in ("status", "scores", "training")}
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory, tiny_model):
+    return Runner(tmp_path_factory.mktemp("experiments"), tiny_model)
+
+
+def arms(mended):
+    return {
+        "hopeless": {**META_LORA, "overrides": TOO_MANY},
+        "plain": META_LORA,
+        "mended": {**META_LORA, "label": "Mended", "overrides": mended},
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(runner):
+    """The first start, with a second one beside it, killed in the middle. Returns what is known of that moment."""
+    write_suite(runner.folder, arms(TOO_MANY), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}])
+    process = runner.start()
+    wait_for((runner.out / "experiments.json").is_file)
+    second = runner.run()
+    wait_for(lambda: runner.said().count(" skipped: ") == 2 and runner.in_state("running"))
+    running = runner.in_state("running")
+    code = runner.end(process, signal.SIGKILL)
+    finished = runner.in_state("finished")
+    return {"code": code, "second": second, "running": running, "finished": finished, "files": runner.files(finished)}
+
+
+@pytest.fixture(scope="module")
+def again(runner, killed):
+    """One of the crashed arms mended, everything started again with ``--retry-failed``."""
+    write_suite(runner.folder, arms(SAME_AS_PLAIN), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}])
+    return runner.run("--retry-failed")
+
+
+def test_a_second_runner_is_refused(runner, killed):
+    assert killed["second"].returncode == 2
+    assert killed["second"].stderr.splitlines()[-1] == (
+        f"run_experiments: another run_experiments.py works in {runner.out}: wait for it, or give another --output-dir"
+    )
+
+
+def test_the_suite_goes_on_past_a_crash(runner, killed):
+    said = runner.said()
+    for name in ("hopeless", "mended"):
+        assert f"train-{name}-seed1 failed after" in said
+        assert f"evaluate-{name}-seed1 skipped: train-{name}-seed1 did not finish" in said
+    assert "meta.query_samples" in said and "train-plain-seed1" in killed["running"] + killed["finished"]
+
+
+def test_killed_and_started_again_no_finished_run_is_repeated(runner, killed, again):
+    assert killed["code"] == -signal.SIGKILL and "data" in killed["finished"]
+    assert killed["running"]
+    assert runner.files(killed["finished"]) == killed["files"]
+    attempts = {name: record["attempts"] for name, record in runner.document()["runs"].items()}
+    assert all(attempts[name] == 1 for name in killed["finished"])
+    assert all(attempts[name] == 2 for name in killed["running"])
+
+
+def test_every_run_but_the_hopeless_ones_finishes(runner, again):
+    assert again.returncode == 1, again.stdout + again.stderr
+    runs = runner.document()["runs"]
+    assert {name: run["state"] for name, run in runs.items()} == {
+        "data": "finished",
+        "train-hopeless-seed1": "failed",
+        "train-plain-seed1": "finished",
+        "train-mended-seed1": "finished",
+        "evaluate-hopeless-seed1": "skipped",
+        "evaluate-plain-seed1": "finished",
+        "evaluate-mended-seed1": "finished",
+    }
+    assert runs["train-hopeless-seed1"]["attempts"] == runs["train-mended-seed1"]["attempts"] == 2
+    for run in runs.values():
+        if run["state"] == "finished":
+            assert run["seconds"] > 0 and run["peak_memory_bytes"] > 20e6 and run["returncode"] == 0
+
+
+def test_a_failure_is_reported_with_the_end_of_its_log(runner, again):
+    log = (runner.out / "runs" / "train-hopeless-seed1" / "log.txt").read_text()
+    last = log.splitlines()[-1]
+    assert "meta.query_samples" in last and log.count("--- attempt") == 2
+    assert "7 runs: 5 finished, 1 failed, 1 skipped" in again.stdout
+    assert f"    {last}" in again.stdout and again.stdout.splitlines()[-2] == "--retry-failed runs them again"
+    assert last in (runner.out / "report" / "report.md").read_text()
+
+
+def test_progress_tells_what_started_what_ended_and_the_time_left(again):
+    lines = again.stdout.splitlines()
+    assert any("train-mended-seed1 started" in line for line in lines)
+    ended = next(line for line in lines if "evaluate-mended-seed1 finished after" in line)
+    assert "/7, " in ended and "left]" in ended
+    assert "\r" not in again.stdout and "runs 0/7" not in again.stderr  # no bar where there is no terminal
+
+
+def test_an_interrupted_arm_has_the_numbers_of_an_undisturbed_one(runner, again):
+    """``plain`` was killed, ``mended`` computes the same and was not."""
+    report = runner.report()
+    assert measured(report, "plain") == measured(report, "mended")
+    assert measured(report, "plain")["status"] == "measured" and measured(report, "plain")["scores"]
+    (comparison,) = report["suites"]["try"]["comparisons"]
+    assert comparison["a"] == "plain" and "0.0" in json.dumps(comparison)
+
+
+def test_the_report_is_there(runner, again):
+    assert again.stdout.splitlines()[-1] == f"report: {runner.out / 'report'}"
+    page = (runner.out / "report" / "index.html").read_text()
+    assert "Mended" in page and "<svg" in page
+    provenance = runner.report()["experiments"]["provenance"]
+    manifest = json.loads((runner.out / "data" / "math_science_meta" / "manifest.json").read_text())
+    assert provenance["data_sha256"] == {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    assert provenance["versions"]["verl"] and provenance["cores"] == os.cpu_count()
+
+
+# ---- minutes --------------------------------------------------------------------------------------------------------
+
+SEARCHING = {
+    "evaluate/search": {"limit": 2, "arms": {"base": "base", "meta_lora": "plain", "lora": "single"}},
+    "train/meta_learners/trainer.total_training_steps": 3,
+    "train/meta_learners/trainer.save_freq": 1,
+}
+EVERY_SORT = {"plain": META_LORA, "single": SINGLE, "mixed": MIXED, "base": BASE}
+
+
+@pytest.mark.slow
+def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_does(tmp_path, tiny_model):
+    """SIGKILL while veRL's trainer runs under torchrun and while an evaluation does, Ctrl-C in between."""
+    runners = []
+    for name in ("undisturbed", "disturbed"):
+        (tmp_path / name).mkdir()
+        runners.append(Runner(tmp_path / name, tiny_model, SEARCHING))
+        write_suite(tmp_path / name, EVERY_SORT)
+    undisturbed, disturbed = runners
+    finished = undisturbed.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    def something_runs(kind):
+        return [name for name in disturbed.in_state("running") if name.startswith(kind)]
+
+    moments = (("train-plain", signal.SIGKILL), ("train-single", signal.SIGINT), ("train-mixed", signal.SIGKILL),
+               ("evaluate-plain", signal.SIGKILL), ("evaluate", signal.SIGINT))  # fmt: skip
+    interrupted = []
+    for kind, number in moments:
+        process = disturbed.start()
+        wait_for(lambda kind=kind: something_runs(kind))
+        time.sleep(4)
+        interrupted += something_runs(kind)
+        code = disturbed.end(process, number)
+        assert code == (130 if number == signal.SIGINT else -number)
+        assert not disturbed.in_state("running") or number == signal.SIGKILL
+    finished = disturbed.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    one, other = undisturbed.report(), disturbed.report()
+    assert list(one["arms"]) == list(other["arms"]) == list(EVERY_SORT)
+    for arm in EVERY_SORT:
+        assert measured(one, arm) == measured(other, arm)
+    attempts = {name: record["attempts"] for name, record in disturbed.document()["runs"].items()}
+    assert interrupted and all(attempts[name] > 1 for name in interrupted) and attempts["data"] == 1
+    for name in ("single-algebra", "mixed"):
+        summary = json.loads((disturbed.out / "runs" / f"train-{name}-seed1" / "run_summary.json").read_text())
+        assert summary["steps"] == 2 and summary["seconds_per_step_median"] > 0 and summary["checkpoint_bytes"] > 0
+    before = disturbed.files(attempts)
+    assert disturbed.run().returncode == 0 and disturbed.files(attempts) == before
+
+
+@pytest.mark.slow
+def test_every_suite_runs_at_the_smallest_scale(tmp_path):
+    out = tmp_path / "smoke"
+    began = time.monotonic()
+    command = ("run_experiments.py", "--suite", "all", "--scale", "smoke", "--output-dir", out)
+    printed = must_run(*command, "--dry-run").stdout
+    finished = must_run(*command, timeout=7200)
+    print(f"--suite all --scale smoke: {time.monotonic() - began:.0f} s")
+    runs = json.loads((out / "experiments.json").read_text())["runs"]
+    assert {run["state"] for run in runs.values()} == {
+        "finished"
+    } and f"{len(runs)} runs: {len(runs)} finished" in finished.stdout
+    lines = [line for line in printed.splitlines() if line and not line.startswith(("#", "export "))]
+    assert [shlex.split(line) for line in lines] == [run["command"] for run in runs.values()]
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert {arm["status"] for arm in report["arms"].values()} == {"measured"} and len(report["suites"]) == 5
+    assert (out / "report" / "index.html").stat().st_size > 10_000

@@ -1,0 +1,133 @@
+"""Writing that survives kill -9 between any two file operations."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+from metasft.checkpoint import prune
+from metasft.durable import PARTIAL, remove, remove_leftovers, replacing_file, replacing_folder, write_json
+
+OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "chmod", "close")
+
+
+def crashes(write):
+    """Run ``write`` again and again in a child that dies in front of its 1st, 2nd, ... file operation.
+
+    Yields behind each death, and ends with the first child that got through.
+    """
+    for operation in itertools.count(1):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                left = operation
+
+                def counted(original):
+                    def call(*arguments, **options):
+                        nonlocal left
+                        left -= 1
+                        if left == 0:
+                            os._exit(9)  # no `finally` runs, as with kill -9
+                        return original(*arguments, **options)
+
+                    return call
+
+                for name in OPERATIONS:
+                    setattr(os, name, counted(getattr(os, name)))
+                write()
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, 9)
+        yield code
+        if code == 0:
+            return
+
+
+def fill(folder, content):
+    for name in ("a", "b", "c"):
+        (folder / name).write_text(content)
+
+
+def content(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_a_file_is_the_old_one_or_the_new_one_wherever_it_is_killed(tmp_path):
+    target = tmp_path / "settings.json"
+    write_json(target, ["old"])
+    deaths = 0
+    for code in crashes(lambda: write_json(target, ["new"] * 1000)):
+        assert target.read_text() in ('[\n  "old"\n]\n', "[\n" + ",\n".join(['  "new"'] * 1000) + "\n]\n")
+        deaths += code == 9
+    assert deaths >= 4 and "new" in target.read_text()
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["settings.json"]
+
+
+def test_a_folder_is_never_half_of_one(tmp_path):
+    target = tmp_path / "step_2"
+
+    def write():
+        with replacing_folder(target) as temporary:
+            fill(temporary, "new")
+
+    with replacing_folder(target) as temporary:
+        fill(temporary, "old")
+    deaths = 0
+    for code in crashes(write):
+        if target.exists():
+            assert content(target) in (dict.fromkeys("abc", "old"), dict.fromkeys("abc", "new"))
+        deaths += code == 9
+    assert deaths >= 6 and content(target) == dict.fromkeys("abc", "new")
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["step_2"]
+
+
+def test_a_folder_is_never_half_removed(tmp_path):
+    target = tmp_path / "global_step_2"
+    target.mkdir()
+    fill(target, "old")
+    deaths = 0
+    for code in crashes(lambda: target.exists() and remove(target)):
+        assert not target.exists() or content(target) == dict.fromkeys("abc", "old")
+        deaths += code == 9
+    assert deaths >= 2 and not target.exists()
+
+
+@pytest.mark.parametrize("writer", [replacing_file, replacing_folder])
+def test_what_fails_leaves_the_old_content_and_nothing_else(writer, tmp_path):
+    target = tmp_path / "target"
+    with writer(target) as temporary:
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="full"), writer(target) as temporary:
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("new")
+        raise OSError("full")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (target / "a" if target.is_dir() else target).read_text() == "old"
+
+
+def test_leftovers_are_only_what_was_never_finished(tmp_path):
+    for name in ("step_2", f".step_4.x{PARTIAL}", ".hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".metrics.jsonl.y{PARTIAL}").write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "step_2"]
+
+
+def test_pruning_never_takes_what_was_just_saved(tmp_path):
+    """In a folder where a longer run was started over, its later steps used to count as the newest."""
+    for step in (60, 80, 100, 2, 4, 6):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"run_checkpoint_step_{step}.pt").write_text("")
+    prune(tmp_path, ("step_{step}", "run_checkpoint_step_{step}.pt"), 2, 6)
+    assert {int(p.name.split("_")[1]) for p in tmp_path.glob("step_*")} == {4, 6, 60, 80, 100}
+    assert not (tmp_path / "run_checkpoint_step_2.pt").exists() and (tmp_path / "run_checkpoint_step_6.pt").exists()
+    prune(tmp_path, ("step_{step}",), None, 6)
+    prune(tmp_path, ("step_{step}",), 0, 6)
+    assert len(list(tmp_path.glob("step_*"))) == 5

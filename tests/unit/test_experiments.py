@@ -1,0 +1,287 @@
+"""Suites and scales, and the runs that follow from them: composed and checked before anything runs, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from experiment_files import (
+    BASE,
+    FOMAML,
+    META_LORA,
+    MIXED,
+    SINGLE,
+    model_folder,
+    plan_of,
+)
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from script_runner import ROOT
+
+from metasft.experiment_config import overrides_of
+from metasft.experiment_plan import identity, make_plan
+from metasft.experiments import read_scale, read_suites
+
+SUITES = ("inner_steps", "matrix", "rank", "samples", "two_stage")
+SCALES = ("smoke", "cpu", "gpu")
+
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """Scale -> plan of every suite, one seed."""
+    model = model_folder(tmp_path_factory.mktemp("model"))
+    planned = {}
+    for name in SCALES:
+        scale = replace(read_scale(name), seeds=(1,))
+        if name == "cpu":  # its model is made by `make model`
+            scale = replace(scale, model=str(model))
+        planned[name] = make_plan(read_suites(["all"]), scale, ROOT / "results" / "never-there")
+    return planned
+
+
+def suite_of(plan, name):
+    return next(suite for suite in plan.suites if suite.name == name)
+
+
+def flat(config, prefix=""):
+    entries = {}
+    for key, value in config.items():
+        entries |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return entries
+
+
+def differing(plan, one, other):
+    """Settings in which the trainers of two arms differ, the folder they write to left out."""
+    a, b = (flat(plan.arms[name].config) for name in (one, other))
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {"trainer.default_local_dir"}
+
+
+def test_every_shipped_suite_and_scale_is_there():
+    folder = ROOT / "data" / "experiments"
+    assert sorted(path.stem for path in folder.glob("*.yaml")) == sorted(SUITES)
+    assert sorted(path.stem for path in (folder / "scales").glob("*.yaml")) == sorted(SCALES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_suite_is_planned_at_every_scale(scale, plans):
+    plan = plans[scale]
+    assert sorted(suite.name for suite in plan.suites) == sorted(SUITES)
+    for run in plan.runs.values():
+        program, *words = run.command
+        script = next(word for word in words if word.endswith(".py") or word.startswith(("metasft.", "verl.")))
+        assert program in ("python", "torchrun") and (not script.endswith(".py") or (ROOT / script).is_file())
+        assert set(run.needs) <= set(plan.runs)
+    for suite in plan.suites:
+        for name in suite.arms:
+            for replicate in plan.arms[name].replicates:
+                assert plan.runs[replicate.evaluate].needs[0] in (replicate.train, "model", "data")
+    order = [run.kind for run in plan.runs.values()]
+    assert order == sorted(order, key=["model", "data", "train", "evaluate"].index)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_matrix_is_that_of_the_guide(scale, plans):
+    arms = [plans[scale].arms[name] for name in suite_of(plans[scale], "matrix").arms]
+    found = {a.arm.experiment: (a.arm.method, a.samples_per_task, a.arm.tasks) for a in arms if a.arm.experiment}
+    assert found == {
+        "Exp 1": ("fomaml", 300, ()),
+        "Exp 2": ("meta_lora", 100, ()),
+        "Exp 3": ("meta_lora", 300, ()),
+        "Exp 4": ("lora_single", 100, ("algebra", "geometry", "number_theory")),
+        "Exp 5": ("lora_mixed", 600, ()),
+    }
+    assert [a.arm.method for a in arms if not a.arm.experiment] == ["reptile", "base"]
+    assert [a.arm.name for a in arms if a.config and a.config["model"]["lora_rank"] == 0] == [
+        "fomaml_300",
+        "reptile_300",
+    ]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_ablations_vary_what_they_name_and_nothing_else(scale, plans):
+    plan = plans[scale]
+    rank, inner = suite_of(plan, "rank"), suite_of(plan, "inner_steps")
+    assert list(plan.axis_values(rank).values()) == [4, 8, 16, 32]
+    assert list(plan.axis_values(inner).values()) == [3, 5, 10, 20]
+    for suite, varied in ((rank, {"model.lora_rank", "model.lora_alpha"}), (inner, {"meta.num_inner_steps"})):
+        first, *others = suite.arms
+        assert all(differing(plan, first, other) == varied for other in others)
+    models = [plan.arms[name].config["model"] for name in rank.arms]
+    assert [model["lora_alpha"] / model["lora_rank"] for model in models] == [2, 2, 2, 2]
+    one, other = suite_of(plan, "two_stage").arms
+    assert differing(plan, one, other) == {"meta.update_shared"}
+    assert [plan.arms[name].config["meta"]["update_shared"] for name in (one, other)] == [True, False]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_sample_counts_are_compared_at_one_budget(scale, plans):
+    """META-LORA and FOMAML on 50 to 300 examples: the same meta-steps, inner steps and batches for all eight."""
+    plan = plans[scale]
+    arms = [plan.arms[name] for name in suite_of(plan, "samples").arms]
+    for method in ("meta_lora", "fomaml"):
+        assert [a.samples_per_task for a in arms if a.arm.method == method] == [50, 100, 200, 300]
+    budgets = {
+        (
+            a.config["trainer"]["total_training_steps"],
+            *(a.config["meta"][k] for k in ("num_inner_steps", "inner_batch_size", "query_batch_size")),
+            a.config["meta"]["meta_batch_size"],
+        )
+        for a in arms
+    }
+    assert len(budgets) == 1
+    for names in (("meta_lora_n50", "meta_lora_n300"), ("fomaml_n50", "fomaml_n200")):
+        assert differing(plan, *names) == {"meta.support_samples"}
+
+
+def test_the_gpu_scale_has_the_settings_of_the_guide(plans):
+    plan = make_plan(read_suites(["matrix"]), read_scale("gpu"), ROOT / "results" / "never-there")
+    for name, steps, inner in (("fomaml_300", 5000, 5), ("meta_lora_100", 3000, 10)):
+        arm = plan.arms[name]
+        assert [replicate.seed for replicate in arm.replicates] == [1, 2, 3]
+        config = arm.config
+        assert (config["trainer"]["total_training_steps"], config["meta"]["num_inner_steps"]) == (steps, inner)
+        run = plan.runs[arm.replicates[1].train]
+        assert run.command[:3] == ("torchrun", "--standalone", "--nproc_per_node=4") and run.resources.gpus == 4
+        assert "trainer.seed=2" in run.command
+    settings = plan.runs["evaluate-fomaml_300-seed3"].command
+    assert "--n-shots 0 5 10 25 50" in " ".join(settings) and "--speed-steps 0 1 2 5 10 20" in " ".join(settings)
+    assert "--speed-steps" not in plan.runs["evaluate-lora_mixed-seed1"].command
+
+
+# ---- sharing --------------------------------------------------------------------------------------------------------
+
+
+def test_arms_that_do_the_same_share_their_runs(plans):
+    def trained(scale, arm):
+        return [replicate.train for replicate in plans[scale].arms[arm].replicates]
+
+    for scale, twin in (("smoke", "meta_lora_k5"), ("cpu", "meta_lora_k5"), ("gpu", "meta_lora_k10")):
+        assert trained(scale, twin) == trained(scale, "meta_lora_n100") == ["train-meta_lora_100-seed1"]
+        assert trained(scale, "meta_lora_n300") == ["train-meta_lora_300-seed1"]
+    assert trained("smoke", "fomaml_n300") == ["train-fomaml_300-seed1"]
+    # At the guide's settings FOMAML has another budget in the matrix than in the comparison of sample counts.
+    assert trained("gpu", "fomaml_n300") == ["train-fomaml_n300-seed1"]
+    kinds = [run.kind for run in plans["smoke"].runs.values()]
+    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (20, 21, 43)
+
+
+def known_from(plan):
+    """What a later plan learns of the runs of ``plan``."""
+    return {identity(run.command, plan.output / "runs" / name): name for name, run in plan.runs.items()}
+
+
+def test_a_run_in_the_output_folder_is_shared_by_an_arm_that_does_the_same(tmp_path):
+    first = plan_of(tmp_path, {"old": META_LORA})
+    both = plan_of(tmp_path, {"new": META_LORA, "old": META_LORA}, known=known_from(first))
+    assert [arm.replicates[0].train for arm in both.arms.values()] == ["train-old-seed1"] * 2
+    assert first.runs["evaluate-old-seed1"].command == both.runs["evaluate-old-seed1"].command
+    assert list(both.runs) == list(first.runs)
+
+
+def test_a_run_that_does_something_else_now_is_not_shared(tmp_path):
+    """``b`` shared the runs of ``a``, whose settings have changed since: ``b`` must not use those of the new one."""
+    known = known_from(plan_of(tmp_path, {"a": META_LORA, "b": META_LORA}))
+    changed = {**META_LORA, "overrides": {"meta.inner_lr": 0.125}}
+    plan = plan_of(tmp_path, {"a": changed, "b": META_LORA}, known=known)
+    assert [plan.arms[name].replicates[0].train for name in "ab"] == ["train-a-seed1", "train-b-seed1"]
+    assert "meta.inner_lr=0.125" in plan.runs["train-a-seed1"].command
+    assert "meta.inner_lr=0.125" not in plan.runs["train-b-seed1"].command
+    with pytest.raises(ValueError, match=r"the arm a does something else now than train-a-seed1 in .*/out, which the"):
+        plan_of(tmp_path, {"b": META_LORA, "a": changed}, known=known)
+
+
+# ---- layers of overrides --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("highest", range(4))
+def test_arm_goes_before_suite_before_method_before_all(highest, tmp_path):
+    arm = {**META_LORA, "overrides": {"trainer.total_training_steps": 14} if highest > 2 else {}}
+    changes = {"train/meta_learners/trainer.total_training_steps": 11}
+    if highest > 0:
+        changes["train/meta_lora"] = {"trainer.total_training_steps": 12}
+    if highest > 1:
+        changes["suites"] = {"try": {"trainer.total_training_steps": 13}}
+    plan = plan_of(tmp_path, {"a": arm, "other": FOMAML}, changes)
+    command = plan.runs["train-a-seed1"].command
+    assert [word for word in command if word.startswith("trainer.total_training_steps=")] == [
+        f"trainer.total_training_steps={11 + highest}"
+    ]
+    assert plan.arms["a"].config["trainer"]["total_training_steps"] == 11 + highest
+    # Evaluation takes the last export.
+    assert f"meta_lora_checkpoint_step_{11 + highest}.pt" in plan.runs["evaluate-a-seed1"].command[5]
+    assert plan.arms["other"].config["trainer"]["total_training_steps"] == (13 if highest > 1 else 11)
+
+
+def test_runs_of_an_arm_are_planned_per_seed_and_task(tmp_path):
+    plan = plan_of(tmp_path, {"s": SINGLE, "base": BASE}, {"seeds": [3, 0]})
+    assert [(r.seed, r.task, r.train) for r in plan.arms["s"].replicates] == [
+        (3, "algebra", "train-s-algebra-seed3"),
+        (3, "number_theory", "train-s-number_theory-seed3"),
+        (0, "algebra", "train-s-algebra-seed0"),
+        (0, "number_theory", "train-s-number_theory-seed0"),
+    ]
+    command = plan.runs["train-s-algebra-seed0"].command
+    assert {"trainer.seed=0", "data.seed=0", "data.train_max_samples=16"} <= set(command)
+    assert command[command.index("--config-name") + 1] == "algebra_train"
+    assert command[command.index("--config-dir") + 1] == str(tmp_path / "out" / "data" / "meta_train")
+    assert plan.arms["base"].replicates[0].train is None and plan.runs["evaluate-base-seed3"].needs == ("data",)
+    assert plan.needed_by(["base"]) == ["data", "evaluate-base-seed3", "evaluate-base-seed0"]
+    assert plan.needed_by(["s"])[:2] == ["data", "train-s-algebra-seed3"]
+
+
+def test_a_model_of_its_own_is_made_first(tmp_path):
+    plan = plan_of(tmp_path, {"a": META_LORA, "base": BASE}, {"model": "tiny-random"})
+    made = str(tmp_path / "out" / "model")
+    assert plan.runs["model"].command == ("python", "-m", "metasft.tiny_model", made)
+    assert plan.runs["train-a-seed1"].needs == plan.runs["evaluate-base-seed1"].needs == ("model", "data")
+    assert f"model.path={made}" in plan.runs["train-a-seed1"].command
+
+
+def test_full_and_lora_arms_are_adapted_with_their_own_settings(tmp_path):
+    plan = plan_of(tmp_path, {"a": META_LORA, "f": FOMAML, "base": BASE, "m": MIXED})
+    commands = {name: plan.runs[f"evaluate-{name}-seed1"].command for name in plan.arms}
+    rates = {name: words[words.index("--adaptation-lr") + 1] for name, words in commands.items()}
+    assert rates == {"a": "0.001", "f": "1e-05", "base": "0.001", "m": "0.001"}
+    assert "--base-model" in commands["m"] and not any("--base-model" in commands[name] for name in ("a", "f", "base"))
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n$"), max_size=12)
+        | st.sampled_from(["null", "True", "-5", ".5", "-inf", "nan", "1e-3", "a\\'b", "\\", "a b", "/tmp/x y", "[1]"]),
+        lambda inner: st.lists(inner, max_size=3),
+        max_leaves=4,
+    )
+)
+def test_hydra_reads_every_value_as_it_is(value):
+    (word,) = overrides_of({"a.b": value}, {}, "arm")
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert repr(_plain(override.value())) == repr(value)
+
+
+def _plain(value):
+    return [_plain(item) for item in value] if isinstance(value, list) else getattr(value, "text", value)
+
+
+def test_planning_needs_no_torch():
+    code = """
+import sys
+from pathlib import Path
+from metasft.experiment_plan import make_plan
+from metasft.experiment_store import ExperimentStore
+from metasft.experiment_runner import run_all
+from metasft.experiments import read_scale, read_suites
+make_plan(read_suites(["two_stage"]), read_scale("smoke"), Path("results/never-there"))
+assert not {"torch", "verl", "ray", "datasets"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

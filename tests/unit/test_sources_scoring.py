@@ -1,0 +1,345 @@
+"""The scorers of the public benchmarks: answers written by hand, and agreement with lm-eval's own metrics."""
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metasft import tasks
+from metasft.sources import scoring
+from metasft.sources.scoring import judge
+
+PLANETS = ["Mars", "Venus", "The Moon", "Neither of them"]
+
+
+def correct(output: str, gold: str, **info) -> bool:
+    return judge(output, gold, info).correct
+
+
+# Scorer -> (gold, further info, outputs that are right, outputs that are wrong).
+HAND_MADE = {
+    "boxed": (
+        r"\frac{3}{4}",
+        {},
+        [r"\boxed{\frac{3}{4}}", r"So it is $\boxed{\frac34}$.", r"\boxed{3/4}", r"\boxed{0.75}",
+         r"\boxed{\dfrac{3}{4}}",
+         r"\boxed{x = \frac{3}{4}}", r"First \boxed{1}, no: \boxed{\frac{6}{8}}", "Answer: 3/4", "The answer is 0.75.",
+         r"\boxed{\tfrac{3}{4}\text{ cm}}"],
+        ["", r"\boxed{}", r"\boxed{\frac{4}{3}}", r"\boxed{0.7}", r"\boxed{-\frac{3}{4}}", r"\boxed{3}", "3/4",
+         r"\boxed{\frac{3}{4} or \frac{1}{4}}", r"\boxed{\frac{3}{4}}, or rather \boxed{1}", r"\boxed{75}",
+         r"\boxed{\frac{3}{4}", r"\boxed{nan}", r"\boxed{(3,4)}"],
+    ),
+    "boxed, a plain number": (
+        "12",
+        {},
+        [r"\boxed{12}", r"\boxed{12.0}", r"\boxed{\$12}", r"\boxed{12\%}", r"\boxed{12^\circ}",
+         r"\boxed{12\text{ apples}}",
+         r"\boxed{n=12}", r"\boxed{\frac{24}{2}}"],
+        [r"\boxed{7+5}", r"\boxed{3\cdot 4}", r"\boxed{12x}", r"\boxed{1,2}", r"\boxed{\{12\}}", r"\boxed{-12}",
+         r"\boxed{1200\%}", r"\boxed{12!}", r"\boxed{11.999}"],
+    ),
+    "boxed, an interval": (
+        r"[2,5)",
+        {},
+        [r"\boxed{[2,5)}", r"\boxed{\left[2, 5\right)}", r"\boxed{[2,\,5)}"],
+        [r"\boxed{[2,5]}", r"\boxed{(2,5)}", r"\boxed{(2,5]}", r"\boxed{2,5}", r"\boxed{[2,6)}", r"\boxed{2}"],
+    ),
+    "gsm8k": (
+        "1450",
+        {},
+        ["#### 1450", "She has 29 * 50 = 1450.\n#### 1,450", "#### $1450", "#### 1450.00", "So it is 1450", "1450.",
+         "Answer: 1,450", "Answer: 1450 dollars", "#### 1450\n\nQuestion: and 3 more?\n#### 1453", r"\boxed{1450}"],
+        ["", "####", "#### 145", "#### 14500", "#### -1450", "So it is 1450, or rather 1451", "Answer: 1451",
+         "#### 1.450",
+         "1450 and then 12", "no number"],
+    ),
+    "choice": (
+        "B",
+        {"choices": PLANETS},
+        ["Answer: B", "Answer: (B)", "Answer: B.", "Answer: b", "Answer: Venus", "Answer: B. Venus",
+         "Answer: (B) Venus",
+         "Answer: option B", r"\boxed{B}", r"\boxed{\text{Venus}}", "The answer is B.", "the correct answer is (B)",
+         "B",
+         "Venus", "Mars is closer.\nAnswer: B", "Answer: **B**"],
+        ["", "Answer:", "Answer: A", "Answer: C", "Answer: E", "Answer: Mars", "Answer: B. Mars", "Answer: A or B",
+         "Answer: A, B", "Answer: Both", "Answer: Venus and Mars", "Answer: Beyond", "A", "The answer is C.",
+         "Answer: 2"],
+    ),
+    "number": (
+        "9.81",
+        {"relative_tolerance": 0.01, "unit": "m/s^2"},
+        ["Answer: 9.81", "Answer: 9.8", "Answer: 9.81 m/s^2", r"Answer: 9.81 \text{ m/s^2}", "Answer: 9.90",
+         "The answer is 9.8.",
+         r"\boxed{9.81}", r"Answer: 981 \times 10^{-2}", "Answer: 9.81e0", "Answer: 981/100", "Answer: +9.81"],
+        ["", "Answer: 9.6", "Answer: 10", "Answer: -9.81", "Answer: 9.81 km", "Answer: 9.81 m", "Answer: 981",
+         "Answer: 9.81 or 9.8", "Answer: nine", "9.81 m/s^2 is it", "Answer: inf", "Answer: nan", "Answer: 9.81 9.81"],
+    ),
+    "number, an integer": (
+        "1000",
+        {"relative_tolerance": 0.04},
+        ["Answer: 1000", "Answer: 1,000", "Answer: 1000.0", "Answer: 1e3", "Answer: $1000$"],
+        ["Answer: 1001", "Answer: 990", "Answer: 1000 m", "Answer: 100", "Answer: 10,00"],
+    ),
+    "number, a list": (
+        "[1, 2.5]",
+        {"relative_tolerance": 0.04},
+        ["Answer: [1, 2.5]", "Answer: 1, 2.5", "Answer: (1, 2.5)", "Answer: [1, 2.45]", "Answer: [1.0, 2.5]"],
+        ["Answer: [2.5, 1]", "Answer: [1]", "Answer: [1, 2.5, 3]", "Answer: 1", "Answer: [1, 3]", "Answer: [1.1, 2.5]",
+         "Answer: [1, 'x']", "Answer: [[1, 2.5]]", "Answer: __import__('os')"],
+    ),
+    "boolean": (
+        "True",
+        {},
+        ["Answer: True", "Answer: true.", "Answer: Yes", "The answer is true.", r"\boxed{\text{True}}", "True", "yes"],
+        ["", "Answer: False", "Answer: No", "Answer: True or False", "Answer: 1", "Answer: not True", "Answer: maybe",
+         "It may be true that it is", "The answer is false."],
+    ),
+    "text": (
+        "apple river stone",
+        {},
+        ["Answer: apple river stone", "Answer: Apple  River Stone.",
+         'Answer: "apple river stone"', "The answer is apple river stone.",
+         r"\boxed{\text{apple river stone}}"],
+        ["", "Answer: apple stone river", "Answer: apple, river, stone", "apple river stone", "Answer: apple river",
+         "Answer: apple river stone tower"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_outputs_written_by_hand(case):
+    gold, info, right, wrong = HAND_MADE[case]
+    info = {"scorer": case.split(",")[0], **info}
+    assert [output for output in right if not judge(output, gold, info).correct] == []
+    assert [output for output in wrong if judge(output, gold, info).correct] == []
+
+
+def test_every_scorer_has_outputs_written_by_hand():
+    assert {case.split(",")[0] for case in HAND_MADE} == set(scoring.SCORERS)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "output", "formatted"),
+    [
+        ("boxed", r"\boxed{1}", True),
+        ("boxed", "The answer is 1.", False),
+        ("gsm8k", "#### 1", True),
+        ("gsm8k", "So 1.", False),
+        ("choice", "Answer: A", True),
+        ("choice", "A", False),
+        ("boolean", "true", False),
+        ("number", "Answer: 3", True),
+        ("text", "nothing", False),
+    ],
+)
+def test_format_is_apart_from_correctness(scorer, output, formatted):
+    assert judge(output, "1", {"scorer": scorer, "choices": ["x", "y"]}).formatted is formatted
+
+
+def test_rows_of_data_files_are_scored_by_the_scorer_they_name():
+    row = {"data_source": "mmlu/astronomy", "answer": "B", "extra_info": '{"scorer": "choice", "choices": ["x", "y"]}'}
+    assert tasks.score("Answer: y", row).correct
+    assert tasks.majority_baseline([row, {**row, "answer": "A"}]) == 0.5
+
+
+def test_unusable_rows():
+    with pytest.raises(ValueError, match=r"scorer 'poetry', which does not exist: choose from boxed"):
+        judge("Answer: 1", "1", {"scorer": "poetry"})
+    with pytest.raises(ValueError, match="option texts as 'choices'"):
+        judge("Answer: 1", "1", {"scorer": "choice"})
+
+
+def test_two_options_with_one_text_are_told_apart_by_letter_only():
+    options = ["four", "four", "five"]
+    assert scoring.chosen_letter("four", options) is None
+    assert scoring.chosen_letter("B", options) == "B"
+    assert scoring.chosen_letter("A", ["B", "A"]) == "B"  # an option whose text looks like another letter
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_mathematics_needs_both_orders_of_verify(monkeypatch, first_order):
+    """math-verify's verify(gold, target) is not symmetric: one order alone would accept what the other rejects."""
+    import math_verify
+
+    calls = []
+
+    def one_way(gold, target, **_):
+        calls.append((str(gold[0]), str(target[0])))
+        return (len(calls) == 1) is first_order
+
+    monkeypatch.setattr(math_verify, "verify", one_way)
+    assert not scoring.equal_mathematics(r"\sqrt{2}", "x+1")
+    assert calls[0] == tuple(reversed(calls[1])) if first_order else len(calls) == 1
+
+
+def test_mathematics_outside_the_main_thread():
+    verdicts = []
+    thread = threading.Thread(
+        target=lambda: verdicts.extend(
+            scoring.equal_mathematics(r"\frac{1}{2}", a) for a in (r"\frac{2}{4}", r"\frac13")
+        )
+    )
+    thread.start()
+    thread.join(timeout=120)
+    assert verdicts == [True, False]
+
+
+@pytest.mark.parametrize("scorer", scoring.SCORERS)
+@settings(max_examples=40, deadline=None)
+@given(text=st.one_of(st.text(max_size=60), st.text("0123456789.,+-/()[]{}\\$%eE#ABCboxed: answeri", max_size=40)))
+def test_no_text_makes_a_scorer_raise(scorer, text):
+    info = {"scorer": scorer, "choices": PLANETS, "relative_tolerance": 0.04, "unit": "m"}
+    for output in (text, f"Answer: {text}", rf"\boxed{{{text}}}", f"#### {text}"):
+        assert judge(output, "2.5", info).correct in (True, False)
+
+
+# ---- agreement with lm-eval -----------------------------------------------------------------------------------------
+
+
+def lm_eval_folder() -> Path:
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks"
+
+
+def lm_eval_exact_match(config: dict, output: str, reference: str, filter_name: str) -> bool:
+    """lm-eval's filters and metric of one task, as its own YAML sets them up."""
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter, WhitespaceFilter
+
+    responses = [[output]]
+    filters = {entry["name"]: entry["filter"] for entry in config.get("filter_list", [])}
+    for step in filters.get(filter_name, []):
+        arguments = {key: value for key, value in step.items() if key != "function"}
+        if step["function"] == "regex":
+            responses = list(RegexFilter(**arguments).apply(responses, [{}]))
+        elif step["function"] == "remove_whitespace":
+            responses = list(WhitespaceFilter().apply(responses, [{}]))
+        else:
+            assert step["function"] == "take_first"
+    metric = dict(config["metric_list"][0])
+    settings = {k: v for k, v in metric.items() if k not in ("metric", "aggregation", "higher_is_better")}
+    return bool(exact_match_hf_evaluate([responses[0][0]], [reference], **settings)["exact_match"] == 1)
+
+
+def hendrycks_math_utils():
+    spec = importlib.util.spec_from_file_location("lm_eval_math", lm_eval_folder() / "hendrycks_math" / "utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Gold -> answers: both call them right, both call them wrong, and right by value where lm-eval compares writing.
+BOXED_ANSWERS = {
+    r"\frac{1}{2}": ([r"\frac{1}{2}", r"\frac12", r"\dfrac{1}{2}", r"\tfrac{1}{2}", "1/2", "0.5"],
+                     ["2", r"\frac{1}{3}", "0.2", "-1/2"], [r"\frac{2}{4}", "0.50"]),
+    "5": (["5", "x=5", r"5^\circ", r"5\%", r"\$5", "5 "], ["-5", "6", "55", "0.5", "5x"], ["5.0"]),
+    "(2,3)": (["(2,3)", "(2, 3)", r"\left(2,3\right)"], ["(3,2)", "(2,4)", "2"], []),
+    "[2,5)": (["[2,5)", r"\left[2,5\right)"], ["[2,5]", "(2,5)", "[2,6)"], []),
+    r"\sqrt{2}": ([r"\sqrt{2}", r"\sqrt2"], [r"\sqrt{3}", "2", "1.5"], []),
+    r"3\pi": ([r"3\pi", r"3 \pi"], [r"\pi", r"6\pi", "3"], [r"\pi\cdot 3"]),
+    "x^2+1": (["x^2+1", "x^2 + 1"], ["x^2-1", "x^2", "x+1"], ["1+x^2"]),
+    r"\text{even}": ([r"\text{even}"], [r"\text{odd}", "5"], ["even"]),
+    "1000": (["1000"], ["100", "10000", "1001"], ["1,000"]),
+    r"12\text{ cm}": ([r"12\text{ cm}", "12"], ["13", "1.2"], []),
+}  # fmt: skip
+
+
+def test_boxed_agrees_with_lm_eval():
+    lm_eval = hendrycks_math_utils()
+    agreed = 0
+    for gold, (right, wrong, by_value) in BOXED_ANSWERS.items():
+        for answer in (*right, *wrong, *by_value):
+            output = rf"We compute, and so it is $\boxed{{{answer}}}$."
+            theirs = lm_eval.is_equiv(lm_eval.remove_boxed(lm_eval.last_boxed_only_string(output)), gold)
+            ours = correct(output, gold, scorer="boxed")
+            assert ours is (answer not in wrong), (gold, answer)
+            assert theirs is (answer in right), (gold, answer)
+            agreed += ours == theirs
+    assert agreed >= 50
+
+
+def test_gsm8k_agrees_with_lm_eval():
+    """With the mark as lm-eval's strict-match, without it as its flexible-extract."""
+    config = yaml.safe_load((lm_eval_folder() / "gsm8k" / "gsm8k.yaml").read_text())
+    outputs = 0
+    for gold in ("18", "1450", "3", "120", "7"):
+        values = [gold, f"{int(gold):,}", str(int(gold) + 1), f"-{gold}", f"{gold}0"]
+        for value in values:
+            for output in (
+                f"So {value} in all.\n#### {value}",
+                f"#### {value}\n\nQuestion: 1 + 1?\n#### 2",
+                f"It is {value}",
+            ):
+                name = "strict-match" if "####" in output else "flexible-extract"
+                theirs = lm_eval_exact_match(config, output, f"Reasoning.\n#### {gold}", name)
+                assert correct(output, gold, scorer="gsm8k") is theirs, (gold, output)
+                outputs += 1
+    assert outputs >= 50
+
+
+def test_choice_agrees_with_lm_eval():
+    """lm-eval's prompts end with "Answer:", and what follows is compared with the letter."""
+    config = yaml.safe_load((lm_eval_folder() / "mmlu" / "generative" / "_default_template_yaml").read_text())
+    outputs = 0
+    for gold in "ABCD":
+        for answer in ("A", "B", "C", "D", "a", "d", " A", "B.", "(C)", "A)", "E", "None", "A and B", "?", "(d)"):
+            theirs = lm_eval_exact_match(config, answer, gold, "get_response")
+            assert correct(f"Answer: {answer}", gold, scorer="choice", choices=PLANETS) is theirs, (gold, answer)
+            outputs += 1
+    assert outputs >= 50
+
+
+BBH_OUTPUTS = {
+    "boolean": (("True", "False"), ("True", "False", "true", "false", "TRUE", "True.", "False.", '"True"', "", "None",
+                                    "True False", "not True", "Truee", " False", "False and True", "F", "T",
+                                    "falsehood",
+                                    "true!", "maybe", "True or False", "0", "1", "untrue", "fals"), {}),
+    "number": (("8", "-23"), ("8", "-23", "9", "-8", "23", "8.", "-23.", "", "eight", "80", " 8", "8 8", "-", "88",
+    "-2",
+                              "3", "8 or 9", "x", "-230", "0", "08x", "+", "18", "28", "7"), {}),
+    "text": (("] } )", "apple river stone"), ("] } )", "]})", "] ) }", "] }", "apple river stone", "Apple River Stone",
+                                              "apple stone river", "apple river", "river", "", "apple river stone.",
+                                              '"apple river stone"', "] } ).", "apple-river-stone", "stone", "( ] } )",
+                                              "] } ) ]", "apple river stones", "pear river stone", "} ] )", "valid",
+                                              "no",
+                                              "apple river stone x", "a", ")"), {}),
+    "choice": (("(A)", "(C)"), ("(A)", "(B)", "(C)", "(D)", "(a)", "(c)", "(A).", "", "(A) (C)", "(E)", "none", "(AB)",
+                                " (C)", "(A) or (B)", "()", "(1)", "A C", "(Z)", "((", "( )", "x", "yes", "(AC)",
+                                "(C).",
+                                "(c)."), {"choices": PLANETS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", BBH_OUTPUTS)
+def test_bbh_agrees_with_lm_eval(scorer):
+    config = yaml.safe_load((lm_eval_folder() / "bbh" / "zeroshot" / "_zeroshot_template_yaml").read_text())
+    golds, answers, info = BBH_OUTPUTS[scorer]
+    outputs = 0
+    for gold in golds:
+        for answer in answers:
+            theirs = lm_eval_exact_match(config, answer.strip(), gold, "")
+            assert correct(f"Answer: {answer}", gold, scorer=scorer, **info) is theirs, (gold, answer)
+            outputs += 1
+    assert outputs >= 50
+
+
+@pytest.mark.parametrize(
+    ("scorer", "gold", "answer", "info"),
+    [
+        ("boolean", "True", "Yes", {}),
+        ("choice", "(A)", "A", {"choices": PLANETS}),
+        ("choice", "(A)", "Mars", {"choices": PLANETS}),
+        ("number", "8", "8.0", {}),
+        ("text", "valid", " VALID ", {}),
+    ],
+)
+def test_what_is_right_here_and_wrong_for_lm_eval(scorer, gold, answer, info):
+    """Known and wanted: the same answer in other writing."""
+    config = yaml.safe_load((lm_eval_folder() / "bbh" / "zeroshot" / "_zeroshot_template_yaml").read_text())
+    assert correct(f"Answer: {answer}", gold, scorer=scorer, **info)
+    assert not lm_eval_exact_match(config, answer, gold, "")

@@ -1,0 +1,401 @@
+"""Task suites: reading them, cutting tasks into files without contamination, stratification, and the script's flags."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import source_files
+import yaml
+from datasets import Dataset
+
+import prepare_math_science_data as prepare_data
+from metasft import tasks
+from metasft.sources.build import Candidate, splits_of, stratified
+from metasft.sources.catalog import SOURCES
+from metasft.sources.duplicates import Questions, normalised_question
+from metasft.sources.source import Item
+from metasft.sources.suite import SUITES_DIR, read_suite, shipped_suites, suite_from
+
+SMALL = ["--samples-per-task", "30", "--test-samples", "10", "--shot-pool", "8"]
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory) -> Path:
+    """Copies of what the guide's suite and the multilingual one read."""
+    root = tmp_path_factory.mktemp("copies")
+    source_files.write_math(root, ("algebra", "geometry", "number_theory", "counting_and_probability"))
+    source_files.write_math_500(root)
+    source_files.write_gsm8k(root)
+    source_files.write_numina(root)
+    source_files.write_theoremqa(root)
+    source_files.write_mgsm(root, SOURCES["mgsm"].subsets)
+    return root
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: prepare_data.main([str(flag) for flag in flags])
+
+
+def frames_of(folder: Path) -> dict[str, pd.DataFrame]:
+    return {path.relative_to(folder).as_posix(): pd.read_parquet(path) for path in folder.rglob("*.parquet")}
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+# ---- suites ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", shipped_suites())
+def test_shipped_suites_are_sound(name):
+    suite = read_suite(name, SOURCES)
+    assert suite.train and suite.unseen
+    text = (SUITES_DIR / f"{name}.yaml").read_text()
+    assert re.search(rf"python prepare_math_science_data.py --(suite|benchmark) {name}", text)
+    needing = sorted({s for task in suite.tasks.values() for s in task.sources if SOURCES[s].opt_in})
+    assert not needing or f"--accept-licence {' '.join(reversed(needing))}" in text
+
+
+def test_the_default_suite_mirrors_the_embedded_tasks():
+    suite = read_suite("guide", SOURCES)
+    assert list(suite.train) == list(tasks.TRAIN_TASKS)
+    assert list(suite.unseen) == list(tasks.TEST_TASKS)
+
+
+def test_a_suite_of_10_to_20_tasks_is_shipped():
+    assert 10 <= len(read_suite("math_science", SOURCES).tasks) <= 20
+
+
+MINIMAL = {"title": "x", "train": {"a": {"sources": {"gsm8k": []}}}}
+WRONG = {
+    "no title": ({"title": None}, "title in here is None"),
+    "unknown entry": ({"tests": {}}, "'tests', which means nothing"),
+    "unknown source": ({"train": {"a": {"sources": {"gsm9k": []}}}}, "source 'gsm9k', which is not known"),
+    "unknown subset": ({"train": {"a": {"sources": {"math": ["poetry"]}}}}, "subset 'poetry' of math"),
+    "missing subset": ({"train": {"a": {"sources": {"math": []}}}}, "names no subset of math"),
+    "needless subset": ({"train": {"a": {"sources": {"gsm8k": ["main"]}}}}, "has none"),
+    "no sources": ({"train": {"a": {"levels": [1]}}}, "has no sources"),
+    "no tasks": ({"train": {}}, "names no task"),
+    "twice": ({"unseen": MINIMAL["train"]}, "task a under train and unseen"),
+    "bad name": ({"train": {"a/b": {"sources": {"gsm8k": []}}}}, "no file name"),
+    "bad levels": ({"train": {"a": {"sources": {"gsm8k": []}, "levels": "all"}}}, "levels of task a"),
+    "bad size": ({"sizes": {"samples_per_task": 0.5}}, "samples_per_task in sizes in here is 0.5"),
+    "unknown size": ({"sizes": {"support": 5}}, "'support', which means nothing"),
+    "bad threshold": ({"near_duplicates": 2}, "near_duplicates in here is 2"),
+    "bad strata": ({"stratify": "random"}, "stratify in here is 'random'"),
+    "bad length": ({"max_chars": 0}, "max_chars in here is 0"),
+    "unknown exclusion": ({"exclude": ["math_501"]}, "source 'math_501'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_suites(case):
+    changes, message = WRONG[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        suite_from({**MINIMAL, **changes}, "here", "here", SOURCES)
+    assert "\n" not in str(caught.value)
+
+
+def test_suites_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"--suite is poetry, which is no file and none of bbh, guide"):
+        read_suite("poetry", SOURCES)
+    path = tmp_path / "broken.yaml"
+    for text, message in (("a: [", "cannot be read"), ("- a\n", "holds no mapping")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_suite(str(path), SOURCES)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_suite(run_here, copies, tmp_path, capsys):
+    assert run_here("--suite", "guide", *SMALL, "--local-dir", copies, "--output-dir", "data/x") == 0
+    assert "data/x/meta_train/algebra_query.parquet: 8 samples" in capsys.readouterr().out
+    frames = frames_of(tmp_path / "data/x")
+    expected = {
+        f"meta_train/{t}_{p}.parquet": n
+        for t in tasks.TRAIN_TASKS
+        for p, n in zip(("support", "query", "test"), (5, 8, 17), strict=True)
+    }
+    expected |= {f"meta_test/{t}_{p}.parquet": n for t in tasks.TEST_TASKS for p, n in (("support", 8), ("test", 10))}
+    assert {name: len(frame) for name, frame in frames.items()} == expected
+    whole = pd.concat(frames.values())
+    assert whole["example_id"].is_unique and whole["prompt"].is_unique
+    for _, row in whole.iterrows():
+        assert tasks.score(row["response"], row).correct
+        assert [dict(message) for message in row["messages"]] == [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+    # Official test items are tested on, official training items trained on.
+    assert all("-test-" in i for i in frames["meta_train/algebra_test.parquet"]["example_id"])
+    assert all("-train-" in i for i in frames["meta_train/algebra_support.parquet"]["example_id"])
+
+    manifest = manifest_of(tmp_path / "data/x")
+    assert manifest["source"]["suite"] == "guide"
+    math = manifest["sources"]["math"]
+    assert math["repository"] == "EleutherAI/hendrycks_math" and math["licence"] == "MIT"
+    assert math["revision"] == SOURCES["math"].revision and any("taken down" in c for c in math["caveats"])
+    assert math["files"]["algebra/train-00000-of-00001.parquet"] > 0
+    assert manifest["tasks"]["calculus"]["role"] == "unseen"
+    assert manifest["tasks"]["algebra"]["counts"]["read"] == 70
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == prepare_data.sha256_of(tmp_path / "data/x" / name)
+
+
+def test_the_same_flags_give_the_same_bytes_and_the_recorded_command_makes_them(run_here, copies, tmp_path):
+    assert (
+        run_here(
+            "--suite", "guide", *SMALL, "--local-dir", copies, "--output-dir", "one", "--tasks", "algebra", "calculus"
+        )
+        == 0
+    )
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    command = manifest_of(tmp_path / "one")["command"].split()
+    assert command[:2] == ["python", "prepare_math_science_data.py"]
+    for path in before:
+        (tmp_path / path).unlink()
+    assert run_here(*command[2:]) == 0
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()} == before
+    assert run_here(*command[2:], "--seed", "2") == 0
+    assert (tmp_path / "one/meta_train/algebra_test.parquet").read_bytes() != before[
+        Path("one/meta_train/algebra_test.parquet")
+    ]
+
+
+def test_support_ratios_are_comparable(run_here, copies, tmp_path):
+    ids = {}
+    for ratio in ("0.15", "0.45"):
+        assert run_here("--suite", "guide", "--tasks", "algebra", "theorem_proving", *SMALL, "--support-ratio", ratio,
+                        "--local-dir", copies, "--output-dir", ratio) == 0  # fmt: skip
+        ids[ratio] = {name: list(f["example_id"]) for name, f in frames_of(tmp_path / ratio).items()}
+    small, large = ids["0.15"], ids["0.45"]
+    support, query, test = (f"meta_train/algebra_{part}.parquet" for part in ("support", "query", "test"))
+    assert small[query] == large[query]
+    assert large[support][: len(small[support])] == small[support]
+    assert small[test][: len(large[test])] == large[test]
+
+
+def test_full_samples(run_here, copies, tmp_path):
+    assert run_here("--suite", "guide", "--tasks", "algebra", *SMALL, "--full-samples", 20, "--local-dir", copies,
+                    "--output-dir", "x") == 0  # fmt: skip
+    frames = frames_of(tmp_path / "x/meta_train")
+    full = set(frames["algebra_full.parquet"]["example_id"])
+    assert len(full) == 20
+    assert full >= set(frames["algebra_support.parquet"]["example_id"]) | set(
+        frames["algebra_query.parquet"]["example_id"]
+    )
+    assert not full & set(frames["algebra_test.parquet"]["example_id"])
+
+
+def test_skip_existing(run_here, copies, tmp_path, capsys):
+    flags = (
+        "--suite",
+        "guide",
+        "--tasks",
+        "algebra",
+        *SMALL,
+        "--local-dir",
+        copies,
+        "--output-dir",
+        "x",
+        "--skip-existing",
+    )
+    assert run_here(*flags) == 0
+    capsys.readouterr()
+    assert run_here(*flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run_here(*flags, "--revision", "EleutherAI/hendrycks_math=main") == 0
+    assert "other flags" in capsys.readouterr().out
+
+
+# ---- contamination --------------------------------------------------------------------------------------------------
+
+
+def test_training_examples_that_resemble_test_items_are_kept_out(copies, tmp_path, run_here, capsys):
+    """One is a test item in other writing, one nearly a problem of MATH-500."""
+    root = tmp_path / "copies"
+    shutil.copytree(copies, root)
+    path = root / "EleutherAI/hendrycks_math/algebra/train-00000-of-00001.parquet"
+    dataset = Dataset(pq.read_table(path))
+    rows = dataset.to_list()
+    test_problem = source_files.math_row(3, "algebra", "test")["problem"]
+    rows[0]["problem"] = test_problem.upper() + "  "
+    rows[5]["problem"] += " It was asked on a long winter evening by the river, and nobody knew the answer at once"
+    source_files.write_parquet(path, rows, dataset.features)
+    benchmark = {"subject": "Algebra", "level": 1, "unique_id": "x", "answer": "1", "solution": r"\boxed{1}"}
+    with (root / "HuggingFaceH4/MATH-500/test.jsonl").open("a") as stream:
+        stream.write(json.dumps({**benchmark, "problem": rows[5]["problem"] + " either."}) + "\n")
+
+    assert run_here("--suite", "guide", "--tasks", "algebra", *SMALL, "--local-dir", root, "--output-dir", "x") == 0
+    contamination = manifest_of(tmp_path / "x")["tasks"]["algebra"]["contamination"]
+    assert sum(contamination.values()) == 2
+    assert contamination["math_500 (near)"] == 1
+    assert contamination.keys() & {"algebra test (exact)", "algebra test split (exact)"}
+    assert "algebra: 2 examples kept out" in capsys.readouterr().out
+    trained = pd.concat(f for name, f in frames_of(tmp_path / "x").items() if "_test" not in name)
+    assert not any(normalised_question(test_problem) in normalised_question(prompt) for prompt in trained["prompt"])
+    assert not trained["prompt"].str.contains("winter evening").any()
+
+
+def test_no_translation_of_a_test_item_is_trained_on(run_here, copies, tmp_path):
+    assert run_here("--benchmark", "multilingual", "--local-dir", copies, "--output-dir", "x", *SMALL) == 0
+    problems = {True: set(), False: set()}
+    for name, frame in frames_of(tmp_path / "x").items():
+        problems["_test.parquet" in name] |= {i.rsplit("-", 1)[1] for i in frame["example_id"]}
+    assert problems[True] and problems[False] and not problems[True] & problems[False]
+    manifest = manifest_of(tmp_path / "x")
+    assert any("(group)" in owner for task in manifest["tasks"].values() for owner in task["contamination"])
+
+
+def test_too_few_examples(run_here, copies, capsys):
+    assert run_here("--suite", "guide", "--tasks", "algebra", "--samples-per-task", 60, "--local-dir", copies) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"task 'algebra' of suite guide has 30 test items, 36 are needed \(70 read.*lower --samples-per-task", error
+    )
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_questions_are_compared_by_words_and_numbers():
+    questions = Questions(0.8)
+    text = (
+        "A train leaves the station at 9 and travels 60 km every hour through the long valley. "
+        "When does it arrive at 300 km?"
+    )
+    questions.add(text, "test")
+    assert questions.find(text.upper().replace(" ", "  ")) == ("exact", "test")
+    assert questions.find(text.replace("long valley", "valley")) == ("near", "test")
+    assert questions.find(text.replace("60", "70")) is None  # the same exercise with other numbers
+    assert questions.find(text.replace("long valley", "valley"), near=False) is None
+    assert questions.find("Something else entirely, about 9 apples, 60 pears and 300 plums.") is None
+    questions.add("x", "other", group="7")
+    assert questions.find("y", group="7") == ("group", "other")
+    assert Questions(None).find(text) is None
+
+
+@pytest.mark.parametrize("same", [r"Find $\left( x \right)$.", "find (x)", r"Find $(x)\,$?"])
+def test_normalised_questions(same):
+    assert normalised_question(same) == normalised_question("Find $(x)$")
+    assert normalised_question("2 - 3") != normalised_question("2 + 3")
+
+
+# ---- stratification -------------------------------------------------------------------------------------------------
+
+
+def candidates(levels: str) -> list[Candidate]:
+    return [
+        Candidate(Item(f"q{i}", "p", "r", "a", {}, level=int(level)), "s", f"s-{i}", True)
+        for i, level in enumerate(levels)
+    ]
+
+
+def test_stratification_by_level():
+    mixed = candidates("1" * 40 + "2" * 20 + "3" * 20)
+
+    def heads(how, count, **more):
+        return Counter(c.item.level for c in stratified(mixed, how, 1, **more)[:count])
+
+    assert heads("proportional", 8) == {1: 4, 2: 2, 3: 2}
+    assert heads("proportional", 40) == {1: 20, 2: 10, 3: 10}
+    assert heads("equal", 9) == {1: 3, 2: 3, 3: 3}
+    assert heads("equal", 70) == {1: 30, 2: 20, 3: 20}  # two levels have run out
+    for how in ("proportional", "equal", None):
+        front, back = stratified(mixed, how, 1), stratified(mixed, how, 1, from_end=True)
+        assert {c.example_id for c in front} == {c.example_id for c in back} == {c.example_id for c in mixed}
+        assert not {c.example_id for c in front[:12]} & {c.example_id for c in back[:12]}
+        assert stratified(list(reversed(mixed)), how, 1) == front
+        assert stratified(mixed, how, 2) != front
+
+
+def test_levels_select_examples(run_here, copies, tmp_path):
+    suite = {
+        "title": "easy",
+        "stratify": "equal",
+        "train": {"algebra": {"sources": {"math": ["algebra"]}, "levels": [1, 2]}},
+        "unseen": {
+            "geometry": {"sources": {"math": ["geometry"]}, "levels": [5], "sizes": {"test_samples": 4, "shot_pool": 6}}
+        },
+        "sizes": {"samples_per_task": 20},
+    }
+    (tmp_path / "easy.yaml").write_text(yaml.safe_dump(suite))
+    assert run_here("--suite", "easy.yaml", "--local-dir", copies, "--output-dir", "x") == 0
+    manifest = manifest_of(tmp_path / "x")
+    assert manifest["tasks"]["algebra"]["levels"] == {"1": 10, "2": 10}
+    assert manifest["tasks"]["geometry"]["levels"] == {"5": 10}
+    assert manifest["tasks"]["algebra"]["counts"]["of other levels"] == 42
+    assert manifest["files"]["meta_test/geometry_test.parquet"]["rows"] == 4
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+WRONG_FLAGS = {
+    "suite of the embedded source": (
+        ["--source", "reasoning_gym", "--suite", "guide"],
+        "--suite means nothing with --source reasoning_gym",
+    ),
+    "two suites": (["--suite", "guide", "--benchmark", "bbh"], "--suite is guide and --benchmark is bbh"),
+    "unknown suite": (["--suite", "poetry"], "--suite is poetry"),
+    "task of another suite": (["--suite", "guide", "--tasks", "physics"], "'physics', which is no task of suite guide"),
+    "no folder": (["--suite", "guide", "--local-dir", "nowhere"], "--local-dir is nowhere"),
+    "revision without commit": (["--suite", "guide", "--revision", "openai/gsm8k"], "--revision is 'openai/gsm8k'"),
+    "revision of nothing": (["--suite", "guide", "--revision", "a/b=c"], "--revision names a/b, which is not used"),
+    "licence": (["--suite", "science"], "give --accept-licence sciq"),
+    "needless consent": (["--suite", "guide", "--accept-licence", "gsm8k"], "'gsm8k', which needs no consent"),
+    "no mapping": (["--source", "local"], "there is no --mapping"),
+    "mapping of the hub": (["--source", "hub", "--mapping", "x.yaml"], "--mapping means nothing with --source hub"),
+    "missing mapping": (["--mapping", "x.yaml"], "--mapping is x.yaml, which is no file"),
+    "sizes": (["--suite", "guide", "--samples-per-task", "3"], "--samples-per-task is 3"),
+    "dry run of the embedded source": (["--dry-run"], "--dry-run means nothing with --source reasoning_gym"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_wrong_flags(case, run_here, tmp_path, capsys):
+    flags, message = WRONG_FLAGS[case]
+    assert run_here(*flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_copy(run_here, copies, tmp_path, capsys):
+    assert run_here("--suite", "guide", "--local-dir", copies, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"EleutherAI/hendrycks_math at revision {SOURCES['math'].revision}, licence MIT" in out
+    assert re.search(r"algebra/train-00000-of-00001.parquet: [\d.]+ kB", out)
+    assert "train  algebra: 100 support, 167 query, 400 test, from math/algebra" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_without_a_network_shows_patterns(run_here, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert run_here("--benchmark", "bbh", "--tasks", "navigate", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "SaylorTwift/bbh at revision main" in out and "sizes unknown: " in out
+    assert "navigate/test-*.parquet" in out and "250 test per task" in out
+
+
+# ---- documentation --------------------------------------------------------------------------------------------------
+
+
+def test_every_source_and_suite_is_in_the_documentation():
+    text = (Path(prepare_data.__file__).parent / "docs/sources.md").read_text()
+    table = text.split("## Sources")[1].split("## Suites")[0]
+    rows = {line.split("|")[1].strip(" `"): line for line in table.splitlines() if line.startswith("| `")}
+    for name, source in SOURCES.items():
+        assert name in rows, f"docs/sources.md has no row for {name}"
+        for part in (source.repository, source.licence.split(" (")[0].split(";")[0], source.scorer):
+            assert part in rows[name], (name, part)
+        assert set(splits_of(source)) <= set(source.files)
+    for suite in shipped_suites():
+        assert f"`{suite}`" in text
