@@ -56,7 +56,8 @@ def _opening(analysis: Analysis) -> Text:
     runs = analysis.experiments.runs.values()
     finished = sum(run.state == FINISHED for run in runs)
     parts: list[Inline] = [f"Scale {document.get('scale')}; {finished} of {len(runs)} runs finished; "]
-    parts += [f"device {provenance.get('device') or 'unknown'}; commit ", Mono(str(provenance.get("commit") or "unknown")[:12])]
+    commit = Mono(str(provenance.get("commit") or "unknown")[:12])
+    parts += [f"device {provenance.get('device') or 'unknown'}; commit ", commit]
     return (*parts, f"; last run {time_text(document.get('updated'))}.")
 
 

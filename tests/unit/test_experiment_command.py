@@ -26,7 +26,7 @@ def main(*arguments):
         (["--seeds", "-1"], "--seeds is [-1]: give whole numbers, at least 0"),
         (
             ["--arms", "meta_lora_1000"],
-            "--arms names meta_lora_1000, which is in none of the suites: choose from fomaml_300,",
+            "--arms names meta_lora_1000, which is in none of the suites: choose from meta_lora_100,",
         ),
         (["--model", "models/none"], "model.path='models/none' does not exist"),
         (["--output-dir", "Makefile"], "--output-dir is Makefile, which is a file: give a folder"),

@@ -163,7 +163,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ValueError, match=r"runs/data/run.json is not readable JSON .*: delete its folder to run it again"
     ):
         opened(tmp_path)
-    for content, words in (("{", "is not readable JSON"), ("[]", "has the format None"), ('{"format": 2}', "has the format 2")):
+    for content, words in (
+        ("{", "is not readable JSON"),
+        ("[]", "has the format None"),
+        ('{"format": 2}', "has the format 2"),
+    ):
         (tmp_path / "out" / "experiments.json").write_text(content)
         with pytest.raises(ValueError, match=f"experiments.json {words}"):
             opened(tmp_path)
