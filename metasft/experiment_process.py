@@ -56,6 +56,7 @@ def main(folder: Path, caller: int) -> int:
             record = {**record, "state": "running", "attempts": record["attempts"] + 1, "started": now(), "error": None}
             write_record(folder, record)
             outcome = _execute(folder, record, lock)
+            _heed_no_signals()
             write_record(folder, {**record, **outcome, "finished": now()})
             return 0 if outcome["state"] == "finished" else 1
     except BlockingIOError:
@@ -83,11 +84,12 @@ def _execute(folder: Path, record: Mapping[str, Any], lock: IO[str]) -> dict[str
         log.write(f"--- attempt {record['attempts']}, {record['started']}: {' '.join(record['command'])}\n".encode())
         log.flush()
         begin = log.tell()
-        try:
+        try:  # Popen as well: a signal may come when the script is there and Popen has not returned
             process = subprocess.Popen(
                 record["command"], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=_end_with_parent,
             )  # fmt: skip
+            returncode, peak, step_times = _wait(process.pid, metrics if record["summary"] else None)
         except OSError as error:
             return {
                 "state": "failed",
@@ -95,8 +97,6 @@ def _execute(folder: Path, record: Mapping[str, Any], lock: IO[str]) -> dict[str
                 "seconds": 0.0,
                 "error": f"{record['command'][0]}: {error.strerror}",
             }
-        try:
-            returncode, peak, step_times = _wait(process.pid, metrics if record["summary"] else None)
         finally:
             _end_descendants()
     outcome = {
@@ -161,8 +161,13 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)
+    _heed_no_signals()  # once is enough: what has been started is now ended
     raise Stopped
+
+
+def _heed_no_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _last_lines(path: Path, begin: int) -> str:

@@ -15,9 +15,9 @@ import pytest
 from experiment_files import BASE, META_LORA, MIXED, SINGLE, write_scale, write_suite
 from script_runner import ROOT, must_run, run_script, script_environment
 
+pytestmark = pytest.mark.slow  # a dozen trainings and evaluations; minutes beside other work
 PATIENCE = 600  # seconds, for a machine that does much else
-# `hopeless` and, at first, `mended` ask for more query examples than there are, which only the trainer finds out.
-TOO_MANY = {"meta.query_samples": 1000}
+TOO_MANY = {"meta.query_samples": 1000}  # more than there are, which only the trainer finds out
 SAME_AS_PLAIN = {"trainer.project_name": "other"}  # another command that computes the same
 
 
@@ -93,10 +93,11 @@ def _command_line(process):
         return []
 
 
-def wait_for(condition):
+def wait_for(condition, process=None):
+    """Wait until it happens, which it will not once the process has ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), "it did not happen"
         time.sleep(0.1)
 
 
@@ -121,11 +122,13 @@ def arms(mended):
 @pytest.fixture(scope="module")
 def killed(runner):
     """The first start, with a second one beside it, killed in the middle. Returns what is known of that moment."""
-    write_suite(runner.folder, arms(TOO_MANY), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}])
+    write_suite(
+        runner.folder, arms({**SAME_AS_PLAIN, **TOO_MANY}), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}]
+    )
     process = runner.start()
-    wait_for((runner.out / "experiments.json").is_file)
+    wait_for((runner.out / "experiments.json").is_file, process)
     second = runner.run()
-    wait_for(lambda: runner.said().count(" skipped: ") == 2 and runner.in_state("running"))
+    wait_for(lambda: runner.said().count(" skipped: ") == 2 and runner.in_state("running"), process)
     running = runner.in_state("running")
     code = runner.end(process, signal.SIGKILL)
     finished = runner.in_state("finished")
@@ -247,7 +250,7 @@ def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_
     interrupted = []
     for kind, number in moments:
         process = disturbed.start()
-        wait_for(lambda kind=kind: something_runs(kind))
+        wait_for(lambda kind=kind: something_runs(kind), process)
         time.sleep(4)
         interrupted += something_runs(kind)
         code = disturbed.end(process, number)

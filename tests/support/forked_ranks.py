@@ -43,7 +43,7 @@ class Ranks:
         """Exit codes, None for ranks that run; negative for the signal that ended one."""
         return [self.server.ask(poll=pid) for pid in self.pids]
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = 900) -> list[int]:
         """Exit codes of all ranks; once one has ended with another than 0, the others are killed, as torchrun does."""
         deadline, grace = time.monotonic() + timeout, None
         while None in (codes := self.ended()):

@@ -62,12 +62,12 @@ def a_tree(folder):
 
 def test_a_run_is_recorded_with_its_log_and_costs(tmp_path):
     code = (
-        "import os; block = bytearray(200_000_000); block[::4096] = block[::4096]\n"
+        "import os; block = bytearray(64_000_000); block[::4096] = block[::4096]\n"
         "print(os.getcwd(), os.environ['FLAVOUR'], repr(os.environ['CUDA_VISIBLE_DEVICES']), os.environ.get('RANK'))"
     )
     record = run(tmp_path, ["python", "-c", code], environment={"FLAVOUR": "vanilla"}, attempts=1)
     assert (record["state"], record["returncode"], record["attempts"], record["error"]) == ("finished", 0, 2, None)
-    assert 0 < record["seconds"] < PATIENCE and 200e6 < record["peak_memory_bytes"] < 400e6
+    assert 0 < record["seconds"] < PATIENCE and 64e6 < record["peak_memory_bytes"] < 200e6
     assert record["started"] <= record["finished"]
     log = (tmp_path / "log.txt").read_text().splitlines()
     assert log[0].startswith("--- attempt 2, 20") and log[-1] == f"{ROOT} vanilla '' None"
@@ -103,6 +103,34 @@ def test_a_run_that_is_stopped_waits_again_and_leaves_no_process_behind(tmp_path
     assert (record["state"], record["attempts"]) == ("waiting", 1)
 
 
+def test_a_run_that_is_stopped_while_it_starts_leaves_no_process_behind(tmp_path):
+    words = prepare(tmp_path, a_tree(tmp_path))
+    changes = f"""
+start, pids = subprocess.Popen, Path({str(tmp_path)!r}) / "pids"
+def stopped_in(*arguments, **options):
+    start(*arguments, **options)
+    while not (pids.exists() and pids.read_text().endswith(".\\n")):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen = stopped_in
+"""
+    assert subprocess.run(changed(words, changes), cwd=ROOT, check=False, timeout=PATIENCE).returncode == 1
+    assert not any(psutil.pid_exists(int(pid)) for pid in (tmp_path / "pids").read_text().split()[:-1])
+    assert read_record(tmp_path)["state"] == "waiting"
+
+
+def changed(words, changes):
+    """The command of :func:`prepare` with lines of Python that run before it, where ``p`` is the module."""
+    lines = (
+        "import os, signal, subprocess, sys, time",
+        "from pathlib import Path",
+        "import metasft.experiment_process as p",
+        changes,
+        "sys.exit(p.main(Path(sys.argv[1]), os.getppid()))",
+    )
+    return [PYTHON, "-c", "\n".join(lines), words[3]]
+
+
 def test_a_run_ends_when_its_caller_is_killed(tmp_path):
     """The caller stands for a Ray worker that was killed with its driver."""
     code = (
@@ -121,10 +149,8 @@ def test_a_run_ends_when_its_caller_is_killed(tmp_path):
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
     words = prepare(tmp_path, ["sh", "-c", f"touch {tmp_path}/ran"])
-    code = "import os, sys; from pathlib import Path; import metasft.experiment_process as p; p.GRACE_SECONDS = 0.1\n"
-    code += "sys.exit(p.main(Path(sys.argv[1]), os.getppid()))"
     with locked(tmp_path):
-        subprocess.run([PYTHON, "-c", code, words[3]], cwd=ROOT, check=False, timeout=PATIENCE)
+        subprocess.run(changed(words, "p.GRACE_SECONDS = 0.1"), cwd=ROOT, check=False, timeout=PATIENCE)
     record = read_record(tmp_path)
     assert record["state"] == "failed" and record["error"] == f"another process still works in {tmp_path.name}"
     assert not (tmp_path / "ran").exists()
