@@ -175,7 +175,7 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, options: argparse.Namespace) -> None:
-    from metasft.experiment_report import COMPARISON_FIGURE, write_report
+    from metasft.experiment_report.report import COMPARISON_FIGURE, write_report
 
     report = write_report(folder, options.output)
     figure = report / COMPARISON_FIGURE

@@ -25,10 +25,10 @@ from metasft.installed import require
 
 require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
 
-from metasft.experiment_plan import Plan, make_plan, shell_line  # noqa: E402  (after the check above)
-from metasft.experiment_runner import run_all  # noqa: E402
-from metasft.experiment_store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
-from metasft.experiments import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
+from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402  (after the check above)
+from metasft.experiments.runner import run_all  # noqa: E402
+from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
+from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +153,7 @@ def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
 
 
 def _report(output: Path) -> int:
-    from metasft.experiment_report import write_report
+    from metasft.experiment_report.report import write_report
 
     print(f"report: {write_report(ROOT / output)}")
     return 0

@@ -777,7 +777,7 @@ def evaluation(settings: Settings) -> dict[str, Any]:
     def grid(
         cells_per_batch: int | None, n_shots: tuple[int, ...], limit: int, *, packed: bool = True
     ) -> dict[str, Any]:
-        unpacked = patch("metasft.few_shot_model.why_not_packed", lambda *_: "padded for the comparison")
+        unpacked = patch("metasft.few_shot.model.why_not_packed", lambda *_: "padded for the comparison")
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()),

@@ -1,7 +1,7 @@
 """Few-shot evaluation: adapt a model on N shots of an unseen task, then test the adapted model.
 
-The protocol is in :mod:`metasft.few_shot_protocol`. This module plans, checks and counts, without torch;
-:mod:`metasft.few_shot_model` holds what needs a model.
+The protocol is in :mod:`metasft.few_shot.protocol`. This module plans, checks and counts, without torch;
+:mod:`metasft.few_shot.model` holds what needs a model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from metasft.checkpoint import write_json
-from metasft.few_shot_protocol import (
+from metasft.few_shot.protocol import (
     BACKENDS,
     DTYPES,
     MODEL_TYPES,
@@ -23,9 +23,9 @@ from metasft.few_shot_protocol import (
     read_training_tasks,
     shot_indices,
 )
-from metasft.few_shot_source import Adaptation, ModelSource, find_model_source, hash_file
-from metasft.few_shot_statistics import accuracy_interval, format_table, summarise_cells
-from metasft.few_shot_store import ResultStore
+from metasft.few_shot.source import Adaptation, ModelSource, find_model_source, hash_file
+from metasft.few_shot.statistics import accuracy_interval, format_table, summarise_cells
+from metasft.few_shot.store import ResultStore
 
 __all__ = [
     "BACKENDS",
@@ -58,7 +58,7 @@ def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, An
     training_tasks = _training_tasks(config) if searching else []
     source = find_model_source(config)
 
-    from metasft.few_shot_open import open_model
+    from metasft.few_shot.open import open_model
 
     opened = open_model(config, source)
     settings = _settings(config, tasks, source, opened)
@@ -97,7 +97,7 @@ class _LoadedOnce:
 
     def get(self) -> Any:
         if self.model is None:
-            from metasft.few_shot_model import FewShotModel
+            from metasft.few_shot.model import FewShotModel
 
             self.model = FewShotModel(self.config, self.opened)
         return self.model
@@ -144,7 +144,7 @@ def _run_missing(
 ) -> None:
     from tqdm import tqdm
 
-    from metasft.few_shot_model import Job
+    from metasft.few_shot.model import Job
 
     missing = [cell for cell in planned if cell not in store.cells]
     # Cells that differ in the step alone are points of one adaptation.
@@ -177,7 +177,7 @@ def _run_missing(
 
 
 def _training_tasks(config: EvaluationConfig) -> list[TestTask]:
-    from metasft.few_shot_search import SEARCH_SHOTS
+    from metasft.few_shot.search import SEARCH_SHOTS
 
     return read_training_tasks(config, shots=SEARCH_SHOTS, limit=config.search_limit)
 
@@ -186,7 +186,7 @@ def _search(
     config: EvaluationConfig, settings: Mapping[str, Any], tasks: Sequence[TestTask], loaded: _LoadedOnce
 ) -> Adaptation:
     """The searched adaptation, from the output folder where an equal search is there already."""
-    from metasft.few_shot_search import SEARCH_GRID, choose, means, read_search, search, search_settings
+    from metasft.few_shot.search import SEARCH_GRID, choose, means, read_search, search, search_settings
 
     path = config.output_dir / f"{config.model_type}_search.json"
     own = search_settings(config, settings, tasks)

@@ -25,14 +25,14 @@ from unittest.mock import patch
 
 from doc_pages import Page
 
-from metasft import experiment_plan, experiments
 from metasft.config import check_micro_batches, check_model_path, check_training_config, resolve_task_group
-from metasft.experiment_config import compose
-from metasft.few_shot_protocol import EvaluationConfig
-from metasft.few_shot_source import EMBEDDED_MODEL
+from metasft.experiments import plan, suites
+from metasft.experiments.config import compose
+from metasft.few_shot.protocol import EvaluationConfig
+from metasft.few_shot.source import EMBEDDED_MODEL
 from metasft.tasks import all_tasks
 
-ROOT = experiments.ROOT
+ROOT = suites.ROOT
 PLACEHOLDERS = {"host": "localhost", "model": EMBEDDED_MODEL, "name": "name"}
 VARIABLES = {"seed": "1"}  # of commands that a sentence asks to repeat
 SHELLS = ("bash", "sh", "shell", "console")
@@ -169,8 +169,8 @@ class CommandChecker:
     # ---- trainers ---------------------------------------------------------------------------------------------------
 
     def _meta_learner(self, script: str, arguments: Sequence[str], processes: int) -> None:
-        method, default_name = next((m, name) for m, (s, name) in experiment_plan.SCRIPTS.items() if s == script)
-        config = _composed(arguments, ROOT, experiment_plan.CONFIG_DIR, default_name)
+        method, default_name = next((m, name) for m, (s, name) in plan.SCRIPTS.items() if s == script)
+        config = _composed(arguments, ROOT, plan.CONFIG_DIR, default_name)
         meta = check_training_config(_with_any_model(config), method)
         lora = config["model"]["lora_rank"] > 0
         group = resolve_task_group(meta, world_size=processes, lora=lora)
@@ -249,9 +249,9 @@ class CommandChecker:
         import run_experiments
 
         options = _parsed(run_experiments._parser(), arguments)
-        scale, suites = experiments.read_scale(options.scale), experiments.read_suites(options.suite)
-        experiments.check_seeds(options.seeds or scale.seeds)
-        arms = {name for suite in suites for name in suite.arms}
+        scale, chosen = suites.read_scale(options.scale), suites.read_suites(options.suite)
+        suites.check_seeds(options.seeds or scale.seeds)
+        arms = {name for suite in chosen for name in suite.arms}
         for arm in options.arms or ():
             if arm not in arms:
                 raise ValueError(f"--arms names {arm}, which is in none of the suites")
@@ -320,7 +320,7 @@ _PROGRAMS = {
     "git": CommandChecker._exactly,
 }
 _SCRIPTS = {
-    **{script: CommandChecker._meta_learner for script, _ in experiment_plan.SCRIPTS.values()},
+    **{script: CommandChecker._meta_learner for script, _ in plan.SCRIPTS.values()},
     "prepare_math_science_data.py": CommandChecker._prepare,
     "evaluate_few_shot.py": CommandChecker._evaluate,
     "compare_methods.py": CommandChecker._compare,

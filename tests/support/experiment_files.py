@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from metasft.experiment_plan import Plan, make_plan
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.plan import Plan, make_plan
+from metasft.experiments.suites import read_scale, read_suites
 
 REMOVED = object()
 """As a value in place of one of a file: the key is left out."""

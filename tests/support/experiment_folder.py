@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metasft.few_shot_statistics import summarise_cells
+from metasft.few_shot.statistics import summarise_cells
 
 TASKS = ("calculus", "theorem_proving")
 TRAINING_TASKS = ("algebra", "geometry")
@@ -344,8 +344,8 @@ def _write_cells(folder: Path, model_type: str, cells: Sequence[Any], by: str, k
 
 def analysis_of(folder: Path, arms: Mapping[str, FakeArm] | None = None, **options: Any) -> Any:
     """Everything the report says of a synthetic folder with these arms; no benchmark was run."""
-    from metasft.experiment_analysis import analyse
-    from metasft.experiment_results import read_experiments
+    from metasft.experiment_report.analysis import analyse
+    from metasft.experiment_report.results import read_experiments
 
     write_experiments(folder, arms, **{"items": ITEMS, **options})
     return analyse(read_experiments(folder), folder / "no benchmark")

@@ -14,9 +14,9 @@ from doc_pages import Page, broken_links, paths_in_tree, read_page
 from script_runner import ROOT
 
 from metasft.config import METHODS, MetaConfig
-from metasft.experiment_config import compose
-from metasft.experiment_plan import CONFIG_DIR, SCRIPTS, make_plan
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.config import compose
+from metasft.experiments.plan import CONFIG_DIR, SCRIPTS, make_plan
+from metasft.experiments.suites import read_scale, read_suites
 
 TWINS = {"README.md": "README.zh-CN.md", "docs/experiments.md": "docs/experiments.zh-CN.md"}
 PAGES = sorted(

@@ -21,10 +21,10 @@ from few_shot_data import (
 )
 
 from metasft.evaluation import accuracy_interval, summarise_cells
-from metasft.few_shot_open import open_model
-from metasft.few_shot_protocol import Cell, plan_cells, read_test_tasks, shot_indices
-from metasft.few_shot_source import find_model_source, recorded_adaptation, resolve_adaptation
-from metasft.few_shot_store import ResultStore
+from metasft.few_shot.open import open_model
+from metasft.few_shot.protocol import Cell, plan_cells, read_test_tasks, shot_indices
+from metasft.few_shot.source import find_model_source, recorded_adaptation, resolve_adaptation
+from metasft.few_shot.store import ResultStore
 
 
 @pytest.fixture

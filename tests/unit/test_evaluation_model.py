@@ -21,9 +21,9 @@ from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasft.episodes import ShuffledStream
-from metasft.few_shot_open import load_verl_lora
-from metasft.few_shot_protocol import shot_indices
-from metasft.few_shot_source import EMBEDDED_MODEL, find_model_source
+from metasft.few_shot.open import load_verl_lora
+from metasft.few_shot.protocol import shot_indices
+from metasft.few_shot.source import EMBEDDED_MODEL, find_model_source
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from experiment_files import model_folder
 from script_runner import ROOT
 
 import run_experiments
-from metasft.experiment_plan import make_plan
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.plan import make_plan
+from metasft.experiments.suites import read_scale, read_suites
 
 
 def main(*arguments):

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from script_runner import ROOT
 
-from metasft.experiment_process import _last_lines, _write_summary
-from metasft.experiment_store import locked, read_record, write_record
+from metasft.experiments.process import _last_lines, _write_summary
+from metasft.experiments.store import locked, read_record, write_record
 
 PYTHON = sys.executable
 PATIENCE = 120  # seconds, for a machine that does much else
@@ -24,7 +24,7 @@ def prepare(folder, command, **record):
     """What the runner writes before it hands a run over."""
     entries = {"state": "waiting", "attempts": 0, "environment": {}, "gpus": 0, "summary": None, "error": None}
     write_record(folder, {**entries, "command": list(map(str, command)), **record})
-    return [PYTHON, "-m", "metasft.experiment_process", str(folder), str(os.getpid())]
+    return [PYTHON, "-m", "metasft.experiments.process", str(folder), str(os.getpid())]
 
 
 def run(folder, command, **record):
@@ -124,7 +124,7 @@ def changed(words, changes):
     lines = (
         "import os, signal, subprocess, sys, time",
         "from pathlib import Path",
-        "import metasft.experiment_process as p",
+        "import metasft.experiments.process as p",
         changes,
         "sys.exit(p.main(Path(sys.argv[1]), os.getppid()))",
     )

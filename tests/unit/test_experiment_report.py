@@ -27,12 +27,23 @@ from experiment_folder import (
 from scipy import stats
 
 import compare_methods
-from metasft.experiment_analysis import analyse, as_document
-from metasft.experiment_costs import factors, sharing
-from metasft.experiment_page import Badge, Bullets, Code, Details, Mono, Paragraph, Small, Table, to_html, to_markdown
-from metasft.experiment_report import COMPARISON_FIGURE, write_report
-from metasft.experiment_results import Run, read_experiments
-from metasft.experiment_sections import page
+from metasft.experiment_report.analysis import analyse, as_document
+from metasft.experiment_report.costs import factors, sharing
+from metasft.experiment_report.page import (
+    Badge,
+    Bullets,
+    Code,
+    Details,
+    Mono,
+    Paragraph,
+    Small,
+    Table,
+    to_html,
+    to_markdown,
+)
+from metasft.experiment_report.report import COMPARISON_FIGURE, write_report
+from metasft.experiment_report.results import Run, read_experiments
+from metasft.experiment_report.sections import page
 from metasft.paired import ALL_SHOTS
 
 AXIS_SUITE = {

@@ -16,8 +16,8 @@ from experiment_files import (
     write_suite,
 )
 
-from metasft.experiment_plan import make_plan
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.plan import make_plan
+from metasft.experiments.suites import read_scale, read_suites
 
 SUITES = ("inner_steps", "matrix", "rank", "samples", "two_stage")
 

@@ -10,10 +10,10 @@ import pytest
 from experiment_folder import ITEMS, FakeArm, analysis_of, arm, matrix_arms, some_answers, write_experiments
 from scipy import stats
 
-from metasft.experiment_analysis import analyse
-from metasft.experiment_results import read_experiments
-from metasft.experiment_statistics import accuracy_limits, compare, mean_limits, over_seeds
-from metasft.few_shot_statistics import accuracy_interval
+from metasft.experiment_report.analysis import analyse
+from metasft.experiment_report.results import read_experiments
+from metasft.experiment_report.statistics import accuracy_limits, compare, mean_limits, over_seeds
+from metasft.few_shot.statistics import accuracy_interval
 from metasft.paired import ALL_SHOTS, compare_pair, crossed_estimate, run_estimate
 from metasft.report import Method
 

@@ -9,10 +9,10 @@ import pytest
 from experiment_files import BASE, FOMAML, META_LORA, MIXED, model_folder, plan_of, write_scale, write_suite
 
 import run_experiments
-from metasft.experiment_plan import make_plan
-from metasft.experiment_runner import Progress, _check_resources, _schedule, time_left
-from metasft.experiment_search import fill_in, read_choice
-from metasft.experiment_store import (
+from metasft.experiments.plan import make_plan
+from metasft.experiments.runner import Progress, _check_resources, _schedule, time_left
+from metasft.experiments.search import fill_in, read_choice
+from metasft.experiments.store import (
     ExperimentStore,
     command_of,
     finished_searches,
@@ -21,7 +21,7 @@ from metasft.experiment_store import (
     read_record,
     write_record,
 )
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.suites import read_scale, read_suites
 
 ARMS = {"a": META_LORA, "f": FOMAML}
 SLOWER = {**META_LORA, "overrides": {"meta.num_inner_steps": 3}}

@@ -19,9 +19,9 @@ from experiment_folder import (
 )
 from scipy import stats
 
-from metasft.experiment_analysis import analyse
-from metasft.experiment_results import read_experiments
-from metasft.experiment_statistics import gain_from_shots
+from metasft.experiment_report.analysis import analyse
+from metasft.experiment_report.results import read_experiments
+from metasft.experiment_report.statistics import gain_from_shots
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from script_runner import ROOT
 
-from metasft.experiment_config import overrides_of
-from metasft.experiment_plan import identity, make_plan
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.config import overrides_of
+from metasft.experiments.plan import identity, make_plan
+from metasft.experiments.suites import read_scale, read_suites
 
 SUITES = ("inner_steps", "matrix", "rank", "samples", "two_stage")
 SCALES = ("smoke", "cpu", "gpu")
@@ -277,10 +277,10 @@ def test_planning_needs_no_torch():
     code = """
 import sys
 from pathlib import Path
-from metasft.experiment_plan import make_plan
-from metasft.experiment_store import ExperimentStore
-from metasft.experiment_runner import run_all
-from metasft.experiments import read_scale, read_suites
+from metasft.experiments.plan import make_plan
+from metasft.experiments.store import ExperimentStore
+from metasft.experiments.runner import run_all
+from metasft.experiments.suites import read_scale, read_suites
 make_plan(read_suites(["two_stage"]), read_scale("smoke"), Path("results/never-there"))
 assert not {"torch", "verl", "ray", "datasets"} & set(sys.modules)
 """

@@ -192,7 +192,7 @@ def test_a_plain_chat_template_trains_and_evaluates(bare_model, tmp_path):
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 
-    from metasft.few_shot_open import load_transformers
+    from metasft.few_shot.open import load_transformers
     from metasft.task_data import TokenizedSet
 
     before = {path.name: path.read_bytes() for path in bare_model.iterdir()}

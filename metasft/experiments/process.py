@@ -1,6 +1,6 @@
 """One run: the script as a subprocess with its log and its costs, and nothing of it outlives the scheduler.
 
-    python -m metasft.experiment_process <run folder> <process id of the caller>
+    python -m metasft.experiments.process <run folder> <process id of the caller>
 
 does what ``run.json`` in the folder says and writes there how it went. It stands between a Ray worker and the script
 because a worker may be killed without a chance to clean up: this process hears of that from the kernel and ends the
@@ -26,8 +26,8 @@ from typing import IO, Any
 import psutil
 
 from metasft.checkpoint import size_bytes, write_json
-from metasft.experiment_store import LOG_FILE, device_name, locked, now, package_versions, read_record, write_record
-from metasft.experiments import ROOT
+from metasft.experiments.store import LOG_FILE, device_name, locked, now, package_versions, read_record, write_record
+from metasft.experiments.suites import ROOT
 
 LOG_LINES = 20
 GRACE_SECONDS = 10.0

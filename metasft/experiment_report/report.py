@@ -1,10 +1,10 @@
 """The comparison report: one self-contained folder with ``index.html``, ``report.md``, ``report.json`` and its figures.
 
-    from metasft.experiment_report import write_report
+    from metasft.experiment_report.report import write_report
     write_report(Path("results/experiments/cpu"))
 
-Reading is :mod:`metasft.experiment_results`, numbers :mod:`metasft.experiment_analysis`, text
-:mod:`metasft.experiment_sections`. Every number comes from the files of the runs; the same files give the same report.
+Reading is ``results``, numbers ``analysis``, text ``sections``, the page ``page`` and ``style``. Every
+number comes from the files of the runs; the same files give the same report.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from metasft.checkpoint import replacing_folder, write_json
-from metasft.experiment_analysis import Analysis, analyse, as_document
-from metasft.experiment_costs import PERFORMANCE_FILE
-from metasft.experiment_figures import (
+from metasft.experiment_report.analysis import Analysis, analyse, as_document
+from metasft.experiment_report.costs import PERFORMANCE_FILE
+from metasft.experiment_report.figures import (
     Series,
     draw_ablation,
     draw_costs,
@@ -26,9 +26,9 @@ from metasft.experiment_figures import (
     draw_training,
     save,
 )
-from metasft.experiment_page import Picture, to_html, to_markdown
-from metasft.experiment_results import MATRIX, META_LEARNED, Arm, Suite, read_experiments
-from metasft.experiment_sections import page
+from metasft.experiment_report.page import Picture, to_html, to_markdown
+from metasft.experiment_report.results import MATRIX, META_LEARNED, Arm, Suite, read_experiments
+from metasft.experiment_report.sections import page
 from metasft.report import ALL_TASKS, Method, choose_shots, choose_tasks, draw_comparison, save_figure
 
 REPORT_FOLDER = "report"

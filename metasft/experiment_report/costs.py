@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from metasft.experiment_results import Arm, Run, number
+from metasft.experiment_report.results import Arm, Run, number
 from metasft.report import read_json
 
-PERFORMANCE_FILE = Path(__file__).resolve().parents[1] / "docs" / "performance.json"
+PERFORMANCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "performance.json"
 FACTORS = {
     "samples": "sample count",
     "optimizer_traffic": "optimizer and restore traffic",

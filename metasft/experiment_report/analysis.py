@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from metasft.experiment_checklists import Evidence, Finding, checklists
-from metasft.experiment_costs import PERFORMANCE_FILE, Cost, Factor, Ratio, cost, factors, ratios, sharing
-from metasft.experiment_exports import read_export
-from metasft.experiment_results import FINISHED, MATRIX, META_LEARNED, Arm, Experiments, Suite
-from metasft.experiment_statistics import (
+from metasft.experiment_report.checklists import Evidence, Finding, checklists
+from metasft.experiment_report.costs import PERFORMANCE_FILE, Cost, Factor, Ratio, cost, factors, ratios, sharing
+from metasft.experiment_report.exports import read_export
+from metasft.experiment_report.results import FINISHED, MATRIX, META_LEARNED, Arm, Experiments, Suite
+from metasft.experiment_report.statistics import (
     Comparison,
     Groups,
     Score,
@@ -22,7 +22,7 @@ from metasft.experiment_statistics import (
     places,
     score,
 )
-from metasft.experiment_verdict import MARGIN, Condition, Verdict, judge, margin_of
+from metasft.experiment_report.verdict import MARGIN, Condition, Verdict, judge, margin_of
 from metasft.paired import Estimate
 from metasft.report import ALL_TASKS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.checkpoint import ADAPTATION_FILE
-from metasft.few_shot_protocol import (
+from metasft.few_shot.protocol import (
     DEFAULT_LR_ALL,
     DEFAULT_LR_LORA,
     DEFAULT_OPTIMIZER,

@@ -22,16 +22,16 @@ from metasft.config import (
     check_training_config,
     resolve_task_group,
 )
-from metasft.experiment_config import compose, overrides_of
-from metasft.experiment_flags import (
+from metasft.experiments.config import compose, overrides_of
+from metasft.experiments.flags import (
     as_flags,
     check_data,
     check_evaluation,
     check_scale_evaluation,
     evaluation_command,
 )
-from metasft.experiment_search import Search, choose_searches, placeholders
-from metasft.experiments import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
+from metasft.experiments.search import Search, choose_searches, placeholders
+from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
 
 CONFIG_DIR = "data/math_science_meta"
 SCRIPTS = {

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from metasft.experiment_costs import Ratio
-from metasft.experiment_exports import Export
-from metasft.experiment_results import Arm, Replicate, number
-from metasft.experiment_statistics import Comparison, Difference, gain_from_shots, nats_text, points_text
+from metasft.experiment_report.costs import Ratio
+from metasft.experiment_report.exports import Export
+from metasft.experiment_report.results import Arm, Replicate, number
+from metasft.experiment_report.statistics import Comparison, Difference, gain_from_shots, nats_text, points_text
 from metasft.paired import Estimate, run_estimate
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from metasft.experiment_results import Arm, Replicate, number
-from metasft.few_shot_statistics import accuracy_interval
+from metasft.experiment_report.results import Arm, Replicate, number
+from metasft.few_shot.statistics import accuracy_interval
 from metasft.paired import (
     ALL_SHOTS,
     LEVEL,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.experiment_costs import Cost, Figure
-from metasft.experiment_results import Arm
-from metasft.experiment_statistics import Score
+from metasft.experiment_report.costs import Cost, Figure
+from metasft.experiment_report.results import Arm
+from metasft.experiment_report.statistics import Score
 from metasft.paired import ALL_SHOTS
 from metasft.report import ALL_TASKS, MARKERS
 

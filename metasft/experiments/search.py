@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.experiments import Arm, Scale
+from metasft.experiments.suites import Arm, Scale
 
 CHOICE_FILE = "{model_type}_search.json"
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from metasft.experiment_style import STYLE
+from metasft.experiment_report.style import STYLE
 
 # ------------------------------------------------------------------------------------------------------- the blocks
 

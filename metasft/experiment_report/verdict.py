@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metasft.experiment_results import Experiments
-from metasft.experiment_statistics import Comparison, Difference, compare, points_text, sizes_text
+from metasft.experiment_report.results import Experiments
+from metasft.experiment_report.statistics import Comparison, Difference, compare, points_text, sizes_text
 
 MARGIN = 0.03
 LARGE_GAP = 0.10

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from metasft.experiment_analysis import Analysis
-from metasft.experiment_checklists import INCONCLUSIVE, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
-from metasft.experiment_page import (
+from metasft.experiment_report.analysis import Analysis
+from metasft.experiment_report.checklists import INCONCLUSIVE, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
+from metasft.experiment_report.page import (
     Badge,
     Block,
     Bullets,
@@ -23,9 +23,9 @@ from metasft.experiment_page import (
     Table,
     Text,
 )
-from metasft.experiment_results import FINISHED, Run
-from metasft.experiment_statistics import points
-from metasft.experiment_verdict import LARGE_GAP, MARGIN
+from metasft.experiment_report.results import FINISHED, Run
+from metasft.experiment_report.statistics import points
+from metasft.experiment_report.verdict import LARGE_GAP, MARGIN
 
 _TONES = {SUPPORTED: "good", NOT_SUPPORTED: "bad", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
 _STATES = {FINISHED: "good", "failed": "bad", "skipped": "bad", "running": "open", "waiting": "none"}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from metasft.checkpoint import AdapterCheckpoint, load_adapter_folder, load_meta_lora
-from metasft.few_shot_protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
-from metasft.few_shot_source import (
+from metasft.few_shot.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
+from metasft.few_shot.source import (
     Adaptation,
     ModelSource,
     check_model_folder,

@@ -1,6 +1,6 @@
 """The output folder of experiments: ``run.json`` per run, ``experiments.json`` over all, and the locks.
 
-``run.json`` is the truth about a run: the process that runs it writes it (:mod:`metasft.experiment_process`), so that a
+``run.json`` is the truth about a run: the process that runs it writes it (``process``), so that a
 run that finished while the scheduler was dying is not lost. ``experiments.json`` is made from those files and the plan.
 """
 
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from metasft.checkpoint import write_json
-from metasft.experiment_plan import Plan, identity
-from metasft.experiment_search import fill_in, read_choice
-from metasft.experiments import META_LEARNERS, ROOT
+from metasft.experiments.plan import Plan, identity
+from metasft.experiments.search import fill_in, read_choice
+from metasft.experiments.suites import META_LEARNERS, ROOT
 
 FORMAT = 1
 PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy", "ray", "reasoning-gym")

@@ -1,14 +1,14 @@
-"""The report's text: what was measured, as the blocks of :mod:`metasft.experiment_page`. Nothing is computed here."""
+"""The report's text: what was measured, as the blocks of ``page``. Nothing is computed here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metasft.experiment_analysis import Analysis
-from metasft.experiment_appendix import checklist_blocks, method_blocks, provenance_blocks, time_text
-from metasft.experiment_costs import Cost, Figure
-from metasft.experiment_page import (
+from metasft.experiment_report.analysis import Analysis
+from metasft.experiment_report.appendix import checklist_blocks, method_blocks, provenance_blocks, time_text
+from metasft.experiment_report.costs import Cost, Figure
+from metasft.experiment_report.page import (
     Badge,
     Block,
     Box,
@@ -24,9 +24,9 @@ from metasft.experiment_page import (
     Table,
     Text,
 )
-from metasft.experiment_results import FINISHED, MATRIX, Arm, Suite
-from metasft.experiment_statistics import Comparison, Difference, Score, nats_text, points_text, sizes_text
-from metasft.experiment_verdict import MEANINGS, TITLES, UNDECIDED
+from metasft.experiment_report.results import FINISHED, MATRIX, Arm, Suite
+from metasft.experiment_report.statistics import Comparison, Difference, Score, nats_text, points_text, sizes_text
+from metasft.experiment_report.verdict import MEANINGS, TITLES, UNDECIDED
 from metasft.paired import ALL_SHOTS
 from metasft.report import ALL_TASKS
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.experiments import Scale, check_mapping
-from metasft.few_shot_protocol import EvaluationConfig
+from metasft.experiments.suites import Scale, check_mapping
+from metasft.few_shot.protocol import EvaluationConfig
 
 _SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
 _KINDS = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SUITES_DIR = ROOT / "data" / "experiments"
 SCALES_DIR = SUITES_DIR / "scales"
 ALL_SUITES = "all"

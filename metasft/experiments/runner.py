@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metasft.experiment_process import GRACE_SECONDS
-from metasft.experiment_store import ExperimentStore, locked, now
-from metasft.experiments import ROOT
+from metasft.experiments.process import GRACE_SECONDS
+from metasft.experiments.store import ExperimentStore, locked, now
+from metasft.experiments.suites import ROOT
 
 POLL_SECONDS = 1.0
 OBJECT_STORE_BYTES = 80 * 1024**2  # close to the least that Ray takes: nothing but exit codes passes through it
@@ -99,7 +99,7 @@ def _execute(folder: str) -> tuple[int, str]:
     Returns:
         The exit code of the run's process, and what that said itself.
     """
-    command = [sys.executable, "-m", "metasft.experiment_process", folder, str(os.getpid())]
+    command = [sys.executable, "-m", "metasft.experiments.process", folder, str(os.getpid())]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, check=False)
     return finished.returncode, finished.stderr
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from metasft.checkpoint import write_json
-from metasft.few_shot_protocol import EvaluationConfig, TestTask, shot_indices
-from metasft.few_shot_source import Adaptation, hash_file
+from metasft.few_shot.protocol import EvaluationConfig, TestTask, shot_indices
+from metasft.few_shot.source import Adaptation, hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +75,14 @@ def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], p
     measured by its response loss on the same held-out items, tasks weighted equally. Nothing is generated.
 
     Args:
-        model: a :class:`~metasft.few_shot_model.FewShotModel`; keeps the last candidate's rate.
+        model: a :class:`~metasft.few_shot.model.FewShotModel`; keeps the last candidate's rate.
 
     Returns:
         candidate -> task -> loss in nats per token; None where it is not finite.
     """
     from tqdm import tqdm
 
-    from metasft.few_shot_model import Job
+    from metasft.few_shot.model import Job
 
     losses = read_search(path, settings)
     missing = [candidate for candidate in SEARCH_GRID if candidate_name(*candidate) not in losses]

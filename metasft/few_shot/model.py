@@ -17,12 +17,12 @@ import torch
 from metasft.adaptation import InnerLoop
 from metasft.checkpoint import attach_adapter
 from metasft.episodes import ShuffledStream
-from metasft.few_shot_open import OpenedModel, attach_fresh_lora, load_transformers
-from metasft.few_shot_packed import Example, PackedRunner, Tested, TestItem, response_targets
-from metasft.few_shot_packing import why_not_packed
-from metasft.few_shot_padded import PaddedRunner
-from metasft.few_shot_protocol import EvaluationConfig, TestTask, in_context
-from metasft.few_shot_source import Adaptation
+from metasft.few_shot.open import OpenedModel, attach_fresh_lora, load_transformers
+from metasft.few_shot.packed import Example, PackedRunner, Tested, TestItem, response_targets
+from metasft.few_shot.packing import why_not_packed
+from metasft.few_shot.padded import PaddedRunner
+from metasft.few_shot.protocol import EvaluationConfig, TestTask, in_context
+from metasft.few_shot.source import Adaptation
 from metasft.lora_batch import TaskBatchedLoRA
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class FewShotModel:
 
     Args:
         config: the evaluation.
-        opened: what :func:`~metasft.few_shot_open.open_model` returned for it.
+        opened: what :func:`~metasft.few_shot.open.open_model` returned for it.
 
     Raises:
         ValueError: the model cannot be loaded, or the adapter does not fit it.
@@ -118,7 +118,7 @@ class FewShotModel:
         self._vllm = self._start_vllm(opened, stop) if config.backend == "vllm" else None
 
     def _start_vllm(self, opened: OpenedModel, stop: Sequence[int]) -> Any:
-        from metasft.few_shot_vllm import VllmGenerator
+        from metasft.few_shot.vllm import VllmGenerator
 
         if self._all_parameters:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Adapting and testing over padded batches with the model's own attention and transformers' ``generate``.
 
-For models whose attention :mod:`metasft.few_shot_packing` does not cover; one slot at a time. The results are the same.
+For models whose attention :mod:`metasft.few_shot.packing` does not cover; one slot at a time. The results are the same.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from metasft.few_shot_packed import Example, Tested, TestItem, TokenCount, response_targets
+from metasft.few_shot.packed import Example, Tested, TestItem, TokenCount, response_targets
 
 
 @dataclass
 class PaddedRunner:
-    """The counterpart of :class:`~metasft.few_shot_packed.PackedRunner`, with the same methods and one slot.
+    """The counterpart of :class:`~metasft.few_shot.packed.PackedRunner`, with the same methods and one slot.
 
     Attributes:
         pad: token id that pads.

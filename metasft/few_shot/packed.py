@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from metasft.few_shot_packing import RowCache
+from metasft.few_shot.packing import RowCache
 from metasft.packed_attention import PackedSequences, rows_are
 
 Example = Mapping[str, torch.Tensor]

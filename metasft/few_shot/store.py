@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.checkpoint import replacing_file, write_json
-from metasft.few_shot_protocol import Cell
+from metasft.few_shot.protocol import Cell
 
 # What may differ between the run that wrote the finished cells and the run that continues it: how the work was cut up
 # and what was measured along the way, not what was evaluated.

@@ -1,0 +1,1 @@
+"""Few-shot evaluation in parts; :mod:`metasft.evaluation` puts them together."""
