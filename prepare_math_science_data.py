@@ -27,6 +27,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -42,6 +43,7 @@ from metasft.sources import answers, commands
 from metasft.sources.build import Built, build
 from metasft.sources.suite import SIZES, shipped_suites
 from metasft.tasks import Example
+from metasft.untrusted import read_json, sha256_of
 
 MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
 TASK_BATCH = 4  # examples of one task per update step, as in an inner step of META-LORA
@@ -229,11 +231,6 @@ def write_parquet(examples: Sequence[Example], path: Path) -> None:
     table = pa.Table.from_pylist([task_source.row_for(example) for example in examples], schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def baseline_config(
@@ -470,12 +467,20 @@ def make_suite_manifest(
 
 
 def read_manifest(output_dir: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier run, None where there is none or it cannot be read."""
+    """The manifest of an earlier run, None where there is none, or it is not as :func:`prepare` writes it.
+
+    It says which files are of earlier flags, and those are deleted: names that lead elsewhere make it unusable.
+    """
     try:
-        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(output_dir / "manifest.json", "remove it")
+    except ValueError:
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    files = manifest.get("files")
+    usable = isinstance(files, dict) and all(
+        re.fullmatch(r"meta_(train|test)/[^/\\\x00-\x1f]+\.parquet", name) and isinstance(entry, dict)
+        for name, entry in files.items()
+    )
+    return manifest if usable and isinstance(manifest.get("baseline_configs", []), list) else None
 
 
 def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings: dict[str, Any]) -> str | None:
@@ -494,7 +499,7 @@ def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings:
         path = output_dir / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256_of(path) != entry["sha256"]:
+        if sha256_of(path) != entry.get("sha256"):
             return f"{name} has changed"
     for name in manifest.get("baseline_configs", []):
         if not (output_dir / name).is_file():

@@ -8,12 +8,13 @@ another YAML file works for both. Every run is a public script as a subprocess w
 
 Started again with the same command, it keeps what has finished and goes on with the rest; failed runs stay failed until
 --retry-failed. --dry-run prints every command and runs nothing. Exit code: 0 when all runs finished, 1 when some did
-not, 2 for a setting that cannot work, 130 after Ctrl-C.
+not or the output folder cannot be used, 2 for a setting that cannot work, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -29,6 +30,8 @@ from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402  
 from metasft.experiments.runner import run_all  # noqa: E402
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
+
+_UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"run_experiments: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        where = error.filename or "--output-dir"
+        print(
+            f"run_experiments: {where} cannot be used ({error.strerror}): make room or give access, the same command "
+            "goes on from here",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("run_experiments: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -147,6 +160,8 @@ def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
         if record["state"] == "failed":
             print(f"\n{name} failed:")
             print("\n".join(f"    {line}" for line in (record["error"] or "").splitlines()))
+    if "interrupted" in states:
+        print("\nthe same command goes on with what was interrupted, and what waits for it")
     if "failed" in states:
         print("\n--retry-failed runs them again")
     return 0 if set(states) == {"finished"} else 1

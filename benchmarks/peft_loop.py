@@ -50,10 +50,10 @@ class PeftLoop:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=False)
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = get_peft_model(base, settings).to(device).train()
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

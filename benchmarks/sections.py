@@ -64,7 +64,7 @@ def _shape(settings: Settings) -> Any:
 
     from benchmarks.flops import ModelShape
 
-    return ModelShape.from_config(AutoConfig.from_pretrained(settings.model))
+    return ModelShape.from_config(AutoConfig.from_pretrained(settings.model, trust_remote_code=False))
 
 
 def _progress(items: Sequence[Any], name: str) -> Any:
@@ -95,7 +95,8 @@ def inner_step(settings: Settings) -> dict[str, Any]:
 
     from benchmarks.flops import step_flops
 
-    tokenizer, shape = AutoTokenizer.from_pretrained(settings.model), _shape(settings)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    shape = _shape(settings)
     measured = []
     with tempfile.TemporaryDirectory() as name, process_group():
         folder = Path(name)

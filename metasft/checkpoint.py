@@ -1,13 +1,14 @@
 """What a run leaves behind: exported adapters and models, and loading any of them for evaluation.
 
 The META-LORA export is one ``.pt`` file of tensors and plain values, read back with ``weights_only=True``: a file from
-somebody else cannot run code. Nothing is ever found half written (:mod:`metasft.durable`).
+somebody else cannot run code. Exported folders carry ``SHA256SUMS`` (:mod:`metasft.untrusted`). Nothing is ever found
+half written (:mod:`metasft.durable`).
 """
 
 from __future__ import annotations
 
 import enum
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.durable import remove, replacing_file, replacing_folder, write_json
+from metasft.untrusted import check_sums, printable, read_json, read_tensors, reason, write_sums
 
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
@@ -123,6 +125,7 @@ def save_meta_lora(
         finally:
             config.base_model_name_or_path = config_base
         write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+        write_sums(temporary)
     return pt_path
 
 
@@ -159,6 +162,7 @@ def save_hf_model(
         skeleton.save_pretrained(temporary, state_dict=tensors)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+        write_sums(temporary)
     return target
 
 
@@ -168,42 +172,78 @@ def load_meta_lora(path: Path) -> AdapterCheckpoint:
     Raises:
         ValueError: not a file, not readable as tensors and plain values, or not written by ``meta_lora_trainer.py``.
     """
-    import pickle
-
-    import torch
-
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a meta_lora_checkpoint_step_<N>.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        content = read_tensors(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} cannot be read as tensors and plain values (it is damaged, or holds objects that would run code): "
-            f"{reason}"
+            f"{error}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by meta_lora_trainer.py; give a meta_lora_checkpoint_step_<N>.pt")
     if content.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {content.get('version')}, this release reads {FORMAT_VERSION}; "
+            f"{path} has format version {printable(str(content.get('version')))}, this release reads {FORMAT_VERSION}; "
             "evaluate it with the release that wrote it"
         )
-    return AdapterCheckpoint(
-        tensors=content["lora"],
-        adapter_config=content["adapter_config"],
-        base_model=content["base_model"],
-        adaptation=content["adaptation"],
-        step=content["step"],
+    return checked_adapter(
+        path,
+        tensors=content.get("lora"),
+        adapter_config=content.get("adapter_config"),
+        base_model=content.get("base_model"),
+        adaptation=content.get("adaptation"),
+        step=content.get("step"),
     )
+
+
+def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
+    """An :class:`AdapterCheckpoint` of ``values``, whose types a file from somebody else may have wrong.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    import torch
+    from peft import LoraConfig
+
+    tensors, config, adaptation = (values[name] for name in ("tensors", "adapter_config", "adaptation"))
+    rank = config.get("r") if isinstance(config, dict) else None
+    alpha = config.get("lora_alpha") if isinstance(config, dict) else None
+    found = {
+        "the LoRA tensors": isinstance(tensors, dict)
+        and all(isinstance(name, str) for name in tensors)
+        and all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim >= 1 for t in tensors.values()),
+        "the adapter's configuration": isinstance(config, dict) and set(config) <= set(LoraConfig.__dataclass_fields__),
+        "its rank": type(rank) is int and rank > 0,
+        "its rank_pattern": isinstance(config, dict) and isinstance(config.get("rank_pattern"), dict | None),
+        "its lora_alpha": type(alpha) in (int, float) and math.isfinite(alpha),
+        "the base model's name": isinstance(values["base_model"], str),
+        "the inner-loop settings": isinstance(adaptation, dict)
+        and isinstance(adaptation.get("inner_optimizer"), str | None)
+        and (adaptation.get("inner_lr") is None or type(adaptation["inner_lr"]) in (int, float)),
+        "the meta-step": values["step"] is None or type(values["step"]) is int,
+    }
+    if wrong := [name for name, right in found.items() if not right]:
+        raise ValueError(f"{path}: {wrong[0]} cannot be what a trainer has written; export the adapter again")
+    # Before memory is taken for it: a rank out of a file may be any number.
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    stated = max([rank, *(value for value in (config.get("rank_pattern") or {}).values() if type(value) is int)])
+    if ranks and stated > max(ranks):
+        raise ValueError(f"{path} says its rank is {stated}, its tensors have {max(ranks)}; export the adapter again")
+    if config.get("megatron_config") is not None:  # peft would import the module that the file names
+        raise ValueError(f"{path} sets megatron_config, which this project does not read; remove it")
+    return AdapterCheckpoint(**values)
 
 
 def load_adapter_folder(path: Path) -> AdapterCheckpoint:
     """Read a PEFT adapter folder (``adapter_config.json`` + ``adapter_model.safetensors``).
 
     Raises:
-        ValueError: a file is missing (pickled ``adapter_model.bin`` files are refused), or it is not a LoRA adapter.
+        ValueError: a file is missing (pickled ``adapter_model.bin`` files are refused) or damaged, or it is not a LoRA
+            adapter.
     """
+    from peft import LoraConfig
     from safetensors.torch import load_file
 
     config_path, weights_path = path / "adapter_config.json", path / "adapter_model.safetensors"
@@ -211,16 +251,21 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
         raise ValueError(f"{path} holds no adapter_config.json; give a PEFT adapter folder")
     if not weights_path.is_file():
         raise ValueError(f"{path} holds no adapter_model.safetensors; pickled adapters are not read, convert it first")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = read_json(config_path, "export the adapter again")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} holds a {config.get('peft_type')} adapter; only LORA adapters are supported")
-    from peft import LoraConfig
-
+        kind = printable(str(config.get("peft_type")))
+        raise ValueError(f"{path} holds a {kind} adapter; only LORA adapters are supported")
     adaptation_path = path / ADAPTATION_FILE
-    adaptation = json.loads(adaptation_path.read_text(encoding="utf-8")) if adaptation_path.is_file() else {}
+    adaptation = read_json(adaptation_path, "export the adapter again") if adaptation_path.is_file() else {}
     step = adaptation.pop("step", None)
-    return AdapterCheckpoint(
-        tensors=load_file(weights_path),
+    try:
+        tensors = load_file(weights_path)
+    except Exception as error:  # the reader has an exception of its own, and the bytes may lead it into any other
+        raise ValueError(f"{weights_path} cannot be read ({reason(error)}); export the adapter again") from error
+    check_sums(path)
+    return checked_adapter(
+        path,
+        tensors=tensors,
         adapter_config={k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__},
         base_model=config.get("base_model_name_or_path") or "",
         adaptation=adaptation,
@@ -238,11 +283,10 @@ def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     settings = {k: v for k, v in checkpoint.adapter_config.items() if k not in ("peft_type", "auto_mapping")}
-    config = LoraConfig(**{**settings, "inference_mode": False})
     try:
-        model = get_peft_model(base_model, config)
-    except ValueError as error:  # not one of the target modules is there
-        raise ValueError(_misfit(checkpoint, base_model, str(error).strip().splitlines()[0])) from error
+        model = get_peft_model(base_model, LoraConfig(**{**settings, "inference_mode": False}))
+    except Exception as error:  # no target module is there, or the settings in the file mean nothing to peft
+        raise ValueError(_misfit(checkpoint, base_model, reason(error))) from error
     mismatch = _first_mismatch(model, checkpoint.tensors)
     if mismatch is None and getattr(base_model, "name_or_path", "") != checkpoint.base_model:
         mismatch = _first_left_out(model)
@@ -290,7 +334,7 @@ def _first_left_out(model: Any) -> str | None:
 
 def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
     return (
-        f"the adapter was trained on {checkpoint.base_model or 'another model'} and does not fit "
+        f"the adapter was trained on {printable(checkpoint.base_model) or 'another model'} and does not fit "
         f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the "
         "same architecture"
     )

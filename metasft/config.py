@@ -6,10 +6,13 @@ Imports neither torch nor veRL, so that a wrong setting is reported in a second.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from metasft.untrusted import printable
 
 Method = Literal["meta_lora", "fomaml", "reptile"]
 METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
@@ -112,6 +115,7 @@ class MetaConfig:
         known = {f.name: f for f in fields(cls)}
         for name, value in values.items():
             if name not in known:
+                name = printable(str(name))  # YAML's keys may be anything
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean meta.{close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
                 raise ValueError(f"meta.{name}={value!r} is not a setting of the meta group; {hint}")
@@ -165,6 +169,9 @@ def _method_defaults(method: Method) -> dict[str, Any]:
     return {"support_samples": 300, "num_inner_steps": 5}
 
 
+_LARGEST = sys.float_info.max
+
+
 def _check(name: str, value: Any, spec: Any) -> Any:
     """Return ``value`` converted to the declared type of field ``spec``, or raise ValueError naming ``name``."""
     annotation, meta = spec.type, spec.metadata
@@ -189,7 +196,7 @@ def _check(name: str, value: Any, spec: Any) -> Any:
         whole = "int" in annotation
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number ({meta['doc']})")
-        if value != value or value in (float("inf"), float("-inf")):
+        if not -_LARGEST <= value <= _LARGEST:  # nan is in no range
             raise ValueError(f"{name}={value!r} must be finite ({meta['doc']})")
         if "least" in meta and value < meta["least"]:
             raise ValueError(f"{name}={value!r} is too small; use at least {meta['least']} ({meta['doc']})")
@@ -287,7 +294,7 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
         )
     for key in ("save_contents", "load_contents"):
         contents = config["checkpoint"].get(key)
-        if not isinstance(contents, list | tuple) or set(contents) != {"model", "optimizer", "extra"}:
+        if not isinstance(contents, list | tuple) or {*map(str, contents)} != {"model", "optimizer", "extra"}:
             raise ValueError(
                 f"checkpoint.{key}={contents!r}: a run resumes exactly from model, optimizer and extra together, and "
                 "exports are written beside them; set [model,optimizer,extra]"
@@ -331,7 +338,7 @@ def check_model_path(path: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:

@@ -114,7 +114,9 @@ def _write_folder(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = _build_tokenizer(gguf)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, _DTYPE))
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, _DTYPE), trust_remote_code=False
+    )
     assert model.config.vocab_size == len(tokenizer)
     if hasattr(model.config, "_model_name_or_path"):  # the GGUF's internal name of the base, no path
         del model.config._model_name_or_path

@@ -27,6 +27,15 @@ class Episode:
     query_batch: tuple[int, ...]
 
 
+_START_OVER = "put it back, or set trainer.resume_mode=disable to start over"
+
+
+def _entry(state: Any, name: str) -> Any:
+    if not isinstance(state, Mapping) or name not in state:
+        raise ValueError(f"the resume state of the examples drawn has no {name}; {_START_OVER}")
+    return state[name]
+
+
 class ShuffledStream:
     """An endless stream over ``range(size)``: without replacement within a pass, reshuffled for each pass.
 
@@ -65,13 +74,21 @@ class ShuffledStream:
         return {"size": self._size, "pass": self._pass, "remaining": list(self._remaining)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["size"] != self._size:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another set, or is none.
+        """
+        size, passes, remaining = (_entry(state, name) for name in ("size", "pass", "remaining"))
+        if size != self._size:
             raise ValueError(
-                f"stream {self._seed!r} was saved over {state['size']} items but now has {self._size}; resume with the "
-                "same data and sample counts"
+                f"stream {self._seed!r} was saved over {size!r} items but now has {self._size}; resume with the same "
+                "data and sample counts"
             )
-        self._pass = state["pass"]
-        self._remaining = list(state["remaining"])
+        items = isinstance(remaining, list) and all(type(item) is int and 0 <= item < size for item in remaining)
+        if type(passes) is not int or passes < 0 or not items or len(set(remaining)) < len(remaining):
+            raise ValueError(f"the resume state of stream {self._seed!r} is damaged; {_START_OVER}")
+        self._pass, self._remaining = passes, list(remaining)
 
 
 class EpisodeSampler:
@@ -88,7 +105,7 @@ class EpisodeSampler:
         seed: the run's seed.
 
     Raises:
-        ValueError: a set is smaller than the batch drawn from it.
+        ValueError: a set is smaller than the batch drawn from it, or nothing is drawn at all.
     """
 
     def __init__(
@@ -104,6 +121,8 @@ class EpisodeSampler:
     ) -> None:
         if not support_sizes:
             raise ValueError("there is no task to draw episodes from")
+        if not num_inner_steps and not query_batch_size:
+            raise ValueError("meta.num_inner_steps=0 and meta.query_batch_size=0 draw no examples; raise one of them")
         self.tasks = sorted(support_sizes)
         for task in self.tasks:
             if support_sizes[task] < inner_batch_size:
@@ -152,19 +171,22 @@ class EpisodeSampler:
         Raises:
             ValueError: the saved state belongs to other tasks or other set sizes.
         """
-        if list(state["tasks"]) != self.tasks:
+        tasks = _entry(state, "tasks")
+        if tasks != self.tasks:
+            saved = ", ".join(map(str, tasks)) if isinstance(tasks, list) else repr(tasks)
             raise ValueError(
-                f"the resume state was saved for the tasks {', '.join(state['tasks'])}, this run has "
-                f"{', '.join(self.tasks)}; resume with the same meta.tasks or use another trainer.default_local_dir"
+                f"the resume state was saved for the tasks {saved}, this run has {', '.join(self.tasks)}; resume with "
+                "the same meta.tasks or use another trainer.default_local_dir"
             )
-        self._task_stream.load_state_dict(state["task_stream"])
+        self._task_stream.load_state_dict(_entry(state, "task_stream"))
         for name, streams in (("support", self._support), ("query", self._query)):
-            if set(state[name]) != set(streams):
+            positions = _entry(state, name)
+            if not isinstance(positions, Mapping) or set(positions) != set(streams):
                 raise ValueError(
                     f"the resume state has no {name} positions for some tasks; resume with the same settings"
                 )
             for task, stream in streams.items():
-                stream.load_state_dict(state[name][task])
+                stream.load_state_dict(positions[task])
 
     def __len__(self) -> int:
         """Meta-steps in one pass over all support sets (query sets when K = 0): what an epoch means here."""

@@ -23,9 +23,10 @@ from metasft.few_shot.protocol import (
     read_training_tasks,
     shot_indices,
 )
-from metasft.few_shot.source import Adaptation, ModelSource, find_model_source, hash_file
+from metasft.few_shot.source import Adaptation, ModelSource, find_model_source
 from metasft.few_shot.statistics import accuracy_interval, format_table, summarise_cells
 from metasft.few_shot.store import ResultStore
+from metasft.untrusted import sha256_of
 
 __all__ = [
     "BACKENDS",
@@ -281,7 +282,7 @@ def _settings(config: EvaluationConfig, tasks: Sequence[TestTask], source: Model
         "limit": config.limit,
         "n_test": {task.name: len(task.test) for task in tasks},
         "shot_pool": {task.name: len(task.pool) for task in tasks},
-        "data_sha256": {file.name: hash_file(file) for t in tasks for file in (t.pool_path, t.test_path)},
+        "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "decoding": "greedy",
         "backend": config.backend,
         "max_new_tokens": config.max_new_tokens,

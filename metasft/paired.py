@@ -221,7 +221,7 @@ def read_evaluation(label: str, path: Path) -> Evaluation:
         for place, runs in correct.items():
             if set(runs) != set(losses.get(place, {})):
                 raise ValueError(f"{place} is unfinished")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"results of {label} in {results.parent} are unfinished or of another format "
             f"({type(error).__name__}: {error}): run evaluate_few_shot.py again"

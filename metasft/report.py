@@ -146,7 +146,7 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file; ValueError when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): write it again") from error
 
 

@@ -3,23 +3,26 @@
 The state is veRL's (its files, its names, its tracker file), written so that a crash at any moment leaves the last
 complete one in charge: all ranks write into a temporary folder, which is flushed and renamed; the tracker file moves
 last. The layout file in it says what wrote it and how large every file is, so that a damaged copy is noticed.
+veRL's files are pickles, and reading a pickle can run code: a state is only read from the run's own folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from metasft.durable import PARTIAL, flush, put_in_place, replacing_file, write_json
 from metasft.faults import writing
+from metasft.untrusted import is_inside, read_json
 
 LAYOUT_FILE = "layout.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -96,8 +99,8 @@ def find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
         path: ``trainer.resume_from_path``.
 
     Raises:
-        ValueError: the mode is unknown, the path is not a complete state, or the tracker file promises a state that is
-            not there.
+        ValueError: the mode is unknown, the path is not a complete state in ``run_dir``, or the tracker file promises a
+            state that is not there.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -124,17 +127,23 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
         reason = _damage(folder) if is_state else "it is no global_step_<N> folder"
         if reason is not None:
             raise ValueError(f"trainer.resume_from_path={path} cannot be resumed from: {reason}; choose another")
+        if not _is_own(folder, run_dir):
+            raise ValueError(
+                f"trainer.resume_from_path={path} is not in the run's own folder, trainer.default_local_dir={run_dir}: "
+                "resume state is pickled, and reading that of somebody else can run their code; to go on from a state "
+                "you trust, copy it into that folder"
+            )
         return folder
     tracker = run_dir / TRACKER_FILE
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    newest = int(text) if text.isdecimal() else None
+    newest = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
     states = [(step, entry) for entry in run_dir.glob("global_step_*") if (step := step_of(entry)) is not None]
     for step, folder in sorted(states, reverse=True):
         if newest is not None and step > newest:
             continue  # of a longer run in the same folder that was started over
-        reason = _damage(folder)
+        reason = _damage(folder) if _is_own(folder, run_dir) else "it lies outside the run's own folder"
         if reason is None:
             if step != newest:
                 logger.warning("%s names meta-step %s, which is not complete: going on from %s", tracker, text, folder)
@@ -148,8 +157,13 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
 
 def step_of(folder: Path) -> int | None:
     """N of ``global_step_<N>``, None for another name."""
-    match = re.fullmatch(r"global_step_(\d+)", folder.name)
+    match = re.fullmatch(r"global_step_([0-9]{1,18})", folder.name)
     return int(match.group(1)) if match else None
+
+
+def _is_own(folder: Path, run_dir: Path) -> bool:
+    """Whether a state lies in the folder of the run, links followed: veRL unpickles it, which runs what it holds."""
+    return folder.resolve().parent == run_dir.resolve()
 
 
 def _damage(folder: Path) -> str | None:
@@ -158,8 +172,10 @@ def _damage(folder: Path) -> str | None:
     if not layout.is_file():
         return None  # check_layout refuses it with the remedy
     try:
-        files = json.loads(layout.read_text(encoding="utf-8")).get("files", {})
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        files = read_json(layout, "").get("files", {})
+    except ValueError:
+        files = None
+    if not isinstance(files, dict) or not all(map(is_inside, files)):
         return f"its {LAYOUT_FILE} is damaged"
     for name, size in files.items():
         file = folder / name
@@ -189,7 +205,7 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder} holds no {LAYOUT_FILE}: it was not written by one of the episodic trainers; use another "
             "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_json(path, "use another state, or trainer.resume_mode=disable to start over")
     names = {
         "method": "the method",
         "world_size": "the number of processes",
@@ -209,6 +225,17 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 
+class StepCost(NamedTuple):
+    """What a meta-step cost: wall-clock seconds, and tokens in forwards that were followed by a backward."""
+
+    seconds: float
+    tokens: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> StepCost:
+        return cls(record["perf/step_seconds"], record["perf/tokens"])
+
+
 class MetricsLog:
     """``metrics.jsonl``, one line per meta-step, cut back to the meta-step that a run goes on from.
 
@@ -218,19 +245,24 @@ class MetricsLog:
     Args:
         path: the file, created where it is missing.
         step: the meta-step that is resumed from; later lines are dropped, with 0 all of them.
+
+    Attributes:
+        costs: of each meta-step. Whole records, with several numbers per task, would make a long run grow by hundreds
+            of megabytes.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self.records = [record for record in read_metrics(path) if record["step"] <= step]
+        records = [record for record in read_metrics(path) if record["step"] <= step]
         with replacing_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self.costs = [StepCost.of(record) for record in records]
         self._size = path.stat().st_size
         self._waiting = ""
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one meta-step's metrics."""
-        self.records.append(record)
+        self.costs.append(StepCost.of(record))
         self._waiting += json.dumps(record) + "\n"
         try:
             self._write()
@@ -256,8 +288,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    records.append(record)
     return records

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,8 @@ from verl.utils.device import get_torch_device
 
 from metasft.checkpoint import size_bytes
 from metasft.durable import write_json
+from metasft.resume import StepCost
+from metasft.untrusted import read_json
 
 if TYPE_CHECKING:
     from metasft.trainer import EpisodicSFTTrainer
@@ -22,15 +23,13 @@ SUMMARY_FILE = "run_summary.json"
 PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy")
 
 
-def write_summary(
-    trainer: EpisodicSFTTrainer, checkpoint: Path, steps: Sequence[dict[str, Any]], seconds: float
-) -> None:
+def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence[StepCost], seconds: float) -> None:
     """Write the summary of a finished run.
 
     Args:
         trainer: that has done all its meta-steps.
         checkpoint: the last export.
-        steps: the metrics of all meta-steps.
+        costs: of all meta-steps.
         seconds: of the whole run, loading left out.
     """
     from importlib.metadata import version
@@ -49,9 +48,9 @@ def write_summary(
             "device_name": _device_name(on_cpu),
             "meta_steps": trainer.total_training_steps,
             "skipped_meta_steps": trainer.skipped_steps,
-            "tokens": sum(step["perf/tokens"] for step in steps),
+            "tokens": sum(cost.tokens for cost in costs),
             "seconds_total": seconds,
-            "seconds_per_step_median": statistics.median(step["perf/step_seconds"] for step in steps),
+            "seconds_per_step_median": statistics.median(cost.seconds for cost in costs),
             "peak_memory_bytes": get_torch_device().max_memory_allocated(),
             "peak_memory_kind": "rss" if on_cpu else "device",
             "checkpoint": checkpoint.name,
@@ -65,7 +64,7 @@ def write_summary(
 def summarised_steps(run_dir: Path) -> int | None:
     """Meta-steps of the run that the summary in ``run_dir`` is of; None where there is none."""
     path = run_dir / SUMMARY_FILE
-    return json.loads(path.read_text(encoding="utf-8")).get("meta_steps") if path.is_file() else None
+    return read_json(path, "remove it").get("meta_steps") if path.is_file() else None
 
 
 def _device_name(on_cpu: bool) -> str:

@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metasft.config import MetaConfig
+from metasft.untrusted import printable, read_columns
 
 SUPPORT_SUFFIX = "_support.parquet"
 QUERY_SUFFIX = "_query.parquet"
@@ -48,9 +49,8 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
     wanted = found if meta.tasks is None else list(meta.tasks)
     unknown = [task for task in wanted if task not in found]
     if unknown:
-        raise ValueError(
-            f"meta.tasks names {', '.join(unknown)}, but {meta.task_dir} has {', '.join(found)}; choose among those"
-        )
+        names = ", ".join(map(printable, unknown))
+        raise ValueError(f"meta.tasks names {names}, but {meta.task_dir} has {', '.join(found)}; choose among those")
     return [_check_task(folder, task, meta, messages_key) for task in wanted]
 
 
@@ -84,22 +84,11 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
 
 
 def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not path.is_file():
         raise ValueError(f"{path} does not exist; every task needs a support and a query file: prepare the data again")
-    try:
-        # By name only: the other columns may be large, and only the conversations are compared.
-        schema = pq.read_schema(path)
-        if messages_key not in schema.names:
-            raise ValueError(
-                f"{path} has no column {messages_key!r} (it has {', '.join(schema.names)}); "
-                "set data.messages_key or prepare the data again"
-            )
-        return pq.read_table(path, columns=[messages_key]).column(messages_key).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}); prepare the data again") from error
+    # By name only: the other columns may be large, and only the conversations are compared.
+    rows = read_columns(path, [messages_key], remedy="set data.messages_key or prepare the data again")
+    return [row[messages_key] for row in rows]
 
 
 def _check_count(path: Path, have: int, want: int, key: str) -> None:
@@ -120,6 +109,39 @@ def _check_responses(path: Path, conversations: Sequence[Any]) -> None:
             )
 
 
+class _Packed(NamedTuple):
+    """A tokenised example as it is cached: a fifth of the memory of its three tensors of 8 bytes per token.
+
+    Of 100,000 examples, which come into the cache one after another, that is the difference between a run that seems to
+    grow and one that does not.
+
+    Attributes:
+        tokens: [tokens] int32.
+        mask: [tokens] bool, what is learned.
+        rest: what there is beside a text (images, positions that do not just count); None for a text alone.
+    """
+
+    tokens: Any
+    mask: Any
+    rest: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, example: Mapping[str, Any]) -> _Packed:
+        import numpy as np
+
+        rest = {name: value for name, value in example.items() if name not in ("input_ids", "loss_mask")}
+        tokens, mask = example["input_ids"].numpy().astype(np.int32), example["loss_mask"].numpy().astype(bool)
+        counts = np.array_equal(rest["position_ids"], np.arange(len(tokens)))
+        return cls(tokens, mask, None if counts and len(rest) == 1 else rest)
+
+    def tensors(self) -> dict[str, Any]:
+        import torch
+
+        tokens, mask = torch.from_numpy(self.tokens).long(), torch.from_numpy(self.mask).long()
+        rest = {"position_ids": torch.arange(len(tokens))} if self.rest is None else self.rest
+        return {"input_ids": tokens, "loss_mask": mask, **rest}
+
+
 class TokenizedSet:
     """A support or query set, tokenised by veRL's ``MultiTurnSFTDataset`` when an example is first drawn, then cached.
 
@@ -138,13 +160,16 @@ class TokenizedSet:
                 processor=processor,
                 max_samples=samples,
             )
-        self._cache: dict[int, dict[str, Any]] = {}
+        self._cache: dict[int, _Packed] = {}
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises ValueError when the example does not fit ``data.max_length`` or keeps no response token."""
+        return self._packed(index).tensors()
+
+    def _packed(self, index: int) -> _Packed:
         if index not in self._cache:
             try:
                 example = self._dataset[index]
@@ -156,16 +181,16 @@ class TokenizedSet:
                 raise ValueError(
                     f"{self._path} row {index} keeps no response token within data.max_length; raise data.max_length"
                 )
-            self._cache[index] = example
+            self._cache[index] = _Packed.of(example)
         return self._cache[index]
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of the examples at ``indices``, prompts included."""
-        return sum(len(self[index]["input_ids"]) for index in indices)
+        return sum(len(self._packed(index).tokens) for index in indices)
 
     def response_tokens(self, indices: Sequence[int]) -> int:
         """Tokens to predict in the examples at ``indices``: what their summed loss is divided by."""
-        return sum(int(self[index]["loss_mask"].sum()) for index in indices)
+        return sum(int(self._packed(index).mask.sum()) for index in indices)
 
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The examples at ``indices``, in that order."""

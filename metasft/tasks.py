@@ -535,6 +535,11 @@ def _reasoning_gym_correct(answer: str, gold: str, extra_info: Mapping[str, Any]
         return _scorer(family)(answer, entry) >= CORRECT_SCORE and settings.close(answer, gold)
     except (ValueError, ArithmeticError):  # what a verifier raises on text it cannot read as a number
         return False
+    except Exception as error:  # and over metadata that its family does not have
+        raise ValueError(
+            f"the scorer of {family} cannot use the metadata in extra_info ({type(error).__name__}: {error}): make the "
+            "files with prepare_math_science_data.py"
+        ) from error
 
 
 def _read(row: Mapping[str, Any] | Example, column: str) -> Any:
@@ -556,7 +561,16 @@ def _has(row: Mapping[str, Any] | Example, column: str) -> bool:
 def _extra_info(row: Mapping[str, Any] | Example) -> dict[str, Any]:
     """What the scorer needs besides the answer: a JSON string in data files, a dict in examples."""
     extra_info = _read(row, "extra_info")
-    return json.loads(extra_info) if isinstance(extra_info, str) else extra_info
+    if isinstance(extra_info, str):
+        try:
+            extra_info = json.loads(extra_info)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"extra_info of a data row is no JSON ({error}): make the files with prepare_math_science_data.py"
+            ) from error
+    if not isinstance(extra_info, Mapping):
+        raise ValueError(f"extra_info of a data row is {extra_info!r}: it must be a JSON object")
+    return dict(extra_info)
 
 
 def score(text: str, row: Mapping[str, Any] | Example) -> Score:
@@ -577,7 +591,8 @@ def score(text: str, row: Mapping[str, Any] | Example) -> Score:
     if data_source.startswith("reasoning_gym/"):
         extracted = extract_answer(text)
         extra_info = _extra_info(row)
-        if extra_info.get("family") not in _FAMILIES or "metadata" not in extra_info:
+        family, metadata = extra_info.get("family"), extra_info.get("metadata")
+        if not isinstance(family, str) or family not in _FAMILIES or not isinstance(metadata, Mapping):
             raise ValueError(
                 f"the scorer of data_source '{data_source}' needs 'family' and 'metadata' in extra_info, which is "
                 f"{extra_info}: make the files with prepare_math_science_data.py"

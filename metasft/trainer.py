@@ -39,6 +39,7 @@ from metasft.preemption import Preemption
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, save_state, start_over
 from metasft.run_summary import summarised_steps, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
+from metasft.untrusted import check_chat_template
 from metasft.verl_backend import (
     MetaFSDPEngine,
     all_reduce_flat,
@@ -46,6 +47,7 @@ from metasft.verl_backend import (
     copy_to_hdfs,
     full_state_dict_on_rank_0,
     make_batch,
+    reading_model,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,10 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     # ---- seams of veRL's trainer ------------------------------------------------------------------------------------
 
+    def _build_config(self) -> None:
+        with reading_model(self.config.model.path):
+            super()._build_config()
+
     def _build_dataset(self) -> None:
         tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
         if not getattr(tokenizer, "chat_template", None) and not getattr(processor, "chat_template", None):
@@ -100,6 +106,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 f"the tokenizer of model.path={self.config.model.path} has no chat template; set "
                 "model.custom_chat_template"
             )
+        check_chat_template(processor or tokenizer, f"model.path={self.config.model.path}")
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
         self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
         self.query_sets = {
@@ -184,7 +191,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             self._nothing_to_do(log)
             return
         tracking = self._tracking() if is_logging else None
-        earlier_seconds = sum(record["perf/step_seconds"] for record in log.records) if is_logging else 0.0
+        earlier_seconds = sum(cost.seconds for cost in log.costs) if is_logging else 0.0
         get_torch_device().reset_peak_memory_stats()
         start = time.perf_counter()
         progress = tqdm(
@@ -215,7 +222,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                     return
         with writing("the summary of the run", self.run_dir):
             if is_logging:
-                write_summary(self, checkpoint, log.records, time.perf_counter() - start + earlier_seconds)
+                write_summary(self, checkpoint, log.costs, time.perf_counter() - start + earlier_seconds)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
         if is_logging:
             tracking.finish()
@@ -227,8 +234,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         with writing("the summary of the run", self.run_dir):
             if self.rank == 0:
                 if done == self.total_training_steps != summarised_steps(self.run_dir):
-                    seconds = sum(record["perf/step_seconds"] for record in log.records)
-                    write_summary(self, self._export_path(done), log.records, seconds)
+                    seconds = sum(cost.seconds for cost in log.costs)
+                    write_summary(self, self._export_path(done), log.costs, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
 
     def _tracking(self) -> Tracking:

@@ -9,14 +9,16 @@ to itself without a mask over the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.errors import InstantiationException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from verl.utils import tensordict_utils as tu
@@ -32,9 +34,11 @@ from verl.workers.engine_workers import TrainingWorker
 
 from metasft import packed_attention
 from metasft.adaptation import local_tensor
+from metasft.checkpoint import load_adapter_folder
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.packed_attention import PackedSequences
 from metasft.response_loss import response_loss
+from metasft.untrusted import reason
 
 MODEL_TYPE = "meta_language_model"
 
@@ -110,7 +114,14 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
 
+    def _build_module(self) -> torch.nn.Module:
+        with reading_model(self.model_config.path):
+            return super()._build_module()
+
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        path = self.model_config.lora_adapter_path
+        if path is not None and Path(path).is_dir():
+            load_adapter_folder(Path(path))  # peft would read pickled weights, and settings of any kind
         module = super()._build_lora_module(module)
         # veRL makes the embeddings' output require a gradient, for reentrant checkpointing; the checkpointing used here
         # is not reentrant, and nothing below the first adapter needs a backward.
@@ -406,6 +417,28 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             logits = logits.index_select(0, response.index)
         nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
         response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
+
+
+@contextmanager
+def reading_model(path: str) -> Iterator[None]:
+    """Turn whatever veRL and transformers raise over a model folder, or over a group of settings, into a ValueError.
+
+    What a broken folder, or one that brings code of its own, leads them into is no closed list.
+    """
+    try:
+        yield
+    except InstantiationException as error:
+        group = re.search(r"full_key: (\w+)", str(error))
+        if group is not None and group[1] != "model":
+            why = reason(error.__cause__ or error)
+            raise ValueError(f"the settings of the group {group[1]} cannot be used: {why}") from error
+        raise ValueError(_unreadable_model(path, error.__cause__ or error)) from error
+    except Exception as error:
+        raise ValueError(_unreadable_model(path, error)) from error
+
+
+def _unreadable_model(path: str, error: BaseException) -> str:
+    return f"model.path={path} cannot be loaded ({reason(error)}); mend the folder, or use another model"
 
 
 def check_shardable(module: torch.nn.Module) -> None:

@@ -126,6 +126,12 @@ def evaluation_command(settings: Mapping[str, Any]) -> list[str]:
     return ["python", "evaluate_few_shot.py", *as_flags(settings)]
 
 
+def evaluation_results(settings: Mapping[str, Any]) -> list[str]:
+    """The files that the evaluation leaves when it has finished."""
+    kinds = {"results": not settings.get("speed_only"), "speed": bool(settings.get("speed_steps"))}
+    return [f"{settings['output_dir']}/{settings['model_type']}_{kind}.json" for kind, there in kinds.items() if there]
+
+
 def check_scale_evaluation(scale: Scale) -> None:
     """Check keys and kinds of the ``evaluate`` groups of a scale.
 

@@ -29,6 +29,7 @@ from metasft.experiments.flags import (
     check_evaluation,
     check_scale_evaluation,
     evaluation_command,
+    evaluation_results,
 )
 from metasft.experiments.search import Search, choose_searches, placeholders
 from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
@@ -53,6 +54,7 @@ class Run:
         command: words of the command line, run in the repository root.
         needs: names of the runs that must have finished.
         searched_by: the evaluation whose choice takes the place of placeholders in ``command``; None: there are none.
+        results: files without which it has not finished, relative to the repository root or absolute.
         summary: what ``run_summary.json`` says beside the measured costs, for a trainer that writes none; else None.
     """
 
@@ -65,6 +67,7 @@ class Run:
     arm: str | None = None
     seed: int | None = None
     task: str | None = None
+    results: tuple[str, ...] = ()
     summary: Mapping[str, Any] | None = None
 
 
@@ -215,7 +218,8 @@ class _Planner:
         if not self.makes_model:
             check_model_path(self.model)
         else:
-            self._add("model", "model", ["python", "-m", "metasft.tiny_model", self.model])
+            command = ["python", "-m", "metasft.tiny_model", self.model]
+            self._add("model", "model", command, results=[f"{self.model}/config.json"])
         command = [
             "python",
             "prepare_math_science_data.py",
@@ -223,12 +227,21 @@ class _Planner:
             str(self.data_dir),
             *as_flags(self.scale.data),
         ]
-        self._add("data", "data", command)
+        self._add("data", "data", command, results=[str(self.data_dir / "manifest.json")])
 
     def folder(self, name: str) -> Path:
         return self.output / "runs" / name
 
-    def _add(self, name: str, kind: str, command: Sequence[str], group: str = "prepare", **more: Any) -> str:
+    def _add(
+        self,
+        name: str,
+        kind: str,
+        command: Sequence[str],
+        group: str = "prepare",
+        *,
+        results: Sequence[str] = (),
+        **more: Any,
+    ) -> str:
         """Plan a run unless one that does the same is planned or there already; returns the name of the one to use."""
         own = identity(command, self.folder(name))
         shared = self.known.setdefault(own, name)
@@ -240,8 +253,11 @@ class _Planner:
                 f"{self.runs[shared].arm} shares: delete that folder there, or give another --output-dir"
             )
         if shared not in self.runs:
-            words = tuple(word.replace(OWN_FOLDER, str(self.folder(shared))) for word in own)
-            self.runs[shared] = Run(shared, kind, words, self.scale.runs[group], **more)
+            words, files = (
+                tuple(word.replace(OWN_FOLDER, str(self.folder(shared))) for word in one)
+                for one in (own, identity(results, self.folder(name)))
+            )
+            self.runs[shared] = Run(shared, kind, words, self.scale.runs[group], results=files, **more)
         return shared
 
     def _does(self, name: str) -> tuple[str, ...] | None:
@@ -256,9 +272,9 @@ class _Planner:
                 of = {"arm": arm.name, "seed": seed, "task": task}
                 train = None
                 if arm.method in META_LEARNERS:
-                    train, config = self._meta_learner(arm, f"train-{suffix}", of)
+                    train, config = self._meta_learner(arm, f"train-{suffix}", of, config)
                 elif arm.method != "base":
-                    train, config = self._standard_lora(arm, f"train-{suffix}", of)
+                    train, config = self._standard_lora(arm, f"train-{suffix}", of, config)
                 evaluate = self._evaluate(arm, f"evaluate-{suffix}", train, config, of)
                 replicates.append(Replicate(seed, task, train, evaluate))
         return PlannedArm(arm, config, tuple(replicates))
@@ -269,7 +285,11 @@ class _Planner:
     def _needs(self) -> tuple[str, ...]:
         return ("model", "data") if self.makes_model else ("data",)
 
-    def _meta_learner(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    # ``config``: of an earlier replicate of the arm, which differs in seed, task and folders only; empty for the first.
+
+    def _meta_learner(
+        self, arm: Arm, name: str, of: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[str, Mapping[str, Any]]:
         script, config_name = SCRIPTS[arm.method]
         asked = {**self.scale.train["meta_learners"], **self.scale.train[arm.method], **arm.overrides}
         own = {
@@ -279,12 +299,14 @@ class _Planner:
             "trainer.seed": of["seed"],
         }
         overrides = overrides_of(asked, own, arm.name)
-        config = compose(ROOT / CONFIG_DIR, config_name, overrides, arm.name)
         processes = self.scale.runs["train"].processes
-        self._check_meta_learner(arm, config, processes)
+        if not config:
+            config = compose(ROOT / CONFIG_DIR, config_name, overrides, arm.name)
+            self._check_meta_learner(arm, config, processes)
         launcher = ["python"] if processes == 1 else _torchrun(processes)
         command = [*launcher, script, "--config-path", CONFIG_DIR, "--config-name", config_name, *overrides]
-        return self._add(name, "train", command, "train", needs=self._needs, **of), config
+        results = [str(self.folder(name) / "run_summary.json")]
+        return self._add(name, "train", command, "train", results=results, needs=self._needs, **of), config
 
     def _check_meta_learner(self, arm: Arm, config: Mapping[str, Any], processes: int) -> None:
         # A model that is still to be made cannot be looked at; a hub name is not.
@@ -302,7 +324,9 @@ class _Planner:
                 f"{METHOD_TITLES[arm.method]}"
             )
 
-    def _standard_lora(self, arm: Arm, name: str, of: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def _standard_lora(
+        self, arm: Arm, name: str, of: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[str, Mapping[str, Any]]:
         """veRL's own trainer on the configuration that the data run writes, which the shipped one is like."""
         place, config_name = ("meta_train", f"{of['task']}_train") if of["task"] else (".", "baseline_lora_mixed")
         if of["task"]:
@@ -318,7 +342,7 @@ class _Planner:
         }
         overrides = overrides_of({**self.scale.train["lora"], **arm.overrides}, own, arm.name)
         shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANY_TASK
-        config = compose(ROOT / "data" / place, shipped, overrides, arm.name)
+        config = config or compose(ROOT / "data" / place, shipped, overrides, arm.name)
         config_dir = os.path.normpath(self.data_dir.parent / place)
         command = [
             *_torchrun(self.scale.runs["train_lora"].processes),
@@ -356,6 +380,7 @@ class _Planner:
             settings |= {"speed_steps": self.scale.speed["steps"], "speed_shots": self.scale.speed["shots"]}
         check_evaluation(settings, arm.name, self.prepared)
         needs = self._needs if train is None else (train,)
+        of = {**of, "results": evaluation_results(settings)}
         search = self.searches.get(arm.model_type)
         if search is None:
             return self._add(name, "evaluate", evaluation_command(settings), "evaluate", needs=needs, **of)

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +26,18 @@ from typing import IO, Any
 import psutil
 
 from metasft.checkpoint import size_bytes, write_json
-from metasft.experiments.store import LOG_FILE, device_name, locked, now, package_versions, read_record, write_record
+from metasft.experiments.provenance import device_name, package_versions
+from metasft.experiments.store import LOG_FILE, locked, now, read_record, write_record
 from metasft.experiments.suites import ROOT
 
 LOG_LINES = 20
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+# Sent by whoever takes a machine back or stops a run; SIGKILL is not among them, it may be a lack of memory.
+_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# torchrun, which exits with 1 then, whether or not its workers have saved.
+_TORCHRUN_SIGNALLED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 # Of an enclosing torchrun or Ray worker: they would make the script part of a world that it does not belong to.
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,17 +59,19 @@ def main(folder: Path, caller: int) -> int:
         # Processes of an interrupted attempt may need a moment to die.
         with locked(folder, wait=3 * GRACE_SECONDS) as lock:
             record = {**record, "state": "running", "attempts": record["attempts"] + 1, "started": now(), "error": None}
-            write_record(folder, record)
-            outcome = _execute(folder, record, lock)
-            _heed_no_signals()
-            write_record(folder, {**record, **outcome, "finished": now()})
+            try:
+                write_record(folder, record)
+                outcome = {**_execute(folder, record, lock), "finished": now()}
+                _heed_no_signals()
+            except Stopped:
+                outcome = {"state": "interrupted", "error": "it was stopped with its runner"}
+            write_record(folder, {**record, **outcome})
             return 0 if outcome["state"] == "finished" else 1
     except BlockingIOError:
         error = f"another process still works in {folder.name}"
         write_record(folder, {**record, "state": "failed", "error": error, "finished": now()})
         return 1
-    except Stopped:
-        write_record(folder, {**record, "state": "waiting"})
+    except Stopped:  # while it waited for the lock: nothing has been started
         return 1
 
 
@@ -99,18 +106,32 @@ def _execute(folder: Path, record: Mapping[str, Any], lock: IO[str]) -> dict[str
             }
         finally:
             _end_descendants()
+    state, error = _how_it_ended(returncode, record["results"], _logged(log_path, begin))
     outcome = {
         "returncode": returncode,
         "seconds": round(time.monotonic() - started, 3),
         "peak_memory_bytes": peak,
-        "state": "finished" if returncode == 0 else "failed",
-        "error": None
-        if returncode == 0
-        else _last_lines(log_path, begin) or f"exit code {returncode}, nothing was logged",
+        "state": state,
+        "error": error,
     }
-    if record["summary"] and returncode == 0:
+    if record["summary"] and state == "finished":
         _write_summary(folder, record, outcome, [moment - started for moment in step_times])
     return outcome
+
+
+def _how_it_ended(returncode: int, results: Sequence[str], logged: str) -> tuple[str, str | None]:
+    """State and error of a run whose script has ended.
+
+    Args:
+        results: files that a finished run leaves; a trainer that was asked to stop saves, exits with 0 and leaves none.
+    """
+    if returncode == 0:
+        missing = [file for file in results if not (ROOT / file).is_file()]
+        return ("interrupted", f"it ended without {Path(missing[0]).name}") if missing else ("finished", None)
+    signals = {-returncode, *map(int, _TORCHRUN_SIGNALLED.findall(logged))} & set(_ASKED_TO_STOP)
+    if signals:
+        return "interrupted", f"it was ended by {signal.Signals(signals.pop()).name}"
+    return "failed", _last_lines(logged) or f"exit code {returncode}, nothing was logged"
 
 
 def _wait(pid: int, metrics: Path | None) -> tuple[int, int, list[float]]:
@@ -170,11 +191,15 @@ def _heed_no_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _last_lines(path: Path, begin: int) -> str:
-    """The end of what this attempt logged, without states of progress bars that were written over."""
+def _logged(path: Path, begin: int) -> str:
+    """The end of what this attempt logged."""
     with path.open("rb") as log:
         log.seek(max(begin, path.stat().st_size - 100_000))
-        text = log.read().decode("utf-8", errors="replace")
+        return log.read().decode("utf-8", errors="replace")
+
+
+def _last_lines(text: str) -> str:
+    """The last lines of a log, without states of progress bars that were written over."""
     # torchrun says at length that a worker failed, after the worker has said why.
     text = re.split(r"\n.*elastic/multiprocessing/.*failed \(exitcode", text)[0]
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]

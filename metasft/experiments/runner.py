@@ -22,7 +22,7 @@ from metasft.experiments.suites import ROOT
 
 POLL_SECONDS = 1.0
 OBJECT_STORE_BYTES = 80 * 1024**2  # close to the least that Ray takes: nothing but exit codes passes through it
-ENDED = ("finished", "failed", "skipped")
+ENDED = ("finished", "failed", "skipped", "interrupted")
 
 
 def run_all(store: ExperimentStore, selected: Sequence[str], *, address: str | None) -> None:
@@ -54,19 +54,21 @@ def _schedule(
 ) -> None:
     execute = ray.remote(max_retries=0)(_execute)
     handed_over: dict[Any, str] = {}
+    postponed: set[str] = set()  # to the next start, with the interrupted runs that they need
     try:
         store.save()
         while waiting or handed_over:
             for name in list(waiting):
-                needed = [store.records[need] for need in store.records[name]["needs"]]
-                if any(need["state"] in ("failed", "skipped") for need in needed):
-                    lacking = next(
-                        n for n in store.records[name]["needs"] if store.records[n]["state"] in ("failed", "skipped")
-                    )
+                needed = {need: store.records[need]["state"] for need in store.records[name]["needs"]}
+                lacking = next((need for need, state in needed.items() if state in ("failed", "skipped")), None)
+                if lacking is not None:
                     waiting.remove(name)
                     store.update(name, state="skipped", error=f"{lacking} did not finish", finished=now())
                     progress.ended(name)
-                elif all(need["state"] == "finished" for need in needed):
+                elif any(state == "interrupted" or need in postponed for need, state in needed.items()):
+                    waiting.remove(name)
+                    postponed.add(name)
+                elif all(state == "finished" for state in needed.values()):
                     waiting.remove(name)
                     if not store.has_choice(name):
                         error = f"{store.plan.runs[name].searched_by} finished, but left no optimizer and rate behind"
@@ -100,8 +102,12 @@ def _execute(folder: str) -> tuple[int, str]:
         The exit code of the run's process, and what that said itself.
     """
     command = [sys.executable, "-m", "metasft.experiments.process", folder, str(os.getpid())]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, check=False)
-    return finished.returncode, finished.stderr
+    # Not subprocess.run, which kills it without a chance to clean up when Ray asks this worker to exit.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _, said = process.communicate()
+    return process.returncode, said
 
 
 def _note_end(store: ExperimentStore, name: str, reference: Any, ray: Any) -> None:
@@ -110,6 +116,7 @@ def _note_end(store: ExperimentStore, name: str, reference: Any, ray: Any) -> No
         returncode, said = ray.get(reference)
     except ray.exceptions.RayError as error:
         returncode, said = -1, f"Ray: {' '.join(str(error).split())[:500]}"
+        _wait_until_left(store, name)
     record = store.refresh(name)
     if record["state"] not in ENDED:
         error = said.strip()[-2000:] or f"its process ended with exit code {returncode} before it could say why"
@@ -122,20 +129,24 @@ def _has_started(store: ExperimentStore, name: str) -> bool:
 
 
 def _stop(store: ExperimentStore, names: Sequence[str], ray: Any) -> None:
-    """End what is under way and wait until it has let go of its folders."""
+    """End what is under way."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         ray.shutdown()
         for name in names:
-            try:
-                with locked(store.run_folder(name), wait=3 * GRACE_SECONDS):
-                    record = store.refresh(name)
-            except BlockingIOError:
-                continue
-            if record["state"] not in ENDED:
+            if _wait_until_left(store, name) and store.refresh(name)["state"] not in ENDED:
                 store.update(name, state="waiting")
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _wait_until_left(store: ExperimentStore, name: str) -> bool:
+    """Wait until the process of a run whose worker is gone has ended what it had started; False: it takes too long."""
+    try:
+        with locked(store.run_folder(name), wait=3 * GRACE_SECONDS):
+            return True
+    except BlockingIOError:
+        return False
 
 
 # ---- Ray ------------------------------------------------------------------------------------------------------------
@@ -149,6 +160,8 @@ def _ray(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "false")
     # On a full machine Ray would end workers, which hold nothing; the system's own choice falls on the largest process.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # Ray's workers would hand on a lower priority to the runs, whose seconds are measured.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
@@ -196,7 +209,7 @@ class Progress:
     def __init__(self, store: ExperimentStore, selected: Sequence[str]) -> None:
         self.store, self.selected = store, list(selected)
         self.bar = tqdm(
-            total=len(self.selected), initial=self._count("finished", "failed", "skipped"), desc="runs", unit="run",
+            total=len(self.selected), initial=self._count(*ENDED), desc="runs", unit="run",
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}", disable=not sys.stderr.isatty(),
         )  # fmt: skip
 
@@ -207,7 +220,7 @@ class Progress:
         record = self.store.records[name]
         took = f" after {_duration(record['seconds'])}" if record["seconds"] is not None else ""
         lines = [f"{name} {record['state']}{took}"]
-        if record["state"] == "skipped":
+        if record["state"] in ("skipped", "interrupted"):
             lines[0] += f": {record['error']}"
         if record["state"] == "failed":
             lines += [f"    {line}" for line in (record["error"] or "").splitlines()]

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import platform
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from metasft.checkpoint import write_json
+from metasft.durable import remove_leftovers
 from metasft.experiments.plan import Plan, identity
+from metasft.experiments.provenance import provenance
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.suites import META_LEARNERS, ROOT
 
 FORMAT = 1
-PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy", "ray", "reasoning-gym")
 RUN_FILE, LOG_FILE, EXPERIMENTS_FILE, LOCK_FILE = "run.json", "log.txt", "experiments.json", ".lock"
 
 
@@ -103,6 +100,8 @@ class ExperimentStore:
     def open(self, *, retry_failed: bool) -> None:
         """Take up what is there: finished runs stay, interrupted ones wait again, failed ones if ``retry_failed``.
 
+        Called with the folder's lock held.
+
         A run whose command has changed is an error where it has finished, failed, or trained for a while; an evaluation
         that has not finished starts over.
 
@@ -110,6 +109,7 @@ class ExperimentStore:
             ValueError: the folder belongs to another scale or model, an arm there has other settings, finished
                 evaluations other ones, or runs there were made by other commands.
         """
+        remove_leftovers(self.folder)
         for key, value in (
             ("scale", self.plan.scale.name),
             ("model", self.plan.scale.model),
@@ -193,6 +193,7 @@ class ExperimentStore:
             "environment": dict(self.plan.scale.environment),
             "gpus": run.resources.gpus,
             "summary": dict(run.summary) if run.summary is not None else None,
+            "results": list(run.results),
         }
 
     def refresh(self, name: str) -> dict[str, Any]:
@@ -287,7 +288,7 @@ class ExperimentStore:
         return arms
 
     def _provenance(self) -> dict[str, Any]:
-        return {**_provenance(), "data_sha256": self._data_sha256()}
+        return {**provenance(), "data_sha256": self._data_sha256()}
 
     def _data_sha256(self) -> dict[str, str]:
         try:
@@ -384,62 +385,3 @@ def _read_experiments(folder: Path) -> dict[str, Any]:
     if there != FORMAT:
         raise ValueError(f"{path} has the format {there!r}, this release writes {FORMAT}: give another --output-dir")
     return content
-
-
-# ---- provenance -----------------------------------------------------------------------------------------------------
-
-_measured: dict[str, Any] = {}
-
-
-def _provenance() -> dict[str, Any]:
-    """Where the runs come from; the code's commit is that of the start of this process."""
-    if not _measured:
-        status = _git("status", "--porcelain", "--untracked-files=no")
-        _measured.update(
-            commit=_git("rev-parse", "HEAD"),
-            dirty=None if status is None else bool(status),
-            versions=package_versions(),
-            device=device_name(),
-            cores=os.cpu_count(),
-            python=platform.python_version(),
-            platform=platform.platform(),
-        )
-    return _measured
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        finished = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return finished.stdout.strip()
-
-
-def package_versions() -> dict[str, str | None]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def device_name() -> str:
-    """The GPUs of this machine as ``nvidia-smi`` names them, else the processor."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")
-        names = [name.strip() for name in names if name.strip()]
-    except (OSError, subprocess.SubprocessError):
-        names = []
-    if names:
-        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            models = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine() or sys.platform

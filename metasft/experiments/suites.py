@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metasft.untrusted import read_yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITES_DIR = ROOT / "data" / "experiments"
 SCALES_DIR = SUITES_DIR / "scales"
@@ -301,6 +303,7 @@ def _read_yaml(path: Path, kind: type, *, required: Sequence[str]) -> dict[str, 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    read_yaml(path)  # within its limits, before OmegaConf writes the aliases out
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metasft.checkpoint import AdapterCheckpoint, load_adapter_folder, load_meta_lora
+from metasft.checkpoint import AdapterCheckpoint, checked_adapter, load_adapter_folder, load_meta_lora
 from metasft.few_shot.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
 from metasft.few_shot.source import (
     Adaptation,
@@ -23,6 +21,7 @@ from metasft.few_shot.source import (
     recorded_adaptation,
     resolve_adaptation,
 )
+from metasft.untrusted import check_chat_template, read_json, read_tensors, reason
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,11 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
     meta_path = folder / "lora_train_meta.json"
     if not meta_path.is_file():
         raise ValueError(f"{folder} has no lora_train_meta.json, so it is no LoRA training: evaluate its model export")
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    first = min(folder.glob("model_world_size_*_rank_*.pt"))
-    world_size = int(re.search(r"world_size_(\d+)_", first.name).group(1))
+    meta = read_json(meta_path, "copy the whole folder again")
+    names = (re.fullmatch(r"model_world_size_([0-9]{1,6})_rank_[0-9]+\.pt", file.name) for file in folder.glob("*.pt"))
+    world_size = min((int(name[1]) for name in names if name), default=0)
+    if world_size < 1:
+        raise ValueError(f"{folder} holds no model_world_size_<N>_rank_<R>.pt: copy the whole folder")
     # Reading a sharded tensor outside the run that wrote it is all that happens here; torch warns about it every time.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     shards = []
@@ -151,14 +152,20 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
         if not path.is_file():
             raise ValueError(f"{path} does not exist, and all {world_size} shards are needed: copy the whole folder")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            state = read_tensors(path)
+        except ValueError as error:
             raise ValueError(
-                f"{path} cannot be read as tensors ({reason}): export the adapter with peft's save_pretrained and give "
+                f"{path} cannot be read as tensors ({error}): export the adapter with peft's save_pretrained and give "
                 "that folder"
             ) from error
-        shards.append({name: tensor for name, tensor in state.items() if "lora_" in name})
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} holds no named tensors: give a folder that veRL's trainer has written")
+        tensors = {name: tensor for name, tensor in state.items() if "lora_" in str(name)}
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path} has something else than tensors under the names of LoRA tensors: copy it again")
+        if shards and tensors.keys() != shards[0].keys():
+            raise ValueError(f"{path} holds other LoRA tensors than the shard of rank 0: copy the whole folder again")
+        shards.append(tensors)
     if not shards[0]:
         raise ValueError(f"{folder} holds no LoRA tensor: evaluate the training's model export as another --model-type")
     tensors = {
@@ -167,15 +174,17 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
     }
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     step = re.fullmatch(r"global_step_(\d+)", folder.name)
-    return AdapterCheckpoint(
+    return checked_adapter(
+        folder,
         tensors=tensors,
         adapter_config={
-            "r": meta["r"],
-            "lora_alpha": meta["lora_alpha"],
+            "r": meta.get("r"),
+            "lora_alpha": meta.get("lora_alpha"),
             "target_modules": sorted(modules),
             "task_type": "CAUSAL_LM",
         },
         base_model="",
+        adaptation={},
         step=int(step.group(1)) if step else None,
     )
 
@@ -186,13 +195,14 @@ def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     with _without_progress_bar():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the model {name} cannot be loaded: {reason}") from error
+            # False, not the default: by default transformers asks on the terminal whether to run a folder's code.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # what a broken or hostile folder leads transformers into is no closed list
+            raise ValueError(f"the model {name} cannot be loaded: {reason(error)}") from error
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model")
+    check_chat_template(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = model.generation_config

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.config import INNER_OPTIMIZERS
+from metasft.untrusted import printable, read_columns
 
 MODEL_TYPES = ("base", "fomaml", "meta_lora", "reptile", "lora")
 DTYPES = ("float32", "bfloat16")
@@ -237,9 +238,8 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
     if missing:
         trained = [name for name, (domain, _) in found.items() if domain == "in_domain"]
         also = f", and {known} has {', '.join(trained)}" if trained else ""
-        raise ValueError(
-            f"--eval-tasks names {', '.join(missing)}, but {unseen} has {', '.join(default)}{also}: choose from those"
-        )
+        names = ", ".join(map(printable, missing))
+        raise ValueError(f"--eval-tasks names {names}, but {unseen} has {', '.join(default)}{also}: choose from those")
     return [
         _read_task(*found[task], task, config.largest_n, config.limit) for task in config.eval_tasks or tuple(default)
     ]
@@ -287,20 +287,9 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not path.is_file():
         raise ValueError(f"{path} does not exist: prepare the data again")
-    try:
-        columns = pq.read_schema(path).names
-        missing = [column for column in _COLUMNS if column not in columns]
-        if missing:
-            raise ValueError(f"{path} has no column {missing[0]!r}: make it with prepare_math_science_data.py")
-        wanted = [*_COLUMNS, *(column for column in _OPTIONAL_COLUMNS if column in columns)]
-        rows = pq.read_table(path, columns=wanted).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}): prepare the data again") from error
+    rows = read_columns(path, _COLUMNS, _OPTIONAL_COLUMNS, remedy="make it with prepare_math_science_data.py")
     for number, row in enumerate(rows):
         messages = row["messages"] or []
         roles = [message.get("role") for message in messages]

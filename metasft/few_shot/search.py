@@ -11,7 +11,8 @@ from typing import Any
 
 from metasft.checkpoint import write_json
 from metasft.few_shot.protocol import EvaluationConfig, TestTask, shot_indices
-from metasft.few_shot.source import Adaptation, hash_file
+from metasft.few_shot.source import Adaptation
+from metasft.untrusted import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def search_settings(
         "shots": SEARCH_SHOTS,
         "tasks": [task.name for task in tasks],
         "n_test": {task.name: len(task.test) for task in tasks},
-        "data_sha256": {file.name: hash_file(file) for t in tasks for file in (t.pool_path, t.test_path)},
+        "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "grid": [list(candidate) for candidate in SEARCH_GRID],
     }
 

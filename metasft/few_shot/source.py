@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from metasft.few_shot.protocol import (
     DEFAULT_OPTIMIZER,
     EvaluationConfig,
 )
+from metasft.untrusted import check_sums, printable, read_json, sha256_of
 
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 _ARCHITECTURE_KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -77,6 +77,8 @@ def find_model_source(config: EvaluationConfig) -> ModelSource:
             f"--model-path {path} is {found}, but --model-type {config.model_type} takes {expected}{_suggestion(path)}"
         )
     base_model = _base_model(kind, place, config)
+    if place.is_dir():
+        check_sums(place)
     return ModelSource(kind, str(place), _hash_weights(place), base_model)
 
 
@@ -91,7 +93,7 @@ def _base_model(kind: str, place: Path, config: EvaluationConfig) -> str | None:
         return config.base_model
     if kind == "lora_folder":
         recorded = _read_json(place / "adapter_config.json").get("base_model_name_or_path")
-        if not recorded:
+        if not recorded or not isinstance(recorded, str):
             raise ValueError(f"--model-path {place} does not record its base model: give --base-model")
         check_model_folder(recorded, f"--model-path {place} was trained on")
         return recorded
@@ -113,15 +115,13 @@ def _base_of_verl_folder(place: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): export the model again") from error
+    return read_json(path, "export the model again")
 
 
 def check_model_folder(name: str, introduction: str) -> None:
     """Raise ValueError, opening with ``introduction``, unless ``name`` is a model folder or may be a hub name."""
     path = Path(name).expanduser()
+    name = printable(name)  # it may come out of a file
     if not path.exists() and not _looks_like_hub_name(name):
         raise ValueError(f"{introduction} {name}, which does not exist: give --base-model, a Hugging Face model folder")
     if path.exists() and _recognise(path)[0] != "model":
@@ -149,7 +149,10 @@ def _recognise(path: Path) -> tuple[str, Path]:
         return "verl_folder", path
     tracker = path / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
-        latest = path / f"global_step_{tracker.read_text(encoding='utf-8').strip()}"
+        step = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"[0-9]{1,18}", step):  # anything else could lead out of the folder
+            return f"a training folder with a damaged {tracker.name}", path
+        latest = path / f"global_step_{step}"
         if any(latest.glob("model_world_size_*_rank_*.pt")):
             return "verl_folder", latest
         return f"a training folder without {latest.name}", path
@@ -182,13 +185,8 @@ def _hash_weights(place: Path) -> str:
         files = sorted(file for pattern in patterns for file in place.glob(pattern))
     total = hashlib.sha256()
     for file in files:
-        total.update(hash_file(file).encode())
+        total.update(sha256_of(file).encode())
     return total.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Adaptation(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from metasft.sources.source import Item, Row, Source, answer_line, asking
+from metasft.sources.source import Item, Row, Source, short_answer
 
 TASKS = (
     "boolean_expressions",
@@ -53,7 +53,7 @@ def _read_bbh(row: Row, subset: str) -> Item | None:
         scoring, hint = {"scorer": "boolean"}, "Answer True or False."
     else:
         scoring, hint = {"scorer": "text"}, ""
-    return Item(question, asking(question, hint), answer_line(answer), answer, scoring)
+    return short_answer(question, answer, scoring, hint=hint)
 
 
 SOURCES = (

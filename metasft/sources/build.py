@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metasft.sources import scoring
 from metasft.sources.duplicates import Questions
-from metasft.sources.hub import Access, Location, locate, manifest_entry
-from metasft.sources.reading import open_source, read_items
+from metasft.sources.hub import Access, Location, manifest_entry
+from metasft.sources.reading import locate_source, open_source, read_items
 from metasft.sources.source import Item, Source
 from metasft.sources.suite import Suite, SuiteTask
-from metasft.tasks import Example
+from metasft.tasks import Example, score
 
 
 class TaskSizes(NamedTuple):
@@ -41,7 +41,11 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Built:
-    """What a suite was made into: relative file name -> examples, and what the manifest says about it."""
+    """What a suite was made into: relative file name -> examples, and what the manifest says about it.
+
+    Of each task the ``counts`` (``read``, and why items were not taken), the ``contamination`` and the examples in its
+    files add up: every item that is read has one fate.
+    """
 
     files: dict[str, list[Example]]
     sources: dict[str, dict[str, Any]]
@@ -81,8 +85,7 @@ def locate_suite(suite: Suite, access: Access, known: Mapping[str, Source]) -> d
     for name, subsets in wanted_subsets(suite, known).items():
         source = known[name]
         try:
-            pairs = [(split, subset) for split in splits_of(source) for subset in (subsets or ("",))]
-            found[name] = locate(source, pairs, access)
+            found[name] = locate_source(source, subsets, splits_of(source), access, known)
         except ValueError as error:
             found[name] = error
     return found
@@ -127,6 +130,7 @@ class _Builder:
     locations: dict[str, Location] = field(default_factory=dict)
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     contamination: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    unfit_tests: dict[str, list[Candidate]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         self.test_questions = Questions(self.suite.near_duplicates)  # of all tasks: no item in two test sets
@@ -142,11 +146,12 @@ class _Builder:
             pools[name], own_tests[name] = self._read(task)
 
         forbidden = self._excluded()
+        in_pool = {name: {candidate.example_id for candidate in pool} for name, pool in pools.items()}
         tests = {}
         for name in self.suite.tasks:
             self.progress(f"choosing test items of {name}")
-            tests[name] = self._choose_tests(name, own_tests[name], forbidden)
-        self._forbid_rest(own_tests, pools, tests, forbidden)
+            tests[name] = self._choose_tests(name, own_tests[name], in_pool[name], forbidden)
+        self._forbid_rest(own_tests, in_pool, tests, forbidden)
 
         chosen = Questions(self.suite.near_duplicates)
         files: dict[str, list[Example]] = {}
@@ -176,18 +181,34 @@ class _Builder:
     def _candidates(self, task: SuiteTask, name: str, split: str, subset: str) -> list[Candidate]:
         location, counts = self.locations[name], self.counts[task.name]
         source = location.source
+        data_source = f"{source.name}/{subset}" if subset else source.name
+        count = self._items_to_generate(task.name)
         found = []
-        for item in read_items(location, split, subset, counts):
-            if task.levels and item.level not in task.levels:
-                counts["of other levels"] += 1
-            elif len(item.prompt) + len(item.response) > self.suite.max_chars:
-                counts["too long"] += 1
-            elif not scoring.judge(item.response, item.answer, item.scoring).correct:
-                counts["response not scorable"] += 1
-            else:
-                data_source = f"{source.name}/{subset}" if subset else source.name
-                found.append(Candidate(item, data_source, f"{source.name}-{item.key}", not source.templated))
+        for item in read_items(location, split, subset, counts, count=count, seed=self.seed):
+            candidate = Candidate(item, data_source, f"{source.name}-{item.key}", not source.templated)
+            why = self._why_unfit(task, candidate)
+            if why is None:
+                found.append(candidate)
+                continue
+            counts[why] += 1
+            if split not in source.train_splits:
+                self.unfit_tests[task.name].append(candidate)
         return found
+
+    def _items_to_generate(self, task: str) -> int:
+        """A tenth more than the files take: an item may be a duplicate of another source's."""
+        sizes = self.sizes[task]
+        return math.ceil(1.1 * (sizes.test + _training_size(sizes)))
+
+    def _why_unfit(self, task: SuiteTask, candidate: Candidate) -> str | None:
+        item = candidate.item
+        if task.levels and item.level not in task.levels:
+            return "of other levels"
+        if len(item.prompt) + len(item.response) > self.suite.max_chars:
+            return "too long"
+        if not score(item.response, _example(task.name, candidate)).correct:
+            return "response not scorable"
+        return None
 
     def _excluded(self) -> Questions:
         forbidden = Questions(self.suite.near_duplicates)
@@ -202,38 +223,50 @@ class _Builder:
 
     # ---- choosing ---------------------------------------------------------------------------------------------------
 
-    def _choose_tests(self, name: str, candidates: list[Candidate], forbidden: Questions) -> list[Candidate]:
-        tests = []
+    def _choose_tests(
+        self, name: str, candidates: list[Candidate], in_pool: set[str], forbidden: Questions
+    ) -> list[Candidate]:
+        tests, repeated, counts = [], [], self.counts[name]
         for candidate in stratified(candidates, self.suite.stratify, self.seed, from_end=True):
             if len(tests) == self.sizes[name].test:
                 break
             item = candidate.item
             if self.test_questions.find(item.question, near=candidate.near):
-                self.counts[name]["duplicates among test items"] += 1
+                repeated.append(candidate)
                 continue
             self.test_questions.add(item.question, name, near=candidate.near)
             tests.append(candidate)
         if len(tests) < self.sizes[name].test:
+            counts["duplicates among test items"] = len(repeated)
             raise ValueError(self._shortage(name, len(tests), self.sizes[name].test, "test items"))
+        # Those of a pool are counted when training examples are chosen: every item has one fate.
+        counts["duplicates among test items"] = sum(one.example_id not in in_pool for one in repeated)
         for candidate in tests:
             forbidden.add(candidate.item.question, f"{name} test", group=candidate.item.group, near=candidate.near)
         return tests
 
-    def _forbid_rest(self, own_tests, pools, tests, forbidden: Questions) -> None:
-        """The items of a test split that were not chosen are a benchmark all the same."""
+    def _forbid_rest(
+        self,
+        own_tests: Mapping[str, list[Candidate]],
+        in_pool: Mapping[str, set[str]],
+        tests: Mapping[str, list[Candidate]],
+        forbidden: Questions,
+    ) -> None:
+        """The items of a test split that were not chosen, or are not fit to be, are a benchmark all the same."""
         for name, candidates in own_tests.items():
-            in_pool = {c.example_id for c in pools[name]}
-            done = {c.example_id for c in tests[name]}
-            for candidate in candidates:
-                if candidate.example_id not in in_pool and candidate.example_id not in done:
-                    item = candidate.item
-                    forbidden.add(item.question, f"{name} test split", group=item.group, near=candidate.near)
+            done = in_pool[name] | {candidate.example_id for candidate in tests[name]}
+            rest = [candidate for candidate in candidates if candidate.example_id not in done]
+            counts = self.counts[name]
+            counts["test items left over"] = len(rest) - counts["duplicates among test items"]
+            for candidate in (*rest, *self.unfit_tests[name]):
+                item = candidate.item
+                forbidden.add(item.question, f"{name} test split", group=item.group, near=candidate.near)
 
     def _choose_training(
         self, name: str, pool: list[Candidate], tests: set[str], forbidden: Questions, chosen: Questions
     ) -> list[Candidate]:
         sizes, counts = self.sizes[name], self.counts[name]
-        need = max(sizes.support + sizes.query, sizes.full or 0)
+        need = _training_size(sizes)
         members: list[Candidate] = []
         for candidate in stratified(pool, self.suite.stratify, self.seed):
             if candidate.example_id in tests:
@@ -256,12 +289,19 @@ class _Builder:
         return members
 
     def _shortage(self, name: str, have: int, need: int, what: str) -> str:
-        counts = ", ".join(f"{count} {why}" for why, count in self.counts[name].items())
+        counts = ", ".join(f"{count} {why}" for why, count in (+self.counts[name]).items())
         lost = sum(self.contamination[name].values())
+        remedy = (
+            "lower --samples-per-task, --test-samples or --shot-pool, add sources or levels to the task, or raise "
+            "max_chars"
+        )
+        if not self.counts[name]["read"]:
+            remedy = (
+                f"no row of {', '.join(self.suite.tasks[name].sources)} belongs to it, correct the names in the suite"
+            )
         return (
-            f"task '{name}' of suite {self.suite.name} has {have} {what}, {need} are needed ({counts}, {lost} kept out "
-            "for resembling test items): lower --samples-per-task, --test-samples or --shot-pool, add sources or "
-            "levels to the task, or raise max_chars"
+            f"task '{name}' of suite {self.suite.name} has {have} {what}, {need} are needed ({counts or 'none read'}, "
+            f"{lost} kept out for resembling test items): {remedy}"
         )
 
     # ---- results ----------------------------------------------------------------------------------------------------
@@ -294,11 +334,15 @@ class _Builder:
                 "sources": {source: list(subsets) for source, subsets in task.sources.items()},
                 "data_sources": dict(sorted(Counter(e.data_source for e in examples).items())),
                 "levels": dict(sorted(Counter(str(e.extra_info.get("level")) for e in examples).items())),
-                "scorers": dict(sorted(Counter(e.extra_info["scorer"] for e in examples).items())),
-                "counts": dict(sorted(self.counts[name].items())),
+                "scorers": dict(sorted(Counter(e.extra_info.get("scorer", "verifier") for e in examples).items())),
+                "counts": dict(sorted((+self.counts[name]).items())),
                 "contamination": dict(sorted(self.contamination[name].items())),
             }
         return described
+
+
+def _training_size(sizes: TaskSizes) -> int:
+    return max(sizes.support + sizes.query, sizes.full or 0)
 
 
 def _example(task: str, candidate: Candidate) -> Example:

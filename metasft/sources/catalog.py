@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from metasft.sources import bbh, competition, science, theorems, word_problems
+from metasft.sources import bbh, competition, embedded, science, theorems, word_problems
 from metasft.sources.source import Source
 
 SOURCES: dict[str, Source] = {
-    source.name: source for family in (competition, word_problems, science, theorems, bbh) for source in family.SOURCES
+    source.name: source
+    for family in (competition, word_problems, science, theorems, bbh, embedded)
+    for source in family.SOURCES
 }

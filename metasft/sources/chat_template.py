@@ -51,7 +51,7 @@ def add_chat_template(model: str, output: Path) -> Path:
             reason = str(explain(error, model, "main")).replace("dataset ", "model ", 1)
             raise ValueError(f"--model is {model}, which is no folder, and as a name on the hub: {reason}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model is {model}, whose tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +98,23 @@ def select(arguments: argparse.Namespace) -> Selection:
         "sizes": {name: size._asdict() for name, size in sizes.items()},
         "local_dir": None if arguments.local_dir is None else str(arguments.local_dir),
         "revisions": {known[n].repository: access.revision(known[n]) for n in wanted_subsets(suite, known)},
-        "own_files": {
-            Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            for name in wanted_subsets(suite, known)
-            for paths in known[name].local_files.values()
-            for path in paths
-        },
+        "own_files": _own_files(arguments.mapping, suite, known),
     }
     # As read back from the manifest, so that the two can be compared.
     return Selection(suite, known, sizes, access, json.loads(json.dumps(settings)))
+
+
+def _own_files(mapping: Path | None, suite: Suite, known: Mapping[str, Source]) -> dict[str, str]:
+    """SHA-256 of the mapping and the files that it names, by their paths relative to it."""
+    if mapping is None:
+        return {}
+    used = [
+        path for name in wanted_subsets(suite, known) for paths in known[name].local_files.values() for path in paths
+    ]
+    return {
+        Path(os.path.relpath(path, mapping.parent)).as_posix(): hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in (mapping, *used)
+    }
 
 
 def _some_tasks(suite: Suite, names: list[str] | None) -> Suite:
@@ -125,9 +134,8 @@ def _some_tasks(suite: Suite, names: list[str] | None) -> Suite:
 
 def _revisions(entries: tuple[str, ...] | list[str], suite: Suite, known: Mapping[str, Source]) -> dict[str, str]:
     used = [known[name] for name in wanted_subsets(suite, known)]
-    repositories = [source.repository for source in used]
-    # A fallback may be read in place of its source.
-    repositories += [known[source.fallback].repository for source in used if source.fallback]
+    used += [known[source.fallback] for source in used if source.fallback]  # which may be read in its place
+    repositories = [source.repository for source in used if not source.package and not source.local_files]
     revisions = {}
     for entry in entries:
         repository, _, commit = entry.partition("=")
@@ -135,7 +143,8 @@ def _revisions(entries: tuple[str, ...] | list[str], suite: Suite, known: Mappin
             raise ValueError(f"--revision is '{entry}': write <repository>=<commit>, such as openai/gsm8k=main")
         if repository not in repositories:
             raise ValueError(
-                f"--revision names {repository}, which is not used here: choose from {', '.join(repositories)}"
+                f"--revision names {repository}, which is not fetched here: choose from "
+                f"{', '.join(repositories) or 'none, leave it out'}"
             )
         revisions[repository] = commit
     return revisions
@@ -209,7 +218,10 @@ def dry_run(selection: Selection) -> Iterator[str]:
     for name, location in locate_suite(suite, selection.access, known).items():
         source = known[name]
         revision = selection.access.revision(source)
-        yield f"{source.repository} at revision {revision}, licence {source.licence}" + (
+        if not isinstance(location, ValueError) and location.source is not source:
+            yield f"{source.repository} is not available, this takes its place:"
+            source, revision = location.source, location.revision
+        yield f"{source.repository}{f' at revision {revision}' if revision else ''}, licence {source.licence}" + (
             f" ({source.sizes})" if source.sizes else ""
         )
         if isinstance(location, ValueError):

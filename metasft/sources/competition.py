@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from metasft.sources.answers import last_boxed
+from metasft.sources.scoring import boxed_answer
 from metasft.sources.source import Item, Row, Source
 
 MATH_SUBJECTS = (
@@ -35,12 +35,6 @@ def _boxed_item(problem: str, solution: str, answer: str, level: int | None = No
         scoring={"scorer": "boxed"},
         level=level,
     )
-
-
-def boxed_answer(solution: str) -> str | None:
-    r"""The final answer of a worked solution: the last ``\boxed{...}``, also written ``\boxed 5`` or ``\fbox{5}``."""
-    solution = re.sub(r"\\boxed\s+([^\s${}.]+)", r"\\boxed{\1}", solution.replace(r"\fbox{", r"\boxed{"))
-    return last_boxed(solution) or None
 
 
 def _read_math(row: Row, subset: str) -> Item | None:
@@ -117,7 +111,7 @@ SOURCES = (
     Source(
         name="numina_calculus",
         repository="AI-MO/NuminaMath-1.5",
-        revision="main",
+        revision="9a5aae8427cb65ac9a8bb3136ffb1d554b70c478",
         licence="Apache-2.0",
         files={"train": "data/train-*.parquet"},
         columns={

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Access:
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def revision(self, source: Source) -> str:
+        if source.package:
+            return version(source.package)
         return self.revisions.get(source.repository, source.revision)
 
 
@@ -77,6 +80,8 @@ def locate(source: Source, wanted: Iterable[tuple[str, str]], access: Access) ->
     """
     wanted = list(wanted)
     revision = access.revision(source)
+    if source.generate is not None:
+        return Location(source, revision, {}, folder=Path())
     if source.local_files:
         files = {key: tuple(File(path, os.path.getsize(path)) for path in source.local_files[key[0]]) for key in wanted}
         return Location(source, revision, files, folder=Path())
@@ -127,7 +132,8 @@ def fetch(location: Location) -> Location:
         )
     except Exception as error:
         raise explain(error, location.source.repository, location.revision) from error
-    return Location(location.source, location.revision, location.files, location.commit, Path(folder))
+    # The name of a snapshot's folder is its commit: a branch may have moved since the files were listed.
+    return Location(location.source, location.revision, location.files, Path(folder).name, Path(folder))
 
 
 def paths_of(location: Location, split: str, subset: str) -> list[str]:
@@ -160,7 +166,8 @@ def _match(
         files = tuple(sorted(file for file in present if fnmatchcase(file.path, pattern)))
         shards = {int(match[1]) for file in files if (match := re.search(r"-of-0*(\d+)\.\w+$", file.path))}
         if not files or any(count != len(files) for count in shards):
-            data = [file.path for file in present if file.path.endswith((".parquet", ".jsonl", ".json", ".csv"))]
+            kinds = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+            data = [file.path for file in present if file.path.endswith(kinds)]
             names = ", ".join(data[:8])
             raise SourceUnavailable(
                 f"{where} has {len(files)} of the files {pattern!r} that source '{source.name}' needs (it has "

@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from metasft.sources.hub import Access, Location, SourceUnavailable, explain, fetch, locate, paths_of
 from metasft.sources.source import Item, Source
+from metasft.untrusted import check_data_file
 
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def open_source(
+def locate_source(
     source: Source, subsets: Iterable[str], splits: Iterable[str], access: Access, known: Mapping[str, Source]
 ) -> Location:
-    """Fetch the files of some subsets and splits, from the source's fallback where it has been taken down.
+    """Where the files of some subsets and splits are: of the source's fallback where it has been taken down.
 
     Raises:
         SourceUnavailable: neither can be had; the sentence is about the source itself.
     """
     wanted = [(split, subset) for split in splits for subset in (list(subsets) or [""])]
+    return _or_fallback(source, known, lambda one: locate(one, wanted, access))
+
+
+def open_source(
+    source: Source, subsets: Iterable[str], splits: Iterable[str], access: Access, known: Mapping[str, Source]
+) -> Location:
+    """:func:`locate_source`, and fetch the files.
+
+    Raises:
+        SourceUnavailable: neither can be had; the sentence is about the source itself.
+    """
+    wanted = [(split, subset) for split in splits for subset in (list(subsets) or [""])]
+    return _or_fallback(source, known, lambda one: fetch(locate(one, wanted, access)))
+
+
+def _or_fallback(source: Source, known: Mapping[str, Source], find: Callable[[Source], Location]) -> Location:
     try:
-        return fetch(locate(source, wanted, access))
+        return find(source)
     except SourceUnavailable as error:
         if not error.gone or source.fallback is None:
             raise
         try:
-            return fetch(locate(known[source.fallback], wanted, access))
+            return find(known[source.fallback])
         except SourceUnavailable:
             raise error from None
 
 
-def read_items(location: Location, split: str, subset: str, counts: Counter[str]) -> Iterator[Item]:
+def read_items(
+    location: Location, split: str, subset: str, counts: Counter[str], *, count: int = 0, seed: int = 1
+) -> Iterator[Item]:
     """The usable items of one split of one subset, in the order of the files.
 
     Args:
         counts: ``read`` and ``unusable`` are counted up in it.
+        count: of a source that generates its items, how many.
+        seed: of those items.
 
     Raises:
         ValueError: the columns are not the expected ones, a file is damaged, or the network fails in a streamed source.
     """
     source = location.source
+    if source.generate is not None:
+        for item in source.generate(subset, count, seed):
+            counts["read"] += 1
+            yield item
+        return
     usable = 0
     for index, row in enumerate(_rows(location, split, subset)):
-        if source.subset_column and str(row[source.subset_column]) != subset:
+        if source.subset_column and str(row.get(source.subset_column)) != subset:
             continue
         counts["read"] += 1
         item = source.read(row, subset)
@@ -61,13 +88,24 @@ def read_items(location: Location, split: str, subset: str, counts: Counter[str]
 
 
 def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any]]:
-    from datasets import Dataset, Image, load_dataset
+    from datasets import Dataset, Features, Image, Value, config, load_dataset
+
+    # load_dataset would report each use to a server, of own files too, and without a network wait seconds for it.
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
     source = location.source
     paths = paths_of(location, split, subset)
     kind = _FORMATS.get(PurePosixPath(paths[0]).suffix)
     if kind is None:
         raise ValueError(f"{paths[0]} is of no known kind: give {', '.join(_FORMATS)}")
+    for path in map(Path, paths):
+        if path.is_file():
+            try:
+                check_data_file(path)
+            except ValueError as error:
+                if error.__cause__ is None:  # too large: the sentence says what to do
+                    raise
+                raise _unreadable(error.__cause__, location, [str(path)]) from error
     try:
         dataset = load_dataset(kind, data_files=paths, split="train", streaming=True)
         # A schema where the kind of file has one, else what the first rows look like.
@@ -76,7 +114,14 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
         raise _unreadable(error, location, paths) from error
     check_columns(source, {name: type_name(feature) for name, feature in features.items()}, paths[0])
     try:
-        if kind == "parquet":  # reads, and over the network fetches, no other columns
+        if kind == "csv":  # as written: 007 is no 7, and a column with gaps has no 12.0 for 12
+            texts = Features({name: Value("string") for name in features})
+            dataset = load_dataset(
+                kind, data_files=paths, split="train", streaming=True, features=texts, keep_default_na=False
+            )
+        elif source.local_files and all(path.endswith(".jsonl") for path in paths):
+            dataset = _json_lines(paths)
+        elif kind == "parquet":  # reads, and over the network fetches, no other columns
             dataset = load_dataset(kind, data_files=paths, split="train", streaming=True, columns=list(source.columns))
             for name in source.columns:
                 if isinstance(features[name], Image):
@@ -86,12 +131,22 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
         raise _unreadable(error, location, paths) from error
 
 
+def _json_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows as written: the library makes a time of every text that looks like a date."""
+    for path in paths:
+        with open(path, encoding="utf-8") as stream:
+            yield from (json.loads(line) for line in stream if line.strip())
+
+
 def _unreadable(error: Exception, location: Location, paths: list[str]) -> ValueError:
     if location.folder is None:
         return explain(error, location.source.repository, location.revision)
     detail = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {detail[0]}" if detail else type(error).__name__
-    return ValueError(f"{', '.join(paths)} cannot be read ({reason}): the file is damaged, get it again")
+    remedy = "the file is damaged, get it again"
+    if location.source.local_files:
+        remedy = "mend the file, in which every row needs the same columns, and a column values of one type"
+    return ValueError(f"{', '.join(paths)} cannot be read ({reason}): {remedy}")
 
 
 def type_name(feature: Any) -> str:
@@ -128,8 +183,10 @@ def check_columns(source: Source, found: Mapping[str, str], where: str) -> None:
             changes.append(f"column {name!r} is {found[name]} instead of {expected}")
     if changes:
         further = [name for name in found if name not in source.columns]
+        remedy = f"pin a revision with the old columns by --revision {source.repository}=<commit>, or adapt the source"
+        if source.local_files:
+            remedy = f"correct the fields in {source.repository}"
         raise ValueError(
             f"{where} is not as source '{source.name}' expects: {'; '.join(changes)} (further columns: "
-            f"{', '.join(further) or 'none'}): pin a revision with the old columns by --revision "
-            f"{source.repository}=<commit>, or adapt the source"
+            f"{', '.join(further) or 'none'}): {remedy}"
         )

@@ -64,7 +64,7 @@ def _read_sciq(row: Row, subset: str) -> Item | None:
         return None
     # The source always names the right one apart: an order that depends on the question alone hides it.
     options.sort(key=lambda option: hashlib.sha256(f"{row['question']}/{option}".encode()).digest())
-    return multiple_choice(row["question"], options, chr(ord("A") + options.index(right)), reasoning=row["support"])
+    return multiple_choice(row["question"], options, chr(ord("A") + options.index(right)), response=row["support"])
 
 
 _LABELLED = "struct of label: list of string, text: list of string"

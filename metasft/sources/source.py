@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metasft.sources.answers import INSTRUCTION
@@ -24,7 +24,7 @@ class Item:
         level: difficulty, 1 is easiest; None: the source does not say.
         group: items with the same group are one problem (in several languages, say) and never lie on both sides of
             training and test; empty: the item is its own group.
-        key: unique within the source at one revision; ``reading`` fills it in.
+        key: unique within the source at one revision; ``reading`` fills it in for items of files.
     """
 
     question: str
@@ -63,6 +63,9 @@ class Source:
         opt_in: why it is only used with --accept-licence; empty: no consent needed.
         local_files: split -> paths, for own data; the hub is not asked.
         subset_column: of own data, the column whose value is a row's subset; empty: every row belongs to every subset.
+        generate: makes items where there are no files: (subset, number of items, seed) -> items, the same ones each
+            time, and fewer only where there are no more.
+        package: that ``generate`` relies on; its installed version takes the place of ``revision``.
     """
 
     name: str
@@ -86,6 +89,8 @@ class Source:
     opt_in: str = ""
     local_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     subset_column: str = ""
+    generate: Callable[[str, int, int], Iterable[Item]] | None = None
+    package: str = ""
 
     @property
     def pooled(self) -> bool:
@@ -104,16 +109,38 @@ def asking(question: str, hint: str = "") -> str:
     return f"{question}\n{instruction}"
 
 
-def multiple_choice(
-    question: str, options: list[str], letter: str, *, level: int | None = None, reasoning: str = ""
+def short_answer(
+    question: str,
+    answer: str,
+    scoring: Mapping[str, Any],
+    *,
+    hint: str = "",
+    response: str = "",
+    level: int | None = None,
 ) -> Item:
-    """An item whose answer is the letter of one of its options."""
-    lines = [question.strip(), *(f"{chr(ord('A') + i)}. {option.strip()}" for i, option in enumerate(options))]
+    """An item whose answer stands in a last line ``Answer: <answer>``, after the reasoning where there is one."""
     return Item(
-        question="\n".join([question.strip(), *sorted(option.strip() for option in options)]),
-        prompt=asking("\n".join(lines), "Answer with the letter of the right option."),
-        response=f"{reasoning.strip()}\n{answer_line(letter)}" if reasoning.strip() else answer_line(letter),
-        answer=letter,
-        scoring={"scorer": "choice", "choices": [option.strip() for option in options]},
+        question=question,
+        prompt=asking(question, hint),
+        response=f"{response}\n{answer_line(answer)}".strip(),
+        answer=answer,
+        scoring=scoring,
         level=level,
     )
+
+
+def multiple_choice(
+    question: str, options: list[str], letter: str, *, hint: str = "", response: str = "", level: int | None = None
+) -> Item:
+    """An item whose answer is the letter of one of its options."""
+    question, options = question.strip(), [option.strip() for option in options]
+    text = "\n".join([question, *(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))])
+    item = short_answer(
+        text,
+        letter,
+        {"scorer": "choice", "choices": options},
+        hint=f"{hint} Answer with the letter of the right option.".strip(),
+        response=response.strip(),
+        level=level,
+    )
+    return replace(item, question="\n".join([question, *sorted(options)]))  # in any order it is the same question

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from metasft import untrusted
 from metasft.sources.source import Source
 
 SUITES_DIR = Path(__file__).resolve().parents[2] / "data" / "suites"
@@ -85,12 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    values = untrusted.read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: see data/suites for examples")
     return values
@@ -106,9 +102,13 @@ def suite_from(values: Mapping[str, Any], name: str, where: str, known: Mapping[
     _check_keys(values, allowed, where)
     if not isinstance(values.get("title"), str):
         raise ValueError(f"title in {where} is {values.get('title')!r}: say in one line what the suite is")
-    exclude = tuple(values.get("exclude") or ())
+    exclude = values.get("exclude") or ()
+    if not isinstance(exclude, list | tuple):
+        raise ValueError(f"exclude in {where} is {exclude!r}: give a list of sources, such as [math_500]")
     for source in exclude:
         _check_source(source, f"exclude in {where}", known)
+        if known[source].generate is not None:
+            raise ValueError(f"exclude in {where} names {source}, whose items are made up as needed: leave it out")
     threshold = values.get("near_duplicates", 0.8)
     if threshold is not None and not (_is_number(threshold) and 0 < threshold <= 1):
         raise ValueError(f"near_duplicates in {where} is {threshold!r}: give a share above 0 and up to 1, or null")
@@ -124,7 +124,8 @@ def suite_from(values: Mapping[str, Any], name: str, where: str, known: Mapping[
     if both := [task for task in roles["train"] if task in roles["unseen"]]:
         raise ValueError(f"{where} has the task {both[0]} under train and unseen: name it once")
     sizes = {**SIZES, **_read_sizes(values.get("sizes") or {}, f"sizes in {where}")}
-    return Suite(name, values["title"], roles["train"], roles["unseen"], sizes, exclude, threshold, stratify, max_chars)
+    tasks = (roles["train"], roles["unseen"])
+    return Suite(name, values["title"], *tasks, sizes, tuple(exclude), threshold, stratify, max_chars)
 
 
 def _read_tasks(tasks: Any, where: str, known: Mapping[str, Source]) -> dict[str, SuiteTask]:
@@ -132,7 +133,7 @@ def _read_tasks(tasks: Any, where: str, known: Mapping[str, Source]) -> dict[str
         raise ValueError(f"{where} is {tasks!r}: give a mapping of task names to what they are made of")
     read = {}
     for name, entry in tasks.items():
-        here = f"task {name} of {where}"
+        here = f"task {untrusted.printable(str(name))} of {where}"
         if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"{here} has a name that is no file name: use letters, digits, _ and -")
         if not isinstance(entry, Mapping) or not isinstance(entry.get("sources"), Mapping) or not entry["sources"]:

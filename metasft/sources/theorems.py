@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from metasft.sources.source import Item, Row, Source, answer_line, asking
+from metasft.sources.source import Item, Row, Source, asking, short_answer
 
 _HINTS = {
     "bool": "Answer True or False.",
@@ -14,6 +15,7 @@ _HINTS = {
     "list of float": "Give a list of decimal numbers in square brackets.",
     "option": "Give the letter of the right option in brackets.",
 }
+_ARGUE = "Argue first; the answer is True where the statement holds, else False."
 TOLERANCE = 0.04  # of the publishers' own evaluation
 
 
@@ -28,7 +30,7 @@ def _read_theoremqa(row: Row, subset: str) -> Item | None:
     else:
         scoring = {"scorer": "number", "relative_tolerance": TOLERANCE}
     question = row["Question"].strip()
-    return Item(question, asking(question, _HINTS[kind]), answer_line(answer), answer, scoring)
+    return short_answer(question, answer, scoring, hint=_HINTS[kind])
 
 
 def _read_deeptheorem(row: Row, subset: str) -> Item | None:
@@ -39,15 +41,8 @@ def _read_deeptheorem(row: Row, subset: str) -> Item | None:
     answer = "True" if row["truth_value"] else "False"
     proof = re.sub(r"\\boxed\{\s*(?:\\text\{)?\s*(?:dis)?proved?\s*\}?\s*\}", "", proof, flags=re.IGNORECASE).strip()
     level = None if row["difficulty"] is None else max(1, round(row["difficulty"]))
-    question = f"Prove or disprove: {statement}"
-    return Item(
-        question=statement,
-        prompt=asking(question, "Argue first; the answer is True where the statement holds, else False."),
-        response=f"{proof}\n{answer_line(answer)}",
-        answer=answer,
-        scoring={"scorer": "boolean"},
-        level=level,
-    )
+    item = short_answer(statement, answer, {"scorer": "boolean"}, response=proof, level=level)
+    return replace(item, prompt=asking(f"Prove or disprove: {statement}", _ARGUE))
 
 
 SOURCES = (
@@ -72,7 +67,7 @@ SOURCES = (
     Source(
         name="deeptheorem",
         repository="Jiahao004/DeepTheorem",
-        revision="main",
+        revision="f5935720f176cedff4ecd8ebf83d1696e31cfac8",
         licence="MIT",
         files={"train": "data/train-*.parquet"},
         columns={

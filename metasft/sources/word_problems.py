@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from metasft.sources.source import Item, Row, Source, answer_line, asking
+from metasft.sources.source import Item, Row, Source, short_answer
 
 GSM8K_INSTRUCTION = 'Reason step by step, and end with "#### <number>".'
 LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
@@ -27,14 +27,7 @@ def _read_gsm8k(row: Row, subset: str) -> Item | None:
 
 
 def _read_mgsm(row: Row, subset: str) -> Item | None:
-    answer = str(row["answer_number"])
-    return Item(
-        question=row["question"].strip(),
-        prompt=asking(row["question"].strip()),
-        response=answer_line(answer),
-        answer=answer,
-        scoring={"scorer": "gsm8k"},
-    )
+    return short_answer(row["question"].strip(), str(row["answer_number"]), {"scorer": "gsm8k"})
 
 
 SOURCES = (
@@ -64,6 +57,7 @@ SOURCES = (
         aligned=True,
         sizes="250 test in each of 11 languages (the 8 worked examples per language are not used)",
         caveats=(
+            "parquet since 2026: a copy or revision from before, with a loading script, is not read",
             "row i is the same problem in every language: translations of a test item are kept out of training",
             "the 250 problems are test items of GSM8K: do not train on GSM8K's test split beside it",
             "its test split serves for training too, so results are not comparable with published MGSM figures",

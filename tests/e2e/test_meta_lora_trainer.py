@@ -187,17 +187,19 @@ def test_bf16_base_keeps_adapters_in_fp32_and_still_learns(tiny_model, task_dir,
     assert records[-1]["meta/query_loss_after"] < records[0]["meta/query_loss_before"]
 
 
-# A start of the script each; tests/unit/test_config.py and test_task_data.py hold the long tables.
+# A start of the script each, for a setting and for data; tests/unit/test_config.py and test_task_data.py hold the long
+# tables, the other three here among them.
+slow = pytest.mark.slow
 REFUSED = [
-    ({"meta.num_inner_steps": -1}, "meta.num_inner_steps=-1"),
-    ({"+meta.inner_steps": 3}, "meta.inner_steps=3"),
-    ({"meta.tasks": "[add,typo]"}, "typo"),
-    ({"meta.support_samples": 25}, "has 24 examples, fewer than meta.support_samples=25"),
-    ({"model.path": "models/missing"}, "models/missing"),
+    pytest.param({"meta.num_inner_steps": -1}, "meta.num_inner_steps=-1", id="setting"),
+    pytest.param({"meta.support_samples": 25}, "has 24 examples, fewer than meta.support_samples=25", id="data"),
+    pytest.param({"+meta.inner_steps": 3}, "meta.inner_steps=3", id="unknown setting", marks=slow),
+    pytest.param({"meta.tasks": "[add,typo]"}, "typo", id="unknown task", marks=slow),
+    pytest.param({"model.path": "models/missing"}, "models/missing", id="missing model", marks=slow),
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[next(iter(c)) for c, _ in REFUSED])
+@pytest.mark.parametrize(("changes", "words"), REFUSED)
 def test_wrong_settings_end_in_one_sentence_before_a_model_is_loaded(changes, words, tiny_model, task_dir, tmp_path):
     finished = run_script(*SCRIPT, *settings(tiny_model, task_dir, tmp_path, **changes))
     assert finished.returncode == 2, finished.stderr[-2000:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -15,7 +17,8 @@ import pytest
 from experiment_files import BASE, META_LORA, MIXED, SINGLE, write_scale, write_suite
 from script_runner import ROOT, must_run, run_script, script_environment
 
-pytestmark = pytest.mark.slow  # a dozen trainings and evaluations; minutes beside other work
+import run_experiments
+
 PATIENCE = 600  # seconds, for a machine that does much else
 TOO_MANY = {"meta.query_samples": 1000}  # more than there are, which only the trainer finds out
 SAME_AS_PLAIN = {"trainer.project_name": "other"}  # another command that computes the same
@@ -27,6 +30,7 @@ class Runner:
     def __init__(self, folder, model, scale=None):
         self.folder, self.out = folder, folder / "all experiments"  # a path with a space
         self.scale = write_scale(folder, scale, model=model)
+        self.held, self.worker, self.started = [], None, []
 
     def words(self, *flags):
         return [
@@ -41,9 +45,17 @@ class Runner:
     def start(self):
         command = [sys.executable, *map(str, self.words())]
         log = (self.folder / "runner.txt").open("a")
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=script_environment(), stdout=log, stderr=log, start_new_session=True
         )
+        self.started.append(process)
+        return process
+
+    def close(self):
+        """End what a failed test has left."""
+        for process in self.started:
+            process.terminate()
+            process.wait(PATIENCE)
 
     def said(self):
         return (self.folder / "runner.txt").read_text()
@@ -77,22 +89,44 @@ class Runner:
     def hold(self, name, process, file="log.txt"):
         """Suspend a run once it has written a file, so that it does not end before it is interrupted."""
         wait_for(lambda: (self.out / "runs" / name / file).exists() and self._scripts(name), process)
-        for script in self._scripts(name):
+        self.held, self.worker = self._scripts(name), self._processes(name)[0].parent()
+        for script in self.held:
             script.suspend()
         assert self.record(name)["state"] == "running"
 
+    def ask_to_stop(self, name, process, file, *, rank=None):
+        """SIGTERM to a rank of a run under torchrun, or to torchrun itself, once the run has written a file."""
+        wait_for(lambda: (self.out / "runs" / name / file).exists() and len(self._scripts(name)) > 1, process)
+        torchrun, *ranks = self._scripts(name)
+        (torchrun if rank is None else ranks[rank]).terminate()
+        wait_for(lambda: self.record(name)["state"] != "running", process)
+
+    def next_state(self, name):
+        """The folder that a training saves to next."""
+        tracker = self.out / "runs" / name / "latest_checkpointed_iteration.txt"
+        return f"global_step_{int(tracker.read_text()) + 1 if tracker.exists() else 1}"
+
     def _scripts(self, name):
-        folder, between = str(self.out / "runs" / name), "metasft.experiments.process"
-        return [p for p in psutil.process_iter() if folder in _command_line(p) and between not in _command_line(p)]
+        return [p for p in self._processes(name) if "metasft.experiments.process" not in _command_line(p)]
+
+    def _processes(self, name):
+        """The run's process, which Ray's worker has started, and those of its script."""
+        return [p for p in psutil.process_iter() if str(self.out / "runs" / name) in _command_line(p)]
 
     def end(self, process, number):
         """Signal the process, and wait until nothing that it started is left but Ray's agents, which take a minute."""
         below = psutil.Process(process.pid).children(recursive=True)
         below = [p for p in below if not _command_line(p).startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))]
-        assert any(str(self.out) in _command_line(p) for p in below)
+        assert below
         process.send_signal(number)
+        if self.held:  # they hear of no signal but SIGKILL, and must not end before they are sent one
+            wait_for(lambda: not _alive(self.worker))
+        for script in self.held:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                script.resume()
+        self.held = []
         code = process.wait(PATIENCE)
-        wait_for(lambda: not [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+        wait_for(lambda: not any(map(_alive, below)))
         assert not [line for line in map(_command_line, psutil.process_iter()) if str(self.out) in line]
         return code
 
@@ -102,6 +136,13 @@ def _command_line(process):
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def _alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(condition, process=None):
@@ -119,94 +160,90 @@ def measured(report, arm):
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory, tiny_model):
-    return Runner(tmp_path_factory.mktemp("experiments"), tiny_model)
+    with contextlib.closing(Runner(tmp_path_factory.mktemp("experiments"), tiny_model)) as made:
+        yield made
 
 
-def arms(mended):
-    return {
-        "hopeless": {**META_LORA, "overrides": TOO_MANY},
-        "plain": META_LORA,
-        "mended": {**META_LORA, "label": "Mended", "overrides": mended},
-    }
+def write_arms(runner, mended):
+    arms = {"plain": META_LORA, "mended": {**META_LORA, "label": "Mended", "overrides": mended}}
+    write_suite(runner.folder, arms, comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}])
 
 
 @pytest.fixture(scope="module")
 def killed(runner):
-    """The first start, with a second one beside it, killed in the middle. Returns what is known of that moment."""
-    write_suite(
-        runner.folder, arms({**SAME_AS_PLAIN, **TOO_MANY}), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}]
-    )
+    """The first start: one training crashes, the runner is killed during the other. What is known of that moment."""
+    write_arms(runner, {**SAME_AS_PLAIN, **TOO_MANY})
     process = runner.start()
     runner.hold("train-plain-seed1", process)
-    second = runner.run()
-    wait_for(lambda: runner.said().count(" skipped: ") == 2, process)
+    nice = [script.nice() for script in runner.held]
+    with contextlib.redirect_stderr(io.StringIO()) as refusal:
+        second = run_experiments.main([str(word) for word in runner.words()[1:]])
+    wait_for(lambda: "evaluate-mended-seed1 skipped" in runner.said(), process)
     code = runner.end(process, signal.SIGKILL)
     finished = runner.in_state("finished")
-    return {"code": code, "second": second, "finished": finished, "files": runner.files(finished)}
+    return {
+        "code": code,
+        "nice": nice,
+        "second": (second, refusal.getvalue()),
+        "states": {name: runner.record(name)["state"] for name in ("train-plain-seed1", "train-mended-seed1")},
+        "finished": finished,
+        "files": runner.files(finished),
+    }
 
 
 @pytest.fixture(scope="module")
 def again(runner, killed):
-    """One of the crashed arms mended, everything started again with ``--retry-failed``."""
-    write_suite(runner.folder, arms(SAME_AS_PLAIN), comparisons=[{"a": "plain", "b": "mended", "margin": 0.03}])
+    """The arm that crashed mended, everything started again with ``--retry-failed``."""
+    write_arms(runner, SAME_AS_PLAIN)
     return runner.run("--retry-failed")
 
 
 def test_a_second_runner_is_refused(runner, killed):
-    assert killed["second"].returncode == 2
-    assert killed["second"].stderr.splitlines()[-1] == (
-        f"run_experiments: another run_experiments.py works in {runner.out}: wait for it, or give another --output-dir"
+    assert killed["second"] == (
+        2,
+        f"run_experiments: another run_experiments.py works in {runner.out}: wait for it, or give another "
+        "--output-dir\n",
     )
 
 
-def test_the_suite_goes_on_past_a_crash(runner, killed):
+def test_the_suite_goes_on_past_a_crash_and_shows_the_end_of_its_log(runner, killed):
     said = runner.said()
-    for name in ("hopeless", "mended"):
-        assert f"train-{name}-seed1 failed after" in said
-        assert f"evaluate-{name}-seed1 skipped: train-{name}-seed1 did not finish" in said
-    assert "meta.query_samples" in said
+    log = (runner.out / "runs" / "train-mended-seed1" / "log.txt").read_text().split("--- attempt 2")[0]
+    last = log.splitlines()[-1]
+    assert "meta.query_samples" in last
+    shown = said[said.index("train-mended-seed1 failed after") :].splitlines()
+    assert f"    {last}" in shown and any(line.endswith("train-mended-seed1/log.txt") for line in shown)
+    assert "evaluate-mended-seed1 skipped: train-mended-seed1 did not finish" in said
+
+
+def test_runs_have_the_priority_of_their_runner(killed):
+    assert killed["nice"] == [os.getpriority(os.PRIO_PROCESS, 0)]
 
 
 def test_killed_and_started_again_no_finished_run_is_repeated(runner, killed, again):
     assert killed["code"] == -signal.SIGKILL and killed["finished"] == ["data"]
+    assert killed["states"] == {"train-plain-seed1": "interrupted", "train-mended-seed1": "failed"}
     assert runner.files(["data"]) == killed["files"]
-    attempts = {name: record["attempts"] for name, record in runner.document()["runs"].items()}
-    assert (attempts["data"], attempts["train-plain-seed1"], attempts["evaluate-plain-seed1"]) == (1, 2, 1)
-
-
-def test_every_run_but_the_hopeless_ones_finishes(runner, again):
-    assert again.returncode == 1, again.stdout + again.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
     runs = runner.document()["runs"]
-    assert {name: run["state"] for name, run in runs.items()} == {
-        "data": "finished",
-        "train-hopeless-seed1": "failed",
-        "train-plain-seed1": "finished",
-        "train-mended-seed1": "finished",
-        "evaluate-hopeless-seed1": "skipped",
-        "evaluate-plain-seed1": "finished",
-        "evaluate-mended-seed1": "finished",
+    assert {name: (run["state"], run["attempts"]) for name, run in runs.items()} == {
+        "data": ("finished", 1),
+        "train-plain-seed1": ("finished", 2),
+        "train-mended-seed1": ("finished", 2),
+        "evaluate-plain-seed1": ("finished", 1),
+        "evaluate-mended-seed1": ("finished", 1),
     }
-    assert runs["train-hopeless-seed1"]["attempts"] == runs["train-mended-seed1"]["attempts"] == 2
     for run in runs.values():
-        if run["state"] == "finished":
-            assert run["seconds"] > 0 and run["peak_memory_bytes"] > 20e6 and run["returncode"] == 0
-
-
-def test_a_failure_is_reported_with_the_end_of_its_log(runner, again):
-    log = (runner.out / "runs" / "train-hopeless-seed1" / "log.txt").read_text()
-    last = log.splitlines()[-1]
-    assert "meta.query_samples" in last and log.count("--- attempt") == 2
-    assert "7 runs: 5 finished, 1 failed, 1 skipped" in again.stdout
-    assert f"    {last}" in again.stdout and again.stdout.splitlines()[-2] == "--retry-failed runs them again"
-    assert last in (runner.out / "report" / "report.md").read_text()
+        assert run["seconds"] > 0 and run["peak_memory_bytes"] > 20e6 and run["returncode"] == 0
+    assert "5 runs: 5 finished" in again.stdout
 
 
 def test_progress_tells_what_started_what_ended_and_the_time_left(again):
     lines = again.stdout.splitlines()
     assert any("train-mended-seed1 started" in line for line in lines)
     ended = next(line for line in lines if "evaluate-mended-seed1 finished after" in line)
-    assert "/7, " in ended and "left]" in ended
-    assert "\r" not in again.stdout and "runs 0/7" not in again.stderr  # no bar where there is no terminal
+    assert "/5, " in ended and "left]" in ended
+    assert "\r" not in again.stdout and "runs 0/5" not in again.stderr  # no bar where there is no terminal
 
 
 def test_an_interrupted_arm_has_the_numbers_of_an_undisturbed_one(runner, again):
@@ -229,30 +266,52 @@ def test_the_report_is_there(runner, again):
     assert provenance["versions"]["verl"] and provenance["cores"] == os.cpu_count()
 
 
+def test_dry_run_prints_what_was_run(runner, again, capsys):
+    assert run_experiments.main([*map(str, runner.words("--dry-run")[1:])]) == 0
+    assert commands_in(capsys.readouterr().out) == [run["command"] for run in runner.document()["runs"].values()]
+
+
+def commands_in(printed):
+    lines = [line for line in printed.splitlines() if line and not line.startswith(("#", "export "))]
+    return [shlex.split(line) for line in lines]
+
+
 # ---- minutes --------------------------------------------------------------------------------------------------------
 
 SEARCHING = {
-    "evaluate/search": {"limit": 2, "arms": {"base": "base", "meta_lora": "plain", "lora": "single"}},
-    "train/meta_learners/trainer.total_training_steps": 3,
+    "runs/train": {"cpus": 2, "processes": 2},
+    "train/meta_learners/trainer.total_training_steps": 16,
     "train/meta_learners/trainer.save_freq": 1,
+    "train/lora/engine.full_determinism": True,  # else veRL seeds the order of examples, but no fresh LoRA
+    "evaluate/search": {"limit": 2, "arms": {"base": "base", "meta_lora": "plain", "lora": "single"}},
 }
 EVERY_SORT = {"plain": META_LORA, "single": SINGLE, "mixed": MIXED, "base": BASE}
 
 
 @pytest.mark.slow
-def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_does(tmp_path, tiny_model):
-    """SIGKILL and Ctrl-C while trainings and evaluations are under way, those of veRL under torchrun among them."""
+def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_does(tmp_path, tiny_model, request):
+    """SIGKILL, SIGTERM and Ctrl-C while trainings and evaluations are under way, under torchrun and without."""
     runners = []
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
         runners.append(Runner(tmp_path / name, tiny_model, SEARCHING))
         write_suite(tmp_path / name, EVERY_SORT)
     undisturbed, disturbed = runners
+    request.addfinalizer(disturbed.close)
     finished = undisturbed.run()
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
+    # A trainer that is asked to stop saves; torchrun then exits with 1, or with 0 where only a rank was asked.
+    training = disturbed.out / "runs" / "train-plain-seed1"
+    for rank, error in ((None, "it was ended by SIGTERM"), (1, "it ended without run_summary.json")):
+        process = disturbed.start()
+        disturbed.ask_to_stop(training.name, process, disturbed.next_state(training.name), rank=rank)
+        record = disturbed.record(training.name)
+        assert (record["state"], record["error"]) == ("interrupted", error)
+        assert "stopped by SIGTERM: meta-step" in (training / "log.txt").read_text().split("--- attempt")[-1]
+        assert disturbed.end(process, signal.SIGINT) == 130
     moments = {
-        "train-plain-seed1": ("global_step_1", signal.SIGKILL),  # resumes
+        "train-plain-seed1": (disturbed.next_state(training.name), signal.SIGKILL),  # resumes
         "train-single-algebra-seed1": ("log.txt", signal.SIGINT),
         "train-mixed-seed1": ("log.txt", signal.SIGKILL),
         "evaluate-plain-seed1": ("meta_lora_cells.jsonl", signal.SIGKILL),  # continues
@@ -263,7 +322,7 @@ def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_
         disturbed.hold(name, process, file)
         code = disturbed.end(process, number)
         assert code == (130 if number == signal.SIGINT else -number)
-        assert disturbed.record(name)["state"] == "waiting"
+        assert disturbed.record(name)["state"] == "interrupted"
     finished = disturbed.run()
     assert finished.returncode == 0, finished.stdout + finished.stderr
     one, other = undisturbed.report(), disturbed.report()
@@ -271,7 +330,7 @@ def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_
     for arm in EVERY_SORT:
         assert measured(one, arm) == measured(other, arm)
     attempts = {name: record["attempts"] for name, record in disturbed.document()["runs"].items()}
-    assert attempts["data"] == 1 and all(attempts[name] > 1 for name in moments)
+    assert attempts["data"] == 1 and attempts["train-plain-seed1"] == 4 and all(attempts[name] > 1 for name in moments)
     for name in ("single-algebra", "mixed"):
         summary = json.loads((disturbed.out / "runs" / f"train-{name}-seed1" / "run_summary.json").read_text())
         assert summary["steps"] == 2 and summary["seconds_per_step_median"] > 0 and summary["checkpoint_bytes"] > 0
@@ -280,19 +339,18 @@ def test_a_suite_that_is_killed_again_and_again_reports_what_an_undisturbed_one_
 
 
 @pytest.mark.slow
-def test_every_suite_runs_at_the_smallest_scale(tmp_path):
+def test_every_suite_runs_at_the_smallest_scale(tmp_path, capsys):
     out = tmp_path / "smoke"
     began = time.monotonic()
     command = ("run_experiments.py", "--suite", "all", "--scale", "smoke", "--output-dir", out)
     printed = must_run(*command, "--dry-run").stdout
     finished = must_run(*command, timeout=7200)
-    print(f"--suite all --scale smoke: {time.monotonic() - began:.0f} s")
+    with capsys.disabled():
+        print(f"\n--suite all --scale smoke: {time.monotonic() - began:.0f} s")
     runs = json.loads((out / "experiments.json").read_text())["runs"]
-    assert {run["state"] for run in runs.values()} == {
-        "finished"
-    } and f"{len(runs)} runs: {len(runs)} finished" in finished.stdout
-    lines = [line for line in printed.splitlines() if line and not line.startswith(("#", "export "))]
-    assert [shlex.split(line) for line in lines] == [run["command"] for run in runs.values()]
+    assert {run["state"] for run in runs.values()} == {"finished"}
+    assert f"{len(runs)} runs: {len(runs)} finished" in finished.stdout
+    assert commands_in(printed) == [run["command"] for run in runs.values()]
     report = json.loads((out / "report" / "report.json").read_text())
     assert {arm["status"] for arm in report["arms"].values()} == {"measured"} and len(report["suites"]) == 5
     assert (out / "report" / "index.html").stat().st_size > 10_000

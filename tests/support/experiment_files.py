@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from metasft.experiments.plan import Plan, make_plan
+from metasft.experiments.store import ExperimentStore, finished_searches, known_runs
 from metasft.experiments.suites import read_scale, read_suites
 
 REMOVED = object()
@@ -59,6 +60,11 @@ FOMAML = {"label": "FOMAML", "method": "fomaml"}
 BASE = {"label": "Base", "method": "base"}
 SINGLE = {"label": "One task", "method": "lora_single", "tasks": ["algebra", "number_theory"]}
 MIXED = {"label": "All tasks", "method": "lora_mixed"}
+SLOWER = {**META_LORA, "overrides": {"meta.num_inner_steps": 3}}
+ARMS = {"a": META_LORA, "f": FOMAML}
+SEARCHED = {"a": META_LORA, "b": SLOWER, "f": FOMAML, "base": BASE}
+SEARCH = {"evaluate/search": {"limit": 2, "arms": {"meta_lora": "b", "fomaml": "elsewhere"}}}
+"""Of the scale of ``SEARCHED``: ``b`` searches for ``a`` too."""
 
 
 def model_folder(folder: Path) -> Path:
@@ -96,6 +102,29 @@ def plan_of(folder: Path, arms: Mapping[str, Any], changes: Mapping[str, Any] | 
     suite = write_suite(folder, arms)
     scale = write_scale(folder, changes, model=model_folder(folder / "model"))
     return make_plan(read_suites([str(suite)]), read_scale(str(scale)), folder / "out", **further)
+
+
+def opened(
+    folder: Path,
+    arms: Mapping[str, Any] = ARMS,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    retry_failed: bool = False,
+    name: str = "try",
+) -> ExperimentStore:
+    """The store of a plan made with what the folder knows, as ``run_experiments.py`` opens it."""
+    out = folder / "out"
+    suite = write_suite(folder, arms, name=name)
+    scale = write_scale(folder, changes, model=model_folder(folder / "model"))
+    plan = make_plan(read_suites([str(suite)]), read_scale(str(scale)), out, known_runs(out), finished_searches(out))
+    store = ExperimentStore(plan, ["python", "run_experiments.py"])
+    store.open(retry_failed=retry_failed)
+    return store
+
+
+def flag(command: Sequence[str], name: str) -> str:
+    """The value of a flag in a command."""
+    return command[command.index(name) + 1]
 
 
 def _write(path: Path, content: Any) -> Path:

@@ -61,14 +61,19 @@ class Ranks:
 
 
 class ForkServer:
-    """Starts ranks. Use as a context manager; leaving it ends the server and all of its ranks."""
+    """Starts ranks. Use as a context manager; leaving it ends the server and all of its ranks.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._launches = folder, 0
+    Args:
+        folder: for the output of the ranks.
+        modules: that the server imports too.
+    """
+
+    def __init__(self, folder: Path, modules: tuple[str, ...] = ()) -> None:
+        self._folder, self._launches, self._modules = folder, 0, modules
 
     def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *self._modules],
             cwd=ROOT,
             env={**script_environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])},
             stdin=subprocess.PIPE,
@@ -135,6 +140,8 @@ def _serve() -> None:
     import metasft.launch
     import metasft.trainer  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -408,7 +408,8 @@ class LoopbackHub:
 
     @contextmanager
     def serving(self) -> Iterator[LoopbackHub]:
-        thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        # Each test would wait half a second for the default interval to end.
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
             yield self
@@ -494,7 +495,8 @@ class LoopbackHub:
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(content) if length is None else length))
         request.end_headers()
-        request.wfile.write(content)
+        if request.command != "HEAD":  # a body would be taken for the head of the next answer
+            request.wfile.write(content)
 
 
 def _commit(revision: str | None) -> str:

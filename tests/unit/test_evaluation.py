@@ -227,6 +227,7 @@ def test_base_model_flag(config, tiny_model, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"--base-model is .*\.pt, which is a meta_lora_checkpoint"):
         find_model_source(dataclasses.replace(wrong, base_model=str(adapter)))
     folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "moved")
+    (folder / "SHA256SUMS").unlink()
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "gone")
     (folder / "adapter_config.json").write_text(json.dumps(settings))

@@ -117,6 +117,7 @@ def test_automatic_number_of_cells(config):
 
 def test_dropout_goes_one_at_a_time_and_says_so(config, adapter, tmp_path, caplog):
     folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "dropout")
+    (folder / "SHA256SUMS").unlink()
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_dropout": 0.5}))
     with caplog.at_level(logging.WARNING):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from script_runner import ROOT
 
-from metasft.experiments.process import _last_lines, _write_summary
+from metasft.experiments.process import _last_lines, _logged, _write_summary
 from metasft.experiments.store import locked, read_record, write_record
 
 PYTHON = sys.executable
@@ -22,7 +22,7 @@ PATIENCE = 120  # seconds, for a machine that does much else
 
 def prepare(folder, command, **record):
     """What the runner writes before it hands a run over."""
-    entries = {"state": "waiting", "attempts": 0, "environment": {}, "gpus": 0, "summary": None, "error": None}
+    entries = {"state": "waiting", "attempts": 0, "environment": {}, "gpus": 0, "summary": None, "results": []}
     write_record(folder, {**entries, "command": list(map(str, command)), **record})
     return [PYTHON, "-m", "metasft.experiments.process", str(folder), str(os.getpid())]
 
@@ -34,9 +34,9 @@ def run(folder, command, **record):
     return read_record(folder)
 
 
-def started(folder, command, launch=None):
+def started(folder, command, launch=None, **record):
     """A run under way whose script has written its process ids to ``pids``. Returns (process, those of the script)."""
-    words = prepare(folder, command)
+    words = prepare(folder, command, **record)
     process = launch(words) if launch else subprocess.Popen(words, cwd=ROOT)
     wait_for(lambda: (folder / "pids").is_file() and (folder / "pids").read_text().endswith(".\n"))
     script = [psutil.Process(int(pid)) for pid in (folder / "pids").read_text().split()[:-1]]
@@ -80,7 +80,38 @@ def test_a_failure_is_recorded_with_the_end_of_the_log_of_this_attempt(tmp_path)
     assert record["error"].splitlines() == [*map(str, range(82, 101)), "it broke"]
     assert "of an earlier attempt" in (tmp_path / "log.txt").read_text()
     record = run(tmp_path, ["sh", "-c", "kill -9 $$"])
+    assert record["state"] == "failed", "it may have been a lack of memory"
     assert (record["returncode"], record["error"]) == (-9, "exit code -9, nothing was logged")
+
+
+def test_a_run_that_ends_without_its_results_was_interrupted(tmp_path):
+    """As a trainer that saves on SIGTERM does."""
+    results = [tmp_path / name for name in ("run_summary.json", "more.json")]
+    saving = f"trap 'touch {tmp_path}/saved; exit 0' TERM; echo $$ . > {tmp_path}/pids; while :; do sleep 0.1; done"
+    process, (script,) = started(tmp_path, ["sh", "-c", saving], results=list(map(str, results)))
+    script.terminate()
+    assert process.wait(PATIENCE) == 1 and (tmp_path / "saved").is_file()
+    record = read_record(tmp_path)
+    assert (record["state"], record["returncode"]) == ("interrupted", 0)
+    assert record["error"] == "it ended without run_summary.json"
+    record = run(tmp_path, ["touch", results[0]], results=list(map(str, results)))
+    assert (record["state"], record["error"]) == ("interrupted", "it ended without more.json")
+    record = run(tmp_path, ["touch", results[1]], results=list(map(str, results)))
+    assert (record["state"], record["error"]) == ("finished", None)
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "error"),
+    [
+        ("kill -TERM $$", "interrupted", "it was ended by SIGTERM"),
+        # What torchrun says when it is asked to stop itself, and when a worker was while it was not.
+        ("echo '...api.SignalException: Process 7 got signal: 15'; exit 1", "interrupted", "it was ended by SIGTERM"),
+        ("echo '  traceback : Signal 15 (SIGTERM) received by PID 8'; exit 1", "failed", None),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_was_interrupted(command, state, error, tmp_path):
+    record = run(tmp_path, ["sh", "-c", command])
+    assert record["state"] == state and (error is None or record["error"] == error)
 
 
 def test_a_command_that_is_not_there_is_a_failure(tmp_path):
@@ -94,13 +125,13 @@ def test_a_run_that_ends_leaves_no_process_behind(tmp_path):
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_a_run_that_is_stopped_waits_again_and_leaves_no_process_behind(tmp_path):
+def test_a_run_that_is_stopped_is_interrupted_and_leaves_no_process_behind(tmp_path):
     process, script = started(tmp_path, a_tree(tmp_path))
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 1
     assert not any(map(alive, script))
     record = read_record(tmp_path)
-    assert (record["state"], record["attempts"]) == ("waiting", 1)
+    assert (record["state"], record["attempts"]) == ("interrupted", 1)
 
 
 def test_a_run_that_is_stopped_while_it_starts_leaves_no_process_behind(tmp_path):
@@ -116,7 +147,7 @@ subprocess.Popen = stopped_in
 """
     assert subprocess.run(changed(words, changes), cwd=ROOT, check=False, timeout=PATIENCE).returncode == 1
     assert not any(psutil.pid_exists(int(pid)) for pid in (tmp_path / "pids").read_text().split()[:-1])
-    assert read_record(tmp_path)["state"] == "waiting"
+    assert read_record(tmp_path)["state"] == "interrupted"
 
 
 def changed(words, changes):
@@ -144,7 +175,24 @@ def test_a_run_ends_when_its_caller_is_killed(tmp_path):
     caller.kill()
     caller.wait(PATIENCE)
     wait_for(lambda: not any(map(alive, [between, *script])))
-    wait_for(lambda: read_record(tmp_path)["state"] == "waiting")
+    wait_for(lambda: read_record(tmp_path)["state"] == "interrupted")
+
+
+def test_a_run_is_cleaned_up_when_its_worker_is_asked_to_exit(tmp_path):
+    """As Ray does after Ctrl-C."""
+    code = (
+        "import signal, sys\n"
+        "from metasft.experiments.runner import _execute\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "_execute(sys.argv[1])"
+    )
+    worker, script = started(
+        tmp_path, a_tree(tmp_path), lambda words: subprocess.Popen([PYTHON, "-c", code, str(tmp_path)], cwd=ROOT)
+    )
+    worker.terminate()
+    assert worker.wait(PATIENCE) == 1
+    wait_for(lambda: read_record(tmp_path)["state"] == "interrupted")
+    assert not any(map(alive, script))
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
@@ -163,7 +211,7 @@ def test_progress_bars_and_what_torchrun_adds_are_left_out_of_the_last_lines(tmp
         "E1124 api.py:1 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1) local_rank: 0\n"
         "Traceback of torchrun\n"
     )
-    assert _last_lines(log, len("before\n")).splitlines() == ["step 3", "ValueError: too long"]
+    assert _last_lines(_logged(log, len("before\n"))).splitlines() == ["step 3", "ValueError: too long"]
 
 
 # ---- the summary of a trainer that writes none ----------------------------------------------------------------------

@@ -1,41 +1,23 @@
-"""What is in the output folder decides what is run: restarts, changed settings, searches, failures, time left."""
+"""What is in the output folder decides what is run: restarts, changed settings, searches."""
 
 from __future__ import annotations
 
+import errno
 import json
-from types import SimpleNamespace
+import os
 
 import pytest
-from experiment_files import BASE, FOMAML, META_LORA, MIXED, model_folder, plan_of, write_scale, write_suite
+from experiment_files import ARMS, BASE, META_LORA, SEARCH, SEARCHED, SLOWER, flag, opened, plan_of
 
 import run_experiments
-from metasft.experiments.plan import make_plan
-from metasft.experiments.runner import Progress, _check_resources, _schedule, time_left
+from metasft.durable import PARTIAL
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.store import (
-    ExperimentStore,
     command_of,
-    finished_searches,
-    known_runs,
     locked,
     read_record,
     write_record,
 )
-from metasft.experiments.suites import read_scale, read_suites
-
-ARMS = {"a": META_LORA, "f": FOMAML}
-SLOWER = {**META_LORA, "overrides": {"meta.num_inner_steps": 3}}
-
-
-def opened(folder, arms=ARMS, changes=None, *, retry_failed=False, name="try"):
-    """The store of a plan made with what the folder knows, as ``run_experiments.py`` opens it."""
-    out = folder / "out"
-    suite = write_suite(folder, arms, name=name)
-    scale = write_scale(folder, changes, model=model_folder(folder / "model"))
-    plan = make_plan(read_suites([str(suite)]), read_scale(str(scale)), out, known_runs(out), finished_searches(out))
-    store = ExperimentStore(plan, ["python", "run_experiments.py"])
-    store.open(retry_failed=retry_failed)
-    return store
 
 
 def leave(folder, states, arms=ARMS, changes=None):
@@ -59,13 +41,19 @@ def states_of(store):
 def test_what_finished_stays_and_what_was_interrupted_waits_again(tmp_path):
     leave(
         tmp_path,
-        {"data": "finished", "train-a-seed1": "running", "train-f-seed1": "failed", "evaluate-f-seed1": "skipped"},
+        {
+            "data": "finished",
+            "train-a-seed1": "running",
+            "train-f-seed1": "failed",
+            "evaluate-a-seed1": "interrupted",
+            "evaluate-f-seed1": "skipped",
+        },
     )
     assert states_of(opened(tmp_path)) == {
         "data": ("finished", 1),
         "train-a-seed1": ("waiting", 1),
         "train-f-seed1": ("failed", 1),
-        "evaluate-a-seed1": ("waiting", 0),
+        "evaluate-a-seed1": ("waiting", 1),
         "evaluate-f-seed1": ("waiting", 1),
     }
     retried = opened(tmp_path, retry_failed=True)
@@ -79,6 +67,29 @@ def test_the_file_of_a_run_is_newer_than_the_list_of_all(tmp_path):
     write_record(store.run_folder("data"), {**record, "state": "finished", "returncode": 0})
     assert json.loads((tmp_path / "out" / "experiments.json").read_text())["runs"]["data"]["state"] == "running"
     assert opened(tmp_path).records["data"]["state"] == "finished"
+
+
+def test_what_a_killed_runner_was_writing_is_cleared_away(tmp_path):
+    leave(tmp_path, {"data": "finished"})
+    half = tmp_path / "out" / f".experiments.json.abc{PARTIAL}"
+    half.write_text("{")
+    opened(tmp_path)
+    assert not half.exists() and (tmp_path / "out" / "experiments.json").is_file()
+
+
+def test_a_folder_that_can_no_longer_be_written_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
+    leave(tmp_path, dict.fromkeys(("data", "evaluate-base-seed1"), "finished"), {"base": BASE})
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("metasft.experiments.store.write_json", full)
+    files = ["--suite", tmp_path / "try.yaml", "--scale", tmp_path / "small.yaml", "--output-dir", tmp_path / "out"]
+    assert run_experiments.main([*map(str, files)]) == 1
+    assert capsys.readouterr().err == (
+        f"run_experiments: {tmp_path / 'out' / 'experiments.json'} cannot be used (No space left on device): make room "
+        "or give access, the same command goes on from here\n"
+    )
 
 
 def test_a_later_command_adds_to_the_folder(tmp_path):
@@ -184,13 +195,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 # ---- one search per model type --------------------------------------------------------------------------------------
 
-SEARCH = {"evaluate/search": {"limit": 2, "arms": {"meta_lora": "b", "fomaml": "elsewhere"}}}
-SEARCHED = {"a": META_LORA, "b": SLOWER, "f": FOMAML, "base": BASE}
-
-
-def flag(command, name):
-    return command[command.index(name) + 1]
-
 
 def test_the_named_arm_searches_and_the_others_of_its_type_wait_for_it(tmp_path):
     plan = plan_of(tmp_path, SEARCHED, {**SEARCH, "seeds": [4, 5]})
@@ -268,137 +272,3 @@ def test_one_search_does_not_serve_lora_and_all_parameters(tmp_path):
     arms = {"r": reptile, "rl": {**reptile, "overrides": {"model.lora_rank": 4, "model.lora_alpha": 8}}}
     with pytest.raises(ValueError, match="arm rl adapts LoRA, another arm of reptile does not: one search cannot"):
         plan_of(tmp_path, arms, {"evaluate/search": {"limit": 2, "arms": {"reptile": "r"}}})
-
-
-# ---- scheduling -----------------------------------------------------------------------------------------------------
-
-
-class FakeRay:
-    """Runs what is handed over at once, in order; ``outcomes``: run -> what its process writes (default: finished)."""
-
-    exceptions = SimpleNamespace(RayError=OSError)
-
-    def __init__(self, store, outcomes=()):
-        self.store, self.outcomes, self.order = store, dict(outcomes), []
-
-    def remote(self, **options):
-        assert options == {"max_retries": 0}
-        return lambda function: SimpleNamespace(options=self.options)
-
-    def options(self, *, num_cpus, num_gpus, name):
-        return SimpleNamespace(remote=lambda folder: self.execute(name))
-
-    def execute(self, name):
-        self.order.append(name)
-        outcome = self.outcomes.get(name, "finished")
-        if outcome in ("finished", "failed"):
-            record = {**self.store.records[name], "state": outcome, "seconds": 1.0, "attempts": 1}
-            write_record(self.store.run_folder(name), record)
-            if outcome == "finished" and "--search-adaptation" in record["command"]:
-                choice = {"choice": {"optimizer": "sgd", "lr": 0.25}}
-                (self.store.run_folder(name) / "meta_lora_search.json").write_text(json.dumps(choice))
-        return name
-
-    def wait(self, references, timeout):
-        return references[:1], references[1:]
-
-    def get(self, name):
-        outcome = self.outcomes.get(name, "finished")
-        if isinstance(outcome, OSError):
-            raise outcome
-        return (0, "") if outcome == "finished" else (1, outcome)
-
-
-def scheduled(store, outcomes=()):
-    """The order in which runs were handed over."""
-    ray = FakeRay(store, outcomes)
-    selected = list(store.plan.runs)
-    waiting = [name for name in selected if store.records[name]["state"] == "waiting"]
-    _schedule(store, selected, waiting, ray, Progress(store, selected))
-    return ray.order
-
-
-def test_runs_start_when_what_they_need_has_finished(tmp_path):
-    store = opened(tmp_path, SEARCHED, SEARCH)
-    order = scheduled(store)
-    assert sorted(order) == sorted(store.plan.runs)
-    for name, run in store.plan.runs.items():
-        assert all(order.index(need) < order.index(name) for need in run.needs)
-    assert flag(store.records["evaluate-a-seed1"]["command"], "--adaptation-lr") == "0.25"
-    assert scheduled(opened(tmp_path, SEARCHED, SEARCH)) == []
-
-
-def test_the_rest_goes_on_past_a_crash(tmp_path, capsys):
-    arms = {"a": META_LORA, "m": MIXED, "base": BASE}
-    store = opened(tmp_path, arms)
-    order = scheduled(store, {"train-a-seed1": "failed", "evaluate-m-seed1": OSError("the worker died")})
-    assert "evaluate-a-seed1" not in order and "evaluate-base-seed1" in order
-    states = {name: record["state"] for name, record in store.records.items()}
-    assert states == {
-        "data": "finished",
-        "train-a-seed1": "failed",
-        "train-m-seed1": "finished",
-        "evaluate-a-seed1": "skipped",
-        "evaluate-m-seed1": "failed",
-        "evaluate-base-seed1": "finished",
-    }
-    assert store.records["evaluate-a-seed1"]["error"] == "train-a-seed1 did not finish"
-    assert store.records["evaluate-m-seed1"]["error"] == "Ray: the worker died"
-    document = json.loads((tmp_path / "out" / "experiments.json").read_text())
-    assert {name: run["state"] for name, run in document["runs"].items()} == states
-    assert "evaluate-a-seed1 skipped: train-a-seed1 did not finish" in capsys.readouterr().out
-    retried = opened(tmp_path, arms, retry_failed=True)
-    assert scheduled(retried) == ["train-a-seed1", "evaluate-m-seed1", "evaluate-a-seed1"]
-
-
-def test_a_process_that_could_not_say_why_it_ended_is_a_failure(tmp_path):
-    store = opened(tmp_path)
-    scheduled(store, {"train-a-seed1": "Traceback: out of files", "train-f-seed1": ""})
-    assert store.records["train-a-seed1"]["error"] == "Traceback: out of files"
-    assert store.records["train-f-seed1"]["error"] == "its process ended with exit code 1 before it could say why"
-
-
-def test_nothing_takes_over_from_a_search_that_left_no_choice(tmp_path):
-    store = opened(tmp_path, SEARCHED, {"evaluate/search": {"limit": 2, "arms": {"meta_lora": "b"}}})
-    ray_order = scheduled(store, {"evaluate-b-seed1": "no file"})
-    assert store.records["evaluate-a-seed1"]["state"] == "skipped"
-    store.update("evaluate-b-seed1", state="finished")
-    store.update("evaluate-a-seed1", state="waiting", error=None)
-    assert scheduled(store) == [] and "evaluate-a-seed1" not in ray_order
-    assert (
-        store.records["evaluate-a-seed1"]["error"] == "evaluate-b-seed1 finished, but left no optimizer and rate behind"
-    )
-
-
-def test_a_run_larger_than_the_machine_is_refused(tmp_path):
-    store = opened(tmp_path, changes={"runs/train": {"cpus": 2, "gpus": 4}})
-    _check_resources(store, ["data"], {"CPU": 1.0})
-    with pytest.raises(ValueError, match="train-a-seed1 asks for 4 GPUs, Ray has 0: lower `runs` of the scale small"):
-        _check_resources(store, ["data", "train-a-seed1"], {"CPU": 2.0})
-
-
-# ---- time left ------------------------------------------------------------------------------------------------------
-
-
-def entry(state, kind, arm=None, seconds=None, started="2030-01-01T00:00:00+00:00"):
-    return {"state": state, "kind": kind, "arm": arm, "seconds": seconds, "started": started}
-
-
-NEW_YEAR = 1893456000.0  # 2030-01-01T00:00:00+00:00
-
-
-def test_time_left_follows_from_runs_of_the_same_sort():
-    finished = [entry("finished", "train", "a", 10.0), entry("finished", "train", "b", 40.0)]
-    left = time_left
-    assert left(finished, NEW_YEAR) == 0.0
-    assert left([*finished, entry("waiting", "train", "a")], NEW_YEAR) == 10.0  # its own arm
-    assert left([*finished, entry("waiting", "train", "c")], NEW_YEAR) == 25.0  # else its kind: the median
-    assert left([*finished, entry("waiting", "evaluate", "a")], NEW_YEAR) is None
-    running = entry("running", "train", "a")
-    assert left([*finished, running], NEW_YEAR + 4) == 6.0
-    assert left([*finished, running], NEW_YEAR + 60) == 0.0  # longer than expected
-    # Two at a time: 6 + 36 of what runs, 25 of what waits.
-    both = [running, entry("running", "train", "b"), entry("waiting", "train", "c")]
-    assert left([*finished, *both], NEW_YEAR + 4) == (6 + 36 + 25) / 2
-    failed = [entry("failed", "train", "a", 1.0), entry("skipped", "evaluate", "a")]
-    assert left([*finished, *failed], NEW_YEAR) == 0.0

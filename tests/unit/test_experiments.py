@@ -243,6 +243,21 @@ def test_a_model_of_its_own_is_made_first(tmp_path):
     assert f"model.path={made}" in plan.runs["train-a-seed1"].command
 
 
+def test_a_run_has_finished_when_its_results_are_there(tmp_path):
+    """Those of the run that arms share: the first arm's."""
+    speed = {"speed": {"arms": ["base"], "steps": [0, 1], "shots": 2}}
+    plan = plan_of(tmp_path, {"a": META_LORA, "twin": META_LORA, "m": MIXED, "base": BASE}, speed)
+    out, runs = tmp_path / "out", tmp_path / "out" / "runs"
+    assert {name: run.results for name, run in plan.runs.items()} == {
+        "data": (f"{out}/data/math_science_meta/manifest.json",),
+        "train-a-seed1": (f"{runs}/train-a-seed1/run_summary.json",),
+        "train-m-seed1": (),  # veRL's trainer; the runner writes the summary itself
+        "evaluate-a-seed1": (f"{runs}/evaluate-a-seed1/meta_lora_results.json",),
+        "evaluate-m-seed1": (f"{runs}/evaluate-m-seed1/lora_results.json",),
+        "evaluate-base-seed1": tuple(f"{runs}/evaluate-base-seed1/base_{kind}.json" for kind in ("results", "speed")),
+    }
+
+
 def test_full_and_lora_arms_are_adapted_with_their_own_settings(tmp_path):
     plan = plan_of(tmp_path, {"a": META_LORA, "f": FOMAML, "base": BASE, "m": MIXED})
     commands = {name: plan.runs[f"evaluate-{name}-seed1"].command for name in plan.arms}

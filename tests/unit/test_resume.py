@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -97,19 +98,39 @@ def test_states_of_earlier_releases_hold_no_seed_and_list_no_files(tmp_path):
     assert "skipped_steps" not in check_layout(folder, LAYOUT)
 
 
+def measured(step: int, **more) -> dict:
+    return {"step": step, "perf/step_seconds": 1.5, "perf/tokens": 10 * step, **more}
+
+
 def test_metrics_are_cut_back_to_the_state(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    lines = [json.dumps(measured(step)) for step in (1, 2, 3)]
+    path.write_text("\n".join([*lines, "7", '{"step": "2"}', '{"st']))
     log = MetricsLog(path, 2)
-    log.append({"step": 3, "again": True})
-    assert read_metrics(path) == log.records == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
-    assert MetricsLog(path, 0).records == [] and path.read_text() == ""
+    log.append(measured(3, again=True))
+    assert read_metrics(path) == [measured(1), measured(2), measured(3, again=True)]
+    assert log.costs == [(1.5, 10), (1.5, 20), (1.5, 30)] and log.costs[0].seconds == 1.5
+    assert MetricsLog(path, 0).costs == [] and path.read_text() == ""
+
+
+def test_a_long_run_does_not_keep_its_metrics_in_memory(tmp_path):
+    """With several numbers for each of 64 tasks, a meta-step's record is some ten kilobytes."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    tracemalloc.start()
+    for step in range(1, 301):
+        names = (f"{key}/{task}" for key in ("inner/support_loss", "meta/query_loss_after") for task in range(64))
+        log.append(measured(step, **{name: step / 7 for name in names}))
+        if step == 100:
+            before = tracemalloc.get_traced_memory()[0]
+    grown = (tracemalloc.get_traced_memory()[0] - before) / 200
+    tracemalloc.stop()
+    assert grown < 500, f"{grown:.0f} bytes per meta-step"
 
 
 def test_lines_that_find_no_room_wait_for_the_next_one(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
-    log.append({"step": 1})
+    log.append(measured(1))
     write = MetricsLog._write
 
     def half(self):
@@ -118,10 +139,10 @@ def test_lines_that_find_no_room_wait_for_the_next_one(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(MetricsLog, "_write", half)
-    log.append({"step": 2})
+    log.append(measured(2))
     with pytest.raises(OSError, match="No space"):
         log.flush()
     monkeypatch.setattr(MetricsLog, "_write", write)
-    log.append({"step": 3})
+    log.append(measured(3))
     log.flush()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert path.read_text() == "".join(json.dumps(measured(step)) + "\n" for step in (1, 2, 3))

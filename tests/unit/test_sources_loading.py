@@ -9,6 +9,7 @@ import pytest
 import source_files
 from datasets import Features, Value
 
+from metasft import tasks
 from metasft.sources import bbh, competition, science, scoring, word_problems
 from metasft.sources.catalog import SOURCES
 from metasft.sources.hub import Access, SourceUnavailable
@@ -62,11 +63,11 @@ def read_all(name: str, root: Path, split: str | None = None) -> tuple[dict[tupl
     return found, counts
 
 
-def test_every_source_has_a_copy_to_test_with():
-    assert set(WRITERS) == set(SOURCES)
+def test_every_source_of_files_has_a_copy_to_test_with():
+    assert set(WRITERS) == set(SOURCES) - {"reasoning_gym"}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", WRITERS)
 def test_items_of_every_source(name, copies):
     found, counts = read_all(name, copies)
     items = [item for members in found.values() for item in members]
@@ -83,12 +84,12 @@ def test_items_of_every_source(name, copies):
 @pytest.mark.parametrize("name", SOURCES)
 def test_catalog_entries_are_complete(name):
     source = SOURCES[name]
-    assert source.licence and source.sizes and source.columns
+    assert source.licence and source.sizes and bool(source.columns) == (source.generate is None)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.repository)
-    assert source.revision == "main" or re.fullmatch(r"[0-9a-f]{40}", source.revision)
+    assert source.package or source.revision == "main" or re.fullmatch(r"[0-9a-f]{40}", source.revision)
     assert set(source.train_splits) | set(source.test_splits) <= set(source.files)
     assert bool(source.subsets) == ("{subset}" in "".join(source.files.values()))
-    assert set(source.scorer.split(", ")) <= set(scoring.SCORERS)
+    assert source.generate is not None or set(source.scorer.split(", ")) <= set(scoring.SCORERS)
     assert source.fallback is None or SOURCES[source.fallback].subsets == source.subsets
 
 
@@ -198,10 +199,19 @@ def test_bbh_scorers_follow_the_answers(copies):
     assert by_task["date_understanding"] == {"scorer": "choice", "choices": ["day 0", "day 1", "day 2"]}
 
 
+def test_embedded_items_are_those_of_the_embedded_tasks():
+    location = open_source(SOURCES["reasoning_gym"], ("geometry",), ("generated",), Access(), SOURCES)
+    items = list(read_items(location, "generated", "geometry", Counter(), count=7, seed=3))
+    examples = tasks.generate_examples("geometry", 7, 3)
+    assert [(i.prompt, i.response, i.key) for i in items] == [(e.prompt, e.response, e.example_id) for e in examples]
+    assert not any("Answer:" in item.question for item in items)
+    assert location.revision == tasks.package_version()
+
+
 # ---- changes upstream -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"math_500"}))
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"math_500"}))
 def test_a_renamed_column_is_reported(name, tmp_path):
     """The first column that a source relies on is called something else now."""
     import pyarrow.parquet as pq
@@ -274,14 +284,14 @@ def test_published_names_are_spelled_as_lm_eval_spells_them():
     """Subsets that do not exist upstream would only show when the hub is asked."""
     import lm_eval
 
-    tasks = Path(lm_eval.__file__).parent / "tasks"
+    folder = Path(lm_eval.__file__).parent / "tasks"
     names = set(
-        re.findall(r'"?dataset_name"?: "?([\w-]+)', "".join(p.read_text() for p in tasks.glob("bbh/zeroshot/*.yaml")))
+        re.findall(r'"?dataset_name"?: "?([\w-]+)', "".join(p.read_text() for p in folder.glob("bbh/zeroshot/*.yaml")))
     )
     assert set(bbh.TASKS) == names
-    texts = "".join(path.read_text() for path in tasks.glob("mmlu/default/*.yaml"))
+    texts = "".join(path.read_text() for path in folder.glob("mmlu/default/*.yaml"))
     assert set(science.MMLU_SUBJECTS) <= set(re.findall(r'"?dataset_name"?: "?(\w+)', texts))
-    texts = "".join(path.read_text() for path in tasks.glob("hendrycks_math/*.yaml"))
+    texts = "".join(path.read_text() for path in folder.glob("hendrycks_math/*.yaml"))
     assert set(competition.MATH_SUBJECTS) <= set(re.findall(r"dataset_name: (\w+)", texts))
-    texts = "".join(path.read_text() for path in tasks.glob("mgsm/direct/*.yaml"))
+    texts = "".join(path.read_text() for path in folder.glob("mgsm/direct/*.yaml"))
     assert set(word_problems.LANGUAGES) == set(re.findall(r"dataset_name: (\w+)", texts)) - {"null"}

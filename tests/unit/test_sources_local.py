@@ -82,9 +82,21 @@ def test_own_files(run_here, tmp_path, suffix):
     assert len(pd.read_parquet(tmp_path / "x/meta_test/sound_test.parquet")) == 6
     manifest = json.loads((tmp_path / "x/manifest.json").read_text())
     assert manifest["sources"]["steps"]["licence"] == "ours"
-    assert list(manifest["settings"]["own_files"]) == [f"data{suffix}"]
+    assert list(manifest["settings"]["own_files"]) == ["steps.yaml", f"data{suffix}"]
     assert manifest["tasks"]["heat"]["counts"]["read"] == 40
     assert str(tmp_path) not in json.dumps(manifest["sources"])
+
+
+def test_own_data_are_nobody_elses_business(run_here, tmp_path, monkeypatch):
+    """The library that reads the files counts their uses on a server unless it is told not to."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    asked = []
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("request"))
+    write(tmp_path / "data.jsonl", rows())
+    assert run_here(mapping()) == 0
+    assert not asked
 
 
 def test_changed_data_are_noticed(run_here, tmp_path, capsys):
@@ -95,6 +107,68 @@ def test_changed_data_are_noticed(run_here, tmp_path, capsys):
     write(tmp_path / "data.jsonl", rows(count=41))
     assert run_here(mapping(), "--skip-existing") == 0
     assert "other flags" in capsys.readouterr().out
+    assert run_here(mapping(instruction="Give whole metres."), "--skip-existing") == 0
+    assert "other flags" in capsys.readouterr().out
+    assert "whole metres" in pd.read_parquet(tmp_path / "x/meta_train/heat_query.parquet").iloc[0]["prompt"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize("form", ["{:03}", "2024-01-{:02}"])
+def test_own_answers_are_taken_as_written(run_here, tmp_path, suffix, form):
+    """A code keeps its zeros, a gap in the column makes no 12.0 of 12, and a date gets no time of day."""
+    content = [{"q": f"Code of {i}?", "result": form.format(i) if i else ""} for i in range(31)]
+    write(tmp_path / f"data{suffix}", content)
+    values = mapping(files=[f"data{suffix}"], scorer="text", unit=None, fields={"prompt": "q", "answer": "result"},
+                     train=["codes"], unseen=None)  # fmt: skip
+    assert run_here(values) == 0
+    frames = [pd.read_parquet(path) for path in (tmp_path / "x/meta_train").glob("codes_*.parquet")]
+    answers = {answer for frame in frames for answer in frame["answer"]}
+    assert len(answers) == 20 and answers <= {form.format(i) for i in range(1, 31)}
+    counts = json.loads((tmp_path / "x/manifest.json").read_text())["tasks"]["codes"]["counts"]
+    assert (counts["read"], counts["unusable"]) == (31, 1)
+
+
+@pytest.mark.parametrize("scorer", ["number", "choice"])
+def test_rows_of_one_group_are_never_on_both_sides(run_here, tmp_path, scorer):
+    content = [
+        {"q": f"In wording {i}, how much is {i // 4}?", "result": f"{i // 4}", "pair": f"g{i // 4}",
+         "options": [f"{i // 4}", "nothing"]}
+        for i in range(120)
+    ]  # fmt: skip
+    write(tmp_path / "data.jsonl", content)
+    fields = {"prompt": "q", "answer": "result", "group": "pair"}
+    if scorer == "choice":
+        fields["choices"] = "options"
+    sizes = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
+    values = mapping(scorer=scorer, unit=None, fields=fields, train=["one"], unseen=None, sizes=sizes)
+    assert run_here(values) == 0
+    groups = {True: set(), False: set()}
+    for path in (tmp_path / "x").rglob("*.parquet"):
+        numbers = {int(re.search(r"wording (\d+)", p)[1]) // 4 for p in pd.read_parquet(path)["prompt"]}
+        groups["_test" in path.name] |= numbers
+    assert groups[True] and groups[False] and not groups[True] & groups[False]
+
+
+def test_own_data_mix_with_embedded_tasks(run_here, tmp_path):
+    """One suite of both: the rows of each are scored as if they stood alone, and every item read is accounted for."""
+    write(tmp_path / "data.jsonl", rows())
+    train = {"heat": {"sources": {"steps": ["heat"]}}, "gcd": {"sources": {"reasoning_gym": ["number_theory"]}}}
+    unseen = {"sound": {"sources": {"steps": ["sound"]}}, "logic": {"sources": {"reasoning_gym": ["theorem_proving"]}}}
+    assert run_here(mapping(train=train, unseen=unseen)) == 0
+    manifest = json.loads((tmp_path / "x/manifest.json").read_text())
+    assert manifest["sources"]["reasoning_gym"]["revision"] == tasks.package_version()
+    assert {name: task["role"] for name, task in manifest["tasks"].items()} == {
+        "heat": "train", "gcd": "train", "sound": "unseen", "logic": "unseen"
+    }  # fmt: skip
+    for task, entry in manifest["tasks"].items():
+        frames = [pd.read_parquet(path) for path in (tmp_path / "x").rglob(f"{task}_*.parquet")]
+        taken = sum(map(len, frames))
+        left = {why: count for why, count in entry["counts"].items() if why != "read"}
+        assert entry["counts"]["read"] == taken + sum(left.values()) + sum(entry["contamination"].values())
+        for row in (row for frame in frames for _, row in frame.iterrows()):
+            verdict = tasks.score(row["response"], row)
+            assert verdict.correct and verdict.formatted
+            assert not tasks.score("Answer: something else", row).correct
 
 
 def test_own_test_files(run_here, tmp_path):
@@ -148,12 +222,25 @@ WRONG = {
     "no task field": ({"fields": {"prompt": "q", "answer": "result"}}, "names 3 tasks but no field for them"),
     "unknown scorer": ({"scorer": "judge"}, "scorer in steps.yaml is 'judge'"),
     "choices without scorer": ({"scorer": "choice"}, "choice and choices go together"),
-    "tasks as a mapping": ({"train": {"heat": 1}}, "give a list of task names"),
+    "tasks as a text": ({"train": "heat"}, "give a list of task names, or a mapping as in suites"),
+    "task without sources": ({"train": {"heat": 1}}, "task heat of train in steps.yaml has no sources"),
+    "unknown source": ({"train": {"heat": {"sources": {"stairs": ["heat"]}}}}, "source 'stairs', which is not known"),
+    "level without number": (
+        {"fields": {"prompt": "q", "answer": "result", "task": "topic", "level": "work"}},
+        "fields in steps.yaml maps level to work, which holds 'Multiply 0 by 2.': give numbers, 1 the easiest",
+    ),
+    "tolerance": ({"relative_tolerance": "small"}, "relative_tolerance in steps.yaml is 'small': give a share"),
+    "unit of a text": ({"scorer": "text"}, "gives unit with scorer text: these belong to scorer number"),
+    "revision of own data": ({}, "--revision names steps.yaml, which is not fetched here: choose from none"),
     "missing column": (
         {"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
-        "column 'question' (any) is missing",
+        "column 'question' (any) is missing (further columns: q, work, grade): correct the fields in steps.yaml",
     ),
-    "empty task": ({"train": ["cold"]}, "task 'cold' of suite steps has 0 test items"),
+    "empty task": (
+        {"train": ["cold"]},
+        "task 'cold' of suite steps has 0 test items, 12 are needed (none read, 0 kept out for resembling test items): "
+        "no row of steps belongs to it, correct the names in the suite",
+    ),
 }
 
 
@@ -161,10 +248,8 @@ WRONG = {
 def test_wrong_mappings(case, run_here, tmp_path, capsys):
     write(tmp_path / "data.jsonl", rows())
     changes, message = WRONG[case]
-    assert (
-        run_here(mapping(**changes) if case != "no files" else {k: v for k, v in mapping().items() if k != "files"})
-        == 2
-    )
+    flags = ["--revision", "steps.yaml=x"] if case == "revision of own data" else []
+    assert run_here(mapping(**changes), *flags) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 

@@ -51,6 +51,13 @@ def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
+def assert_every_item_has_one_fate(manifest: dict) -> None:
+    for task, entry in manifest["tasks"].items():
+        taken = sum(file["rows"] for name, file in manifest["files"].items() if re.search(rf"/{task}_[a-z]+\.", name))
+        left = {why: count for why, count in entry["counts"].items() if why != "read"}
+        assert entry["counts"]["read"] == taken + sum(left.values()) + sum(entry["contamination"].values()), task
+
+
 # ---- suites ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +100,8 @@ WRONG = {
     "bad strata": ({"stratify": "random"}, "stratify in here is 'random'"),
     "bad length": ({"max_chars": 0}, "max_chars in here is 0"),
     "unknown exclusion": ({"exclude": ["math_501"]}, "source 'math_501'"),
+    "exclusion as a text": ({"exclude": "math_500"}, "exclude in here is 'math_500': give a list"),
+    "exclusion without items": ({"exclude": ["reasoning_gym"]}, "names reasoning_gym, whose items are made up"),
 }
 
 
@@ -108,7 +117,7 @@ def test_suites_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"--suite is poetry, which is no file and none of bbh, guide"):
         read_suite("poetry", SOURCES)
     path = tmp_path / "broken.yaml"
-    for text, message in (("a: [", "cannot be read"), ("- a\n", "holds no mapping")):
+    for text, message in (("a: [", "not readable YAML"), ("- a\n", "holds no mapping")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_suite(str(path), SOURCES)
@@ -148,6 +157,7 @@ def test_the_guides_suite(run_here, copies, tmp_path, capsys):
     assert math["files"]["algebra/train-00000-of-00001.parquet"] > 0
     assert manifest["tasks"]["calculus"]["role"] == "unseen"
     assert manifest["tasks"]["algebra"]["counts"]["read"] == 70
+    assert_every_item_has_one_fate(manifest)
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == prepare_data.sha256_of(tmp_path / "data/x" / name)
 
@@ -247,6 +257,29 @@ def test_training_examples_that_resemble_test_items_are_kept_out(copies, tmp_pat
     assert not trained["prompt"].str.contains("winter evening").any()
 
 
+def test_test_items_that_are_not_fit_to_be_chosen_are_kept_out_of_training_too(copies, tmp_path, run_here):
+    """One of another level, one too long: a benchmark's item all the same."""
+    root = tmp_path / "copies"
+    shutil.copytree(copies / "EleutherAI", root / "EleutherAI")
+    folder = root / "EleutherAI/hendrycks_math/algebra"
+    paths = {split: folder / f"{split}-00000-of-00001.parquet" for split in ("train", "test")}
+    datasets = {split: Dataset(pq.read_table(path)) for split, path in paths.items()}
+    rows = {split: dataset.to_list() for split, dataset in datasets.items()}
+    rows["test"][0]["level"] = "Level 5"
+    rows["test"][1]["solution"] = "At length. " * 300 + rows["test"][1]["solution"]
+    for number in (0, 1):
+        rows["train"][number].update(problem=rows["test"][number]["problem"], level="Level 1")
+    for split, path in paths.items():
+        source_files.write_parquet(path, rows[split], datasets[split].features)
+    suite = {"title": "x", "train": {"algebra": {"sources": {"math": ["algebra"]}, "levels": [1, 2, 3, 4]}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
+    flags = ("--suite", "mine.yaml", "--samples-per-task", 20, "--local-dir", root, "--output-dir", "x")
+    assert run_here(*flags) == 0
+    manifest = manifest_of(tmp_path / "x")
+    assert manifest["tasks"]["algebra"]["contamination"] == {"algebra test split (exact)": 2}
+    assert_every_item_has_one_fate(manifest)
+
+
 def test_no_translation_of_a_test_item_is_trained_on(run_here, copies, tmp_path):
     assert run_here("--benchmark", "multilingual", "--local-dir", copies, "--output-dir", "x", *SMALL) == 0
     problems = {True: set(), False: set()}
@@ -255,6 +288,7 @@ def test_no_translation_of_a_test_item_is_trained_on(run_here, copies, tmp_path)
     assert problems[True] and problems[False] and not problems[True] & problems[False]
     manifest = manifest_of(tmp_path / "x")
     assert any("(group)" in owner for task in manifest["tasks"].values() for owner in task["contamination"])
+    assert_every_item_has_one_fate(manifest)
 
 
 def test_too_few_examples(run_here, copies, capsys):
@@ -348,7 +382,10 @@ WRONG_FLAGS = {
     "task of another suite": (["--suite", "guide", "--tasks", "physics"], "'physics', which is no task of suite guide"),
     "no folder": (["--suite", "guide", "--local-dir", "nowhere"], "--local-dir is nowhere"),
     "revision without commit": (["--suite", "guide", "--revision", "openai/gsm8k"], "--revision is 'openai/gsm8k'"),
-    "revision of nothing": (["--suite", "guide", "--revision", "a/b=c"], "--revision names a/b, which is not used"),
+    "revision of nothing": (
+        ["--suite", "guide", "--revision", "a/b=c"],
+        "--revision names a/b, which is not fetched here",
+    ),
     "licence": (["--suite", "science"], "give --accept-licence sciq"),
     "needless consent": (["--suite", "guide", "--accept-licence", "gsm8k"], "'gsm8k', which needs no consent"),
     "no mapping": (["--source", "local"], "there is no --mapping"),
@@ -375,6 +412,16 @@ def test_dry_run_of_a_copy(run_here, copies, tmp_path, capsys):
     assert re.search(r"algebra/train-00000-of-00001.parquet: [\d.]+ kB", out)
     assert "train  algebra: 100 support, 167 query, 400 test, from math/algebra" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_names_the_copy_that_takes_a_sources_place(run_here, tmp_path, capsys):
+    source_files.write_math(tmp_path / "copies", ("algebra",), owner="DigitalLearningGmbH")
+    suite = {"title": "x", "train": {"algebra": {"sources": {"math": ["algebra"]}}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
+    assert run_here("--suite", "mine.yaml", "--local-dir", tmp_path / "copies", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "EleutherAI/hendrycks_math is not available, this takes its place:\nDigitalLearningGmbH/MATH-light" in out
+    assert "algebra/train-00000-of-00001.parquet" in out and "unknown size" not in out
 
 
 def test_dry_run_without_a_network_shows_patterns(run_here, monkeypatch, capsys):

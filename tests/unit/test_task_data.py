@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from metasft.config import MetaConfig
-from metasft.task_data import TokenizedSet, find_task_files
+from metasft.task_data import TokenizedSet, _Packed, find_task_files
 
 
 def conversation(prompt, response="Answer: 1"):
@@ -103,7 +107,11 @@ def test_only_the_response_and_its_end_are_learned(tmp_path, tiny_model, capsys)
     learned = tokenizer.decode(example["input_ids"][example["loss_mask"].bool()])
     assert learned == "Answer: 1<|im_end|>\n"
     assert "s1" in tokenizer.decode(example["input_ids"][~example["loss_mask"].bool()])
-    assert examples[1] is example, "tokenised once"
+    tokeniser, examples._dataset = examples._dataset, None
+    again = examples[1]
+    assert again.keys() == example.keys(), "tokenised once"
+    assert all(torch.equal(again[name], example[name]) and again[name].dtype == torch.long for name in again)
+    examples._dataset = tokeniser
     assert [len(e["input_ids"]) for e in examples.batch((0, 3))] == [len(example["input_ids"])] * 2
 
 
@@ -115,3 +123,37 @@ def test_an_example_that_does_not_fit_is_named(tmp_path, tiny_model):
     examples, _ = dataset(tmp_path / "a_support.parquet", tiny_model, samples=1, truncation="right")
     with pytest.raises(ValueError, match="keeps no response token"):
         examples[0]
+
+
+def test_what_is_more_than_a_text_is_cached_whole():
+    """Multimodal processors give four rows of positions, and inputs beside the tokens."""
+    text = {"input_ids": torch.arange(5), "loss_mask": torch.tensor([0, 0, 1, 1, 1])}
+    for more in (
+        {"position_ids": torch.arange(5).expand(4, 5)},
+        {"position_ids": torch.arange(1, 6)},
+        {"position_ids": torch.arange(5), "multi_modal_inputs": {"pixel_values": torch.ones(2)}},
+        {"position_ids": torch.arange(5)},
+    ):
+        again = _Packed.of({**text, **more}).tensors()
+        assert again.keys() == {*text, *more}
+        assert all(torch.equal(again[name], value) for name, value in {**text, **more}.items() if name[0] != "m")
+        assert again.get("multi_modal_inputs") is more.get("multi_modal_inputs")
+
+
+def test_tasks_that_are_not_used_are_not_opened(tmp_path, tiny_model, monkeypatch):
+    for number in range(20):
+        write(tmp_path, f"task{number}")
+    opened, tokenised = [], []
+    for module, name in ((pq, "read_metadata"), (pq, "read_schema"), (pq, "read_table"), (pd, "read_parquet")):
+        read = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, *a, _read=read, **k: opened.append(path) or _read(path, *a, **k))
+    files = find_task_files(meta(tmp_path, tasks=["task3", "task17"]))
+    sets = [dataset(path, tiny_model)[0] for task in files for path in (task.support, task.query)]
+    used = [f"task{number}_{part}.parquet" for number in (17, 3) for part in ("query", "support")]
+    assert sorted({Path(path).name for path in opened}) == sorted(used)
+    kind = type(sets[0]._dataset)
+    tokenise = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda self, index: tokenised.append(index) or tokenise(self, index))
+    sets[0].batch((1, 4, 1))
+    assert sets[0].tokens((1, 4)) > sets[0].response_tokens((4, 1)) > 0
+    assert tokenised == [1, 4], "once each, and the others wait until they are drawn"

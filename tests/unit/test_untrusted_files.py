@@ -1,0 +1,341 @@
+"""Checkpoints and models from somebody else: none runs code, each is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tempfile
+
+import pytest
+import torch
+from bait import EXPORT, Bait, bait_model, change_json, refused, write_pickle
+from forked_ranks import ForkServer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+
+import evaluate_few_shot
+from metasft.checkpoint import attach_adapter, load_adapter_folder, load_meta_lora
+from metasft.experiment_report.exports import read_export
+from metasft.few_shot.open import load_transformers, load_verl_lora
+from metasft.resume import _find_state
+
+DEEP = "[" * 100_000
+RENDERED_ON_IMPORT = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A folder that exists once code out of a file has run."""
+    return tmp_path / "code_has_run"
+
+
+@pytest.fixture
+def evaluate(data_dir, tmp_path, capsys, monkeypatch):
+    """evaluate_few_shot.py on a model that it must refuse; returns its one line on stderr."""
+
+    def run(path, model_type, *flags):
+        output = tempfile.mkdtemp(dir=tmp_path)
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+        arguments = ["--model-path", path, "--model-type", model_type, "--data-dir", data_dir, *flags]
+        sizes = ("--n-shots", "0", "--limit", "2", "--max-new-tokens", "2", "--device", "cpu")
+        code = evaluate_few_shot.main([*map(str, arguments), *sizes, "--output-dir", output])
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line or "evaluate_" in line]
+        assert code == 2 and len(errors) == 1, (code, errors)
+        return errors[0]
+
+    return run
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["whole", "inside", "legacy"])
+def test_the_bait_works(kind, tmp_path, marker):
+    """Read as torch.load did by default for years, each of these files runs its code: the tests below can fail."""
+    torch.load(write_pickle(tmp_path / "x.pt", marker, kind), weights_only=False)
+    assert marker.is_dir()
+    marker.rmdir()
+    pickle.loads(pickle.dumps(Bait(marker)))
+    assert marker.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["whole", "inside", "legacy", "plain"])
+def test_a_pickle_as_an_export_of_meta_lora(kind, tmp_path, marker, evaluate):
+    file = write_pickle(tmp_path / "run" / "meta_lora_checkpoint_step_3.pt", marker, kind)
+    with refused(str(file), "cannot be read as tensors and plain values", marker=marker):
+        load_meta_lora(file)
+    assert read_export(file.parent) is None
+    write_pickle(file.parent / "global_step_3" / "optim_world_size_1_rank_0.pt", marker, kind)
+    torch.save(EXPORT, file)
+    assert read_export(file.parent).optimizer_matches is None
+    write_pickle(file, marker, kind)
+    for model_type in ("meta_lora", "reptile", "lora"):
+        assert "holds objects that would run code" in evaluate(file, model_type)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["whole", "legacy", "plain"])
+def test_a_pickle_as_a_shard_of_verl(kind, tmp_path, marker):
+    folder = tmp_path / "global_step_5"
+    write_pickle(folder / "model_world_size_1_rank_0.pt", marker, kind)
+    (folder / "lora_train_meta.json").write_text('{"r": 4, "lora_alpha": 8}')
+    with refused("model_world_size_1_rank_0.pt cannot be read as tensors", marker=marker):
+        load_verl_lora(folder)
+
+
+def test_a_pickle_as_an_adapter_of_peft(tmp_path, marker, adapter, evaluate):
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    for name in ("adapter_model.safetensors", "SHA256SUMS"):
+        (folder / name).unlink()
+    write_pickle(folder / "adapter_model.bin", marker)
+    assert "pickled adapters are not read" in evaluate(folder, "meta_lora")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("model_type", ["base", "fomaml", "reptile"])
+def test_pickled_weights_of_a_model(model_type, tmp_path, marker, tiny_model, evaluate):
+    folder = bait_model(tmp_path / "model", tiny_model, marker, "weights")
+    assert f"the model {folder} cannot be loaded" in evaluate(folder, model_type)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": [1, 2]}, "the LoRA tensors"),
+        ({"lora": {"a": "text"}}, "the LoRA tensors"),
+        ({"lora": {"a": torch.zeros(2, dtype=torch.long)}}, "the LoRA tensors"),
+        ({"lora": None}, "the LoRA tensors"),
+        ({"adapter_config": "r=4"}, "the adapter's configuration"),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "base_module": "x"}}, "the adapter's configuration"),
+        ({"adapter_config": {"r": "4", "lora_alpha": 8}}, "its rank"),
+        ({"adapter_config": {"r": 10**9, "lora_alpha": 8}}, "its rank is 1000000000, its tensors have 4"),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 10**9}}}, "its rank is 1000000000"),
+        ({"adapter_config": {"r": 4, "lora_alpha": float("nan")}}, "its lora_alpha"),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "megatron_config": {"a": 1}}}, "sets megatron_config"),
+        ({"base_model": 7}, "the base model's name"),
+        ({"adaptation": [0.1]}, "the inner-loop settings"),
+        ({"adaptation": {"inner_lr": "0.1"}}, "the inner-loop settings"),
+        ({"step": "3"}, "the meta-step"),
+        ({"version": "1\n2"}, r"has format version '1\n2'"),
+    ],
+)
+def test_an_export_with_something_else_in_its_place(changes, words, tmp_path):
+    torch.save({**EXPORT, **changes}, tmp_path / "x.pt")
+    with refused("x.pt", words):
+        load_meta_lora(tmp_path / "x.pt")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    """torch.save compresses nothing; an archive of a few kilobytes could unpack to any size."""
+    import zipfile
+
+    torch.save(EXPORT, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "y.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with refused("y.pt", "is compressed"):
+        load_meta_lora(tmp_path / "y.pt")
+
+
+def test_a_tensor_that_is_marked_as_a_folder(tmp_path):
+    """One bit among what no checksum covers; torch.load then returns whatever is in memory as the tensor's numbers."""
+    torch.save({**EXPORT, "lora": {"base_model.model.q_proj.lora_A.weight": torch.ones(4, 8)}}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] ^= 0x10
+    (tmp_path / "x.pt").write_bytes(content)
+    with refused("/data/0 in it is marked as a folder"):
+        load_meta_lora(tmp_path / "x.pt")
+
+
+# ---- code beside a model --------------------------------------------------------------------------------------------
+
+
+def test_the_code_beside_a_model_would_run(tmp_path, marker, tiny_model, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = bait_model(tmp_path / "model", tiny_model, marker, "config")
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert marker.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer"])
+def test_code_beside_a_model_under_evaluation(kind, tmp_path, marker, tiny_model, adapter, evaluate):
+    folder = bait_model(tmp_path / "model", tiny_model, marker, kind)
+    for model_type in ("base", "fomaml", "reptile"):
+        message = evaluate(folder, model_type)
+        assert f"the model {folder} cannot be loaded" in message, message
+    for path in (adapter, adapter.parent / "adapter_step_7"):
+        assert f"the model {folder} cannot be loaded" in evaluate(path, "meta_lora", "--base-model", folder)
+    assert not marker.exists()
+
+
+def test_a_generation_of_the_models_own_is_left_alone(tmp_path, marker, tiny_model):
+    folder = bait_model(tmp_path / "model", tiny_model, marker, "generate")
+    tokenizer, model = load_transformers(str(folder), torch.float32)
+    model.generate(**tokenizer("1", return_tensors="pt"), max_new_tokens=2)
+    assert not marker.exists()
+
+
+def test_training_on_a_model_that_brings_code(tmp_path, marker, tiny_model, task_dir, adapter):
+    """The scripts, in processes of a server that has their imports."""
+    pickled = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").unlink()
+    write_pickle(pickled / "adapter_model.bin", marker)
+    template = shutil.copytree(tiny_model, tmp_path / "template")
+    (template / "chat_template.jinja").write_text(RENDERED_ON_IMPORT)
+    elsewhere = tmp_path / "elsewhere" / "global_step_2"
+    write_pickle(elsewhere / "model_world_size_1_rank_0.pt", marker)
+    lora = ("meta_lora_trainer.py", "config_meta_lora_example", "model.lora_rank=4")
+    full = ("maml_sft_trainer.py", "config_fomaml_math_science", "meta.num_inner_steps=1")
+    reptile = ("reptile_sft_trainer.py", "config_reptile_math_science", "meta.num_inner_steps=1")
+    models = {k: bait_model(tmp_path / k, tiny_model, marker, k) for k in ("config", "tokenizer", "weights")}
+    cases = {
+        "config": (*lora, f"model.path={models['config']}"),
+        "config of FOMAML": (*full, f"model.path={models['config']}"),
+        "tokenizer": (*reptile, f"model.path={models['tokenizer']}"),
+        "weights": (*full, f"model.path={models['weights']}"),
+        "adapter": (*lora, f"model.path={tiny_model}", f"model.lora_adapter_path={pickled}"),
+        "template": (*lora, f"model.path={template}"),
+        "state": (*lora, f"model.path={tiny_model}", f"trainer.resume_from_path={elsewhere}"),
+    }
+    words = {
+        "template": "the chat template of model.path=",
+        "adapter": "pickled adapters are not read",
+        "state": "is not in the run's own folder",
+    }
+    with ForkServer(tmp_path) as server:
+        for name, (script, config, *settings) in cases.items():
+            run = tmp_path / "run" / name.replace(" ", "_")
+            settings += [f"meta.task_dir={task_dir}", "meta.support_samples=24", f"trainer.default_local_dir={run}"]
+            settings += ["trainer.total_training_steps=1"]
+            errors = tmp_path / f"{name}.err"
+            arguments = ["--config-path", "data/math_science_meta", "--config-name", config, *settings]
+            arguments = {"script": script, "arguments": arguments, "folder": ".", "errors": str(errors)}
+            codes = server.start("forked_script:run", **arguments, torchrun=False).wait(timeout=120)
+            said = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
+            assert codes == [2] and len(said) == 1, f"{name}\n{errors.read_text()[-3000:]}"
+            assert "Traceback" not in errors.read_text(), errors.read_text()
+            assert words.get(name, "cannot be loaded") in said[0], said
+            assert not marker.exists(), name
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../base", "/etc", "/nowhere\nerror: fine", "a\0b", 7, {"a": 1}, None, "a/b/../c"])
+def test_the_base_that_an_adapter_names(name, tmp_path, adapter, evaluate):
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    (folder / "SHA256SUMS").unlink()
+    change_json(folder / "adapter_config.json", base_model_name_or_path=name)
+    assert "--base-model" in evaluate(folder, "meta_lora") or name == "/etc"
+    torch.save({**torch.load(adapter, weights_only=True), "base_model": name}, tmp_path / "x.pt")
+    evaluate(tmp_path / "x.pt", "meta_lora")
+
+
+def test_an_adapter_names_a_module_to_import(tmp_path, marker, adapter, tiny_model, monkeypatch):
+    (tmp_path / "bait_library.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    (folder / "SHA256SUMS").unlink()
+    auto = {"parent_library": "bait_library", "base_model_class": "Bait"}
+    change_json(folder / "adapter_config.json", auto_mapping=auto)
+    attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), load_adapter_folder(folder))
+    megatron = {"megatron_core": "bait_library", "megatron_config": {"tensor_model_parallel_size": 1}}
+    change_json(folder / "adapter_config.json", **megatron)
+    with refused("sets megatron_config", marker=marker):
+        load_adapter_folder(folder)
+
+
+def test_settings_that_peft_stumbles_over(tmp_path, adapter, tiny_model):
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    (folder / "SHA256SUMS").unlink()
+    original = (folder / "adapter_config.json").read_text()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for changes in ({"init_lora_weights": "pissa_niter_x"}, {"bias": 7}, {"target_modules": "("}, {"r": 4.5}):
+        (folder / "adapter_config.json").write_text(original)
+        change_json(folder / "adapter_config.json", **changes)
+        with refused(str(folder) if "r" in changes else "does not fit"):
+            attach_adapter(base, load_adapter_folder(folder))
+
+
+@pytest.mark.parametrize("sums", [b"", b"nonsense\n", b"\xff\n", b"0" * 64 + b"  ../../../etc/passwd\n"])
+def test_the_checksums_of_a_folder(sums, tmp_path, adapter):
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    load_adapter_folder(folder)
+    (folder / "SHA256SUMS").write_bytes(sums)
+    with refused("SHA256SUMS", "copy the folder again"):
+        load_adapter_folder(folder)
+
+
+# ---- chat templates, JSON, paths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        RENDERED_ON_IMPORT,
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('false') }}",
+        "{% for i in range(10000000000) %}x{% endfor %}",
+        "{% for message in messages %}",
+        "{{ raise_exception('no\nsuch') }}",
+    ],
+)
+def test_a_chat_template_that_reaches_too_far(template, tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    with refused(f"the chat template of {folder} cannot be rendered"):
+        load_transformers(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("content", [DEEP, "[]", "7", "{", '{"a": ' + "9" * 5000 + "}", b"\xff\xfe", "", DEEP[:50]])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adaptation.json"])
+def test_json_that_is_none_of_ours(name, content, tmp_path, adapter, evaluate):
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    (folder / "SHA256SUMS").unlink()
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with refused(f"{name} is not readable JSON", "export the adapter again"):
+        load_adapter_folder(folder)
+    assert f"{name} is not readable JSON" in evaluate(folder, "meta_lora")
+
+
+def test_a_tracker_file_leads_nowhere_else(tmp_path, evaluate):
+    for text in ("1/../../elsewhere/global_step_1", "٣", "9" * 5000, "1\n2", ""):
+        for run in ("run", "elsewhere"):
+            shutil.rmtree(tmp_path / run, ignore_errors=True)
+            (tmp_path / run / "global_step_1").mkdir(parents=True)
+            (tmp_path / run / "global_step_1" / "model_world_size_1_rank_0.pt").write_bytes(b"")
+        (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text(text)
+        assert "damaged latest_checkpointed_iteration.txt" in evaluate(tmp_path / "run", "lora")
+
+
+def test_a_state_is_only_read_from_the_runs_own_folder(tmp_path, marker, caplog):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    foreign = other / "global_step_2"
+    write_pickle(foreign / "model_world_size_1_rank_0.pt", marker)
+    (foreign / "layout.json").write_text(json.dumps({"files": {}}))
+    for path in (foreign, run / ".." / "other" / "global_step_2"):
+        with refused("trainer.resume_from_path=", "is not in the run's own folder", "pickled", "copy it into"):
+            _find_state(run, "auto", str(path))
+    (run / "global_step_2").symlink_to(foreign)
+    with refused("is not in the run's own folder"):
+        _find_state(run, "resume_path", str(run / "global_step_2"))
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    with refused("holds no complete state"):
+        _find_state(run, "auto", None)
+    assert "lies outside the run's own folder" in caplog.text
+    link = tmp_path / "link"
+    link.symlink_to(other)
+    assert _find_state(link, "auto", str(foreign)) == foreign, "the folder itself may be a link"
+
+
+@pytest.mark.parametrize("content", [DEEP, "[]", '{"files": []}', '{"files": {"../../x": 0}}', '{"files": {"/x": 0}}'])
+def test_a_layout_file_that_is_none(content, tmp_path):
+    state = tmp_path / "global_step_2"
+    state.mkdir()
+    (state / "layout.json").write_text(content)
+    with refused("its layout.json is damaged"):
+        _find_state(tmp_path, "resume_path", str(state))
