@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.installed import require
+from metasft.refusal import ArgumentParser, refuse
 from metasft.report import (
     ALL_TASKS,
     choose_shots,
@@ -66,8 +67,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--paired", nargs=2, metavar=("A", "B"), help="result folders, or label=folder: A minus B")
@@ -203,8 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _overview(argparse.Namespace(**settings))
     except ValueError as error:
-        print(f"compare_methods: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

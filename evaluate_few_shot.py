@@ -11,18 +11,18 @@ continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from metasft.evaluation import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
 from metasft.installed import require
+from metasft.refusal import ArgumentParser, refuse
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     default = {field.name: field.default for field in fields(EvaluationConfig)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, help="model folder, adapter (.pt or PEFT folder) or veRL checkpoint folder")
     add("--model-type", required=True, choices=MODEL_TYPES, help="what it is; names the result files")
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results, stores = evaluate(EvaluationConfig(**values))
     except ValueError as error:
-        print(f"evaluate_few_shot: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     if results:
         print(format_table(results))
     for store in stores:

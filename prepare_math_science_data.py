@@ -35,10 +35,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from metasft import tasks as task_source
+from metasft.durable import check_place, sole_user
 from metasft.installed import require
+from metasft.refusal import ArgumentParser, refuse
 from metasft.sources import answers, commands
 from metasft.sources.build import Built, build
 from metasft.sources.suite import SIZES, shipped_suites
@@ -51,21 +53,9 @@ EPOCHS = 2
 MODEL = "models/SmolLM2-135M-Instruct"
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, like every other error here, rather than after the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag that cannot be read ends the process with exit code 2."""
-    parser = _OneLineParser(
-        prog="prepare_math_science_data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog="prepare_math_science_data.py", description=__doc__)
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("data/math_science_meta"), help="folder to write (%(default)s)")
     add("--support-ratio", type=float, help=f"support set's share of --samples-per-task ({SIZES['support_ratio']})")
@@ -507,17 +497,6 @@ def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings:
     return None
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder``; returns the folders that did not exist before, the innermost first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-    return missing
-
-
 def make_suite(selection: commands.Selection) -> Built:
     """Read the sources of a suite and cut its tasks, with a progress bar."""
     from tqdm import tqdm
@@ -555,15 +534,22 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
             return previous
         print(f"making the files of {output_dir} again: {reason}")
 
-    created: list[Path] = []
+    check_place(output_dir, "--output-dir")
+    # Before the generation, so that a folder that cannot be written, or is in use, is reported at once.
+    with sole_user(output_dir, name=".prepare.lock", setting="--output-dir"):
+        return _make_files(arguments, selection, settings, previous)
+
+
+def _make_files(
+    arguments: argparse.Namespace,
+    selection: commands.Selection | None,
+    settings: dict[str, Any],
+    previous: dict[str, Any] | None,
+) -> dict[str, Any]:
+    output_dir: Path = arguments.output_dir
     temporary: Path | None = None
-    finished = False
     try:
-        if output_dir.exists() and not output_dir.is_dir():
-            raise ValueError(f"--output-dir is {output_dir}, which is a file: choose a folder")
-        # Before the generation, so that a folder that cannot be written is reported at once.
         beside = Path(os.path.normpath(output_dir / ".."))
-        created = _make_parents(beside)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.resolve().name}-", dir=beside))
         if selection is None:
             files = make_splits(settings)
@@ -586,7 +572,6 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (temporary / "data" / "manifest.json").write_text(text, encoding="utf-8")
 
-        created = [*_make_parents(output_dir), *created]
         for name in [*files, *configs]:
             target = output_dir / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -595,7 +580,6 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
             if name.endswith(".parquet"):  # of earlier flags: this manifest would not describe it
                 (output_dir / name).unlink(missing_ok=True)
         os.replace(temporary / "data" / "manifest.json", output_dir / "manifest.json")
-        finished = True
     except OSError as error:
         raise ValueError(
             f"--output-dir is {output_dir}, which cannot be written ({error.strerror}: {error.filename}): "
@@ -604,10 +588,6 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        if not finished:
-            for path in created:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
     return manifest
 
 
@@ -635,8 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require("datasets", "datasketch")
         manifest = prepare(arguments)
     except ValueError as error:
-        print(f"prepare_math_science_data.py: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print_summary(manifest, arguments.output_dir)
     return 0
 

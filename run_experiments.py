@@ -26,16 +26,18 @@ from metasft.installed import require
 
 require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
 
-from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402  (after the check above)
+from metasft.durable import check_place  # noqa: E402  (after the check above)
+from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402
 from metasft.experiments.runner import run_all  # noqa: E402
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
+from metasft.refusal import ArgumentParser, refuse  # noqa: E402
 
 _UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--suite", nargs="+", default=["matrix"], metavar="SUITE", help="names, paths, or all (default: matrix)")
     add("--scale", default="smoke", help="name or path (default: %(default)s)")
@@ -63,14 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options, ["python", "run_experiments.py", *argv])
     except ValueError as error:
-        print(f"run_experiments: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except OSError as error:
         if error.errno not in _UNUSABLE:
             raise
         where = error.filename or "--output-dir"
         print(
-            f"run_experiments: {where} cannot be used ({error.strerror}): make room or give access, the same command "
+            f"error: {where} cannot be used ({error.strerror}): make room or give access, the same command "
             "goes on from here",
             file=sys.stderr,
         )
@@ -109,10 +110,8 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _output_folder(path: Path) -> Path:
-    absolute = path.expanduser().resolve()
-    if absolute.exists() and not absolute.is_dir():
-        raise ValueError(f"--output-dir is {path}, which is a file: give a folder")
-    return _from_root(absolute)
+    check_place(path.expanduser(), "--output-dir")
+    return _from_root(path.expanduser().resolve())
 
 
 def _model(name: str) -> str:

@@ -21,6 +21,8 @@ from metasft.untrusted import check_sums, printable, read_json, read_tensors, re
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
+# Peft would warn of the base model's name, which differs where the folder lies elsewhere: whether it fits is checked.
+_NOT_ON_LOADING = ("peft_type", "auto_mapping", "base_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def load_meta_lora(path: Path) -> AdapterCheckpoint:
     except ValueError as error:
         raise ValueError(
             f"{path} cannot be read as tensors and plain values (it is damaged, or holds objects that would run code): "
-            f"{error}"
+            f"{error}; export it again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by meta_lora_trainer.py; give a meta_lora_checkpoint_step_<N>.pt")
@@ -280,22 +282,34 @@ def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:
         ValueError: the adapter does not fit this architecture, naming the first module where it does not.
     """
     import torch
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    settings = {k: v for k, v in checkpoint.adapter_config.items() if k not in ("peft_type", "auto_mapping")}
-    try:
-        model = get_peft_model(base_model, LoraConfig(**{**settings, "inference_mode": False}))
-    except Exception as error:  # no target module is there, or the settings in the file mean nothing to peft
-        raise ValueError(_misfit(checkpoint, base_model, reason(error))) from error
-    mismatch = _first_mismatch(model, checkpoint.tensors)
-    if mismatch is None and getattr(base_model, "name_or_path", "") != checkpoint.base_model:
-        mismatch = _first_left_out(model)
-    if mismatch is not None:
-        raise ValueError(_misfit(checkpoint, base_model, mismatch))
+    model = with_adapter_of(base_model, checkpoint, remedy="give --base-model the same architecture")
     set_peft_model_state_dict(model, dict(checkpoint.tensors))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def with_adapter_of(base_model: Any, checkpoint: AdapterCheckpoint, *, remedy: str) -> Any:
+    """Wrap ``base_model`` with an adapter of the settings of ``checkpoint``, untrained; the model may be on ``meta``.
+
+    Raises:
+        ValueError: the tensors of the checkpoint do not fit it, ending in ``remedy``.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = {k: v for k, v in checkpoint.adapter_config.items() if k not in _NOT_ON_LOADING}
+    try:
+        model = get_peft_model(base_model, LoraConfig(**{**settings, "inference_mode": False}))
+    except Exception as error:  # no target module is there, or the settings in the file mean nothing to peft
+        raise ValueError(_misfit(checkpoint, base_model, reason(error), remedy)) from error
+    mismatch = _first_mismatch(model, checkpoint.tensors)
+    if mismatch is None and getattr(base_model, "name_or_path", "") != checkpoint.base_model:
+        mismatch = _first_left_out(model)
+    if mismatch is not None:
+        raise ValueError(_misfit(checkpoint, base_model, mismatch, remedy))
     return model
 
 
@@ -332,11 +346,10 @@ def _first_left_out(model: Any) -> str | None:
     return None if name is None else f"{name} of the model has no adapter"
 
 
-def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str) -> str:
+def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str, remedy: str) -> str:
     return (
         f"the adapter was trained on {printable(checkpoint.base_model) or 'another model'} and does not fit "
-        f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); give --base-model the "
-        "same architecture"
+        f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); {remedy}"
     )
 
 

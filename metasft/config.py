@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metasft.untrusted import printable
+from metasft.verl_settings import LARGEST_RATE, check_verl_settings
 
 Method = Literal["meta_lora", "fomaml", "reptile"]
 METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
@@ -33,11 +34,11 @@ class MetaConfig:
     """The validated ``meta`` group. Build it with :meth:`from_mapping`, which applies the method's defaults."""
 
     task_dir: str = field(metadata=_key("folder with <task>_support.parquet and <task>_query.parquet"))
-    inner_lr: float = field(metadata=_key("inner learning rate", above=0.0))
+    inner_lr: float = field(metadata=_key("inner learning rate", above=0.0, most=LARGEST_RATE))
     tasks: tuple[str, ...] | None = field(default=None, metadata=_key("task names; null = every task found"))
     support_samples: int = field(default=100, metadata=_key("support examples per task", least=1))
     query_samples: int | None = field(default=None, metadata=_key("query examples per task; null = all", least=1))
-    num_inner_steps: int = field(default=10, metadata=_key("K, inner steps per episode", least=0))
+    num_inner_steps: int = field(default=10, metadata=_key("K, inner steps per episode", least=0, most=100_000))
     inner_optimizer: str = field(default="sgd", metadata=_key("inner optimizer", choices=INNER_OPTIMIZERS))
     inner_batch_size: int = field(default=4, metadata=_key("support examples per inner step", least=1))
     inner_clip_grad: float | None = field(
@@ -47,7 +48,7 @@ class MetaConfig:
         default=4,
         metadata=_key("query examples per episode; 0 = no query set (Reptile only)", least=0),
     )
-    meta_batch_size: int = field(default=4, metadata=_key("tasks per meta-step", least=1))
+    meta_batch_size: int = field(default=4, metadata=_key("tasks per meta-step", least=1, most=100_000))
     aggregation: str = field(
         default="mean",
         metadata=_key("how tasks combine", choices=AGGREGATIONS, methods=("meta_lora", "fomaml")),
@@ -311,6 +312,7 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
             f"data.pad_mode={config['data'].get('pad_mode')!r}: batches are packed or padded by the engine "
             "(model.use_remove_padding); set no_padding"
         )
+    check_verl_settings(config)
     check_model_path(config["model"].get("path"))
     return meta
 

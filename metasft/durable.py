@@ -7,16 +7,25 @@ process leaves behind has the suffix :data:`PARTIAL` and is cleared away by :fun
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PARTIAL = ".partial"
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a shared file system answers that has no locks."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -99,3 +108,102 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, all or nothing."""
     with replacing_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- one user at a time ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(
+    folder: Path, *, wait: float = 0.0, name: str = LOCK_FILE, setting: str = "--output-dir"
+) -> Iterator[IO[str]]:
+    """Hold the lock of a folder, which is made where it is missing.
+
+    The lock is the kernel's: it ends with the process, however that ends, and with those that inherit the file. A file
+    system without locks is used all the same, with a warning.
+
+    Args:
+        folder: to lock.
+        wait: seconds to wait for another holder.
+        name: of the lock file, left behind.
+        setting: what names the folder, for the message.
+
+    Raises:
+        BlockingIOError: somebody else still has it after ``wait`` seconds.
+        ValueError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("a")
+    except OSError as error:
+        raise ValueError(
+            f"{setting} leads to {folder}, which cannot be written ({error.strerror}): give another one"
+        ) from None
+    deadline = time.monotonic() + wait
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning("%s has no locks (%s): let no other command work there", folder, error.strerror)
+                break
+        yield file
+
+
+@contextmanager
+def sole_user(folder: Path, *, name: str, setting: str) -> Iterator[None]:
+    """Be the only command of a kind that works in ``folder``; what was made for the lock alone is removed again.
+
+    Args:
+        folder: made where it is missing; where it is still empty at the end, it goes again.
+        name: of the lock file, one per kind of command.
+        setting: what names the folder, for the message.
+
+    Raises:
+        ValueError: another command works there, or the folder cannot be written.
+    """
+    new = missing_folders(folder)
+    path = folder / name
+    with ExitStack() as held:
+        while True:
+            try:
+                file = held.enter_context(locked(folder, name=name, setting=setting))
+            except BlockingIOError:
+                raise ValueError(
+                    f"{setting} is {folder}, in which another command is at work: wait for its end, or give another "
+                    "folder"
+                ) from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+            held.close()  # its last holder has removed the file since it was opened
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                for entry in new:
+                    entry.rmdir()
+
+
+def check_place(folder: Path, setting: str) -> None:
+    """Raise ValueError where ``folder``, or one above it, is a file; ``setting`` names it in the message."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            where = "which" if place == folder else f"where {place}"
+            raise ValueError(f"{setting} is {folder}, {where} is a file: give a folder")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """``folder`` and those above it as far as they do not exist, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    return missing

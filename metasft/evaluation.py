@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from metasft.checkpoint import write_json
+from metasft.durable import sole_user
 from metasft.few_shot.protocol import (
     BACKENDS,
     DTYPES,
@@ -26,7 +27,7 @@ from metasft.few_shot.protocol import (
 from metasft.few_shot.source import Adaptation, ModelSource, find_model_source
 from metasft.few_shot.statistics import accuracy_interval, format_table, summarise_cells
 from metasft.few_shot.store import ResultStore
-from metasft.untrusted import sha256_of
+from metasft.untrusted import reason, sha256_of
 
 __all__ = [
     "BACKENDS",
@@ -58,10 +59,36 @@ def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, An
     searching = config.search_adaptation and config.adaptation_lr is None
     training_tasks = _training_tasks(config) if searching else []
     source = find_model_source(config)
+    _check_scoring([*tasks, *training_tasks])
+    with sole_user(config.output_dir, name=f".{config.model_type}.lock", setting="--output-dir"):
+        return _evaluate(config, tasks, training_tasks, source)
 
+
+def _check_scoring(tasks: Sequence[TestTask]) -> None:
+    """Score an empty answer to every test item: one that cannot be scored would show behind the last generation."""
+    from metasft.tasks import score
+
+    for task in tasks:
+        for number, row in enumerate(task.test):
+            try:
+                score("", row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{task.test_path} row {number} cannot be scored ({reason(error)}): prepare the data again"
+                ) from error
+
+
+def _evaluate(
+    config: EvaluationConfig, tasks: Sequence[TestTask], training_tasks: Sequence[TestTask], source: ModelSource
+) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
+    from metasft.few_shot.checks import check_before_loading
     from metasft.few_shot.open import open_model
 
+    searching = bool(training_tasks)
     opened = open_model(config, source)
+    by_name = {task.name: task for task in tasks}
+    largest = plan_cells(list(by_name), [config.largest_n], config.n_runs)  # the shots of smaller N are among its
+    check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
     settings = _settings(config, tasks, source, opened)
     loaded = _LoadedOnce(config, opened)
     if searching:

@@ -6,9 +6,13 @@ import os
 import socket
 import sys
 import warnings
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metasft.durable import sole_user
 from metasft.installed import require
+from metasft.refusal import refuse
 
 # veRL warns about every optional engine that is not installed (Megatron, TorchTitan, ...); none of them is used here.
 warnings.filterwarnings("ignore", message=r"\w+ engine is not available", category=UserWarning)
@@ -16,12 +20,12 @@ warnings.filterwarnings("ignore", message="NPU not support router replay", categ
 
 require("torch", "verl", "hydra", "uvicorn", "fastapi", "peft", "transformers")
 
-import hydra  # noqa: E402  (after the check above, so that a bare Python gets one line instead of a traceback)
+from metasft.composing import hydra_main  # noqa: E402  (after the check above: a bare Python gets no traceback)
 
 if TYPE_CHECKING:
     from metasft.trainer import EpisodicSFTTrainer
 
-hydra_main = hydra.main
+__all__ = ["build", "check", "fail", "hydra_main", "run"]
 
 VERL_VERSION = "0.9.0"
 
@@ -32,7 +36,7 @@ def fail(error: Exception, code: int = 2) -> None:
     Codes: 2 for a user error, 1 for a run that cannot go on.
     """
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        refuse(error)
     sys.exit(code)
 
 
@@ -49,17 +53,20 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     from omegaconf.errors import OmegaConfBaseException
 
     from metasft.config import check_micro_batches, check_training_config, resolve_task_group
+    from metasft.model_folder import check_model_files
     from metasft.task_data import find_task_files
 
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"the configuration does not resolve: {error}") from error
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ValueError(f"{key} does not resolve ({error}); give it a value of its own") from error
     meta = check_training_config(plain, trainer_class.method)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
     check_micro_batches(plain, meta, group_size)
     task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
+    check_model_files(plain["model"]["path"], "model.path")
     return {"meta": meta, "group_size": group_size, "task_files": task_files}
 
 
@@ -102,21 +109,36 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
 
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
+    from metasft.faults import RunFault
+
     _single_process_defaults()
     initialize_global_process_group()
-    try:
+    with ExitStack() as held:
+        held.callback(destroy_global_process_group)
         try:
+            _lock_run_folder(Path(config.trainer.default_local_dir).expanduser(), held)
             trainer = build(config, trainer_class, checked)
         except ValueError as error:
             fail(error)
-        from metasft.faults import RunFault
-
         try:
             trainer.fit()
         except RunFault as fault:
             fail(fault, code=1)
-    finally:
-        destroy_global_process_group()
+
+
+def _lock_run_folder(folder: Path, held: ExitStack) -> None:
+    """Rank 0 holds the folder until the end of ``held``; ValueError on every rank where another run has it."""
+    import torch.distributed as dist
+
+    refused = [None]
+    if dist.get_rank() == 0:
+        try:
+            held.enter_context(sole_user(folder, name=".trainer.lock", setting="trainer.default_local_dir"))
+        except ValueError as error:
+            refused = [str(error)]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0] is not None:
+        raise ValueError(refused[0])
 
 
 def _check_versions() -> None:

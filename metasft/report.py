@@ -135,7 +135,10 @@ def read_method(label: str, path: Path) -> Method:
     _check_results(results, path)
     model_type = _model_type(path)
     settings_path = path.with_name(f"{model_type}_settings.json")
-    return Method(label, model_type, results, read_json(settings_path) if settings_path.is_file() else {})
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{settings_path} holds no settings of evaluate_few_shot.py: run it again")
+    return Method(label, model_type, results, settings)
 
 
 def _model_type(path: Path) -> str:
@@ -157,7 +160,9 @@ def _check_results(results: Any, path: Path) -> None:
             for shots, entry in by_shots.items():
                 int(shots)
                 low, high = entry["ci95"]
-                float(entry["accuracy_mean"]), float(low), float(high), float(entry["loss_mean"]), int(entry["n_test"])
+                float(entry["loss_mean"]), int(entry["n_test"])  # a loss may have left the finite range
+                if not all(math.isfinite(float(value)) for value in (entry["accuracy_mean"], low, high)):
+                    raise ValueError("an accuracy that is not finite")
             if not by_shots:
                 raise ValueError("a task without shot counts")
         if not tasks:

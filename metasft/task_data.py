@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.config import MetaConfig
-from metasft.untrusted import printable, read_columns
+from metasft.untrusted import printable, read_columns, reason
 
 SUPPORT_SUFFIX = "_support.parquet"
 QUERY_SUFFIX = "_query.parquet"
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
 
 def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; every task needs a support and a query file: prepare the data again")
+        what = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; every task needs a support and a query file: prepare the data again")
     # By name only: the other columns may be large, and only the conversations are compared.
     rows = read_columns(path, [messages_key], remedy="set data.messages_key or prepare the data again")
     return [row[messages_key] for row in rows]
@@ -93,19 +95,45 @@ def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
 
 def _check_count(path: Path, have: int, want: int, key: str) -> None:
     if have < want:
+        use_all = f"set {key}={have}, or " if have else ""
         raise ValueError(
-            f"{path} has {have} examples, fewer than {key}={want}; set {key}={have}, or prepare more "
+            f"{path} has {have} examples, fewer than {key}={want}; {use_all}prepare more "
             "(--support-ratio, --query-ratio, --samples-per-task)"
         )
 
 
 def _check_responses(path: Path, conversations: Sequence[Any]) -> None:
     for row, messages in enumerate(conversations):
-        turns = messages if isinstance(messages, list) else []
-        responses = [m for m in turns if isinstance(m, Mapping) and m.get("role") == "assistant"]
-        if not responses or not str(responses[-1].get("content") or "").strip():
+        check_turns(path, row, messages)
+        responses = [turn for turn in messages if turn["role"] == "assistant"]
+        if not responses or not str(responses[-1]["content"] or "").strip():
             raise ValueError(
                 f"{path} row {row} has no assistant response to learn from; remove or complete that example"
+            )
+
+
+def check_turns(path: Path, row: int, messages: Any) -> None:
+    """Check that a conversation is a list of turns with a known role and text.
+
+    Raises:
+        ValueError: naming file and row.
+    """
+    turns = [] if messages is None else messages
+    if not isinstance(turns, list) or not all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in turns):
+        raise ValueError(
+            f"{path} row {row}: messages is {printable(str(messages))[:80]}, not a list of turns with role and "
+            "content; prepare the data again"
+        )
+    if not turns:
+        raise ValueError(f"{path} row {row} has no assistant response to learn from; remove or complete that example")
+    for turn in turns:
+        if turn["role"] not in ROLES:
+            raise ValueError(
+                f"{path} row {row} has a turn of {printable(str(turn['role']))}; the roles are {', '.join(ROLES)}"
+            )
+        if turn["role"] != "assistant" and not isinstance(turn["content"], str | list):
+            raise ValueError(
+                f"{path} row {row} has a {turn['role']} turn without text; remove or complete that example"
             )
 
 
@@ -152,6 +180,8 @@ class TokenizedSet:
         from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
         self._path = path
+        # transformers would warn of examples beyond the model's own limit; data.max_length is what counts here.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
             self._dataset = MultiTurnSFTDataset(
                 parquet_files=str(path),
@@ -183,6 +213,61 @@ class TokenizedSet:
                 )
             self._cache[index] = _Packed.of(example)
         return self._cache[index]
+
+    def possibly_longer(self, limit: int) -> Iterator[int]:
+        """Indices of the examples that may have more than ``limit`` tokens, found without tokenising any.
+
+        A token stands for a byte or more of the rendered conversation, so that most examples are known to fit.
+
+        Raises:
+            ValueError: the chat template refuses a conversation.
+        """
+        dataset = self._dataset
+        if dataset.processor is not None or dataset.tools is not None:
+            yield from range(len(self))  # images and tools take tokens that the conversation does not show
+            return
+        for index, messages in enumerate(dataset.messages):
+            try:
+                text = dataset.tokenizer.apply_chat_template(
+                    messages, tokenize=False, **dataset.apply_chat_template_kwargs
+                )
+            except Exception as error:  # the template's own: of Jinja, of Python
+                raise ValueError(
+                    f"{self._path} row {index} does not suit the chat template ({reason(error)}); correct or remove it"
+                ) from error
+            # Tokenizers that put a space in front of a text do so for every turn.
+            if len(text.encode()) + len(messages) > limit:
+                yield index
+
+    def check(self, limit: int, setting: str) -> None:
+        """Find what would end the run when it is drawn: an example that does not fit, or is cut to nothing.
+
+        Args:
+            limit: tokens of the longest example that can be computed.
+            setting: that limits it.
+
+        Raises:
+            ValueError: naming file and row.
+        """
+        for index in self.possibly_longer(min(limit, self._dataset.max_length)):
+            if (length := len(self._packed(index).tokens)) > limit:
+                raise ValueError(f"{self._path} row {index} has {length} tokens, more than {setting}={limit}; raise it")
+
+    def check_template(self) -> None:
+        """Tokenise one example turn by turn, which not every chat template allows.
+
+        Raises:
+            ValueError: the turns do not add up to the conversation.
+        """
+        try:
+            self._dataset[0]
+        except AssertionError as error:
+            raise ValueError(
+                f"the chat template renders the turns of {self._path} row 0 otherwise one by one than together; set "
+                "model.custom_chat_template to one that does not, or data.ignore_input_ids_mismatch=true"
+            ) from error
+        except ValueError:
+            pass  # its length, which check() speaks of
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of the examples at ``indices``, prompts included."""

@@ -44,6 +44,8 @@ from metasft.verl_backend import (
     MetaFSDPEngine,
     all_reduce_flat,
     build_training_worker,
+    check_adapter,
+    check_optimizer,
     copy_to_hdfs,
     full_state_dict_on_rank_0,
     make_batch,
@@ -80,7 +82,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.lora:
             config.checkpoint.save_lora_only = True  # the frozen base is never part of a checkpoint
         self.run_dir = Path(config.trainer.default_local_dir).expanduser()
-        self.skipped_steps = 0
+        self.config, self._group_size = config, group_size
+        self._state, self.skipped_steps = self._find_state()
         self._preemption = Preemption()
         _seed_everything(config.trainer.seed)
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
@@ -98,6 +101,9 @@ class EpisodicSFTTrainer(SFTTrainer):
     def _build_config(self) -> None:
         with reading_model(self.config.model.path):
             super()._build_config()
+        check_optimizer(self.optimizer_config)
+        if self.lora:
+            check_adapter(self.model_config)
 
     def _build_dataset(self) -> None:
         tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
@@ -112,6 +118,19 @@ class EpisodicSFTTrainer(SFTTrainer):
         self.query_sets = {
             t.task: TokenizedSet(t.query, t.query_samples, **load) for t in self.task_files if t.query is not None
         }
+        self._check_examples()
+
+    def _check_examples(self) -> None:
+        """Find the examples that cannot be computed before hours of meta-steps come to one of them."""
+        data = self.config.data
+        limit, setting = data.max_length, "data.max_length"
+        if data.use_dynamic_bsz and data.max_token_len_per_gpu < limit:
+            limit, setting = data.max_token_len_per_gpu, "data.max_token_len_per_gpu"
+        sets = [*self.support_sets.values(), *self.query_sets.values()]
+        hidden = None if dist.get_rank() == 0 else True  # None: shown on a terminal
+        for examples in tqdm(sets, desc="checking examples", unit="file", leave=False, disable=hidden):
+            examples.check(limit, setting)
+        sets[0].check_template()
 
     def _build_engine(self) -> None:
         self.training_client = build_training_worker(
@@ -149,19 +168,21 @@ class EpisodicSFTTrainer(SFTTrainer):
         super()._build_ckpt_handler()
         # The sampler's file is named after this rank; task-group ranks would collide, global ranks do not.
         self.ckpt_handler.dp_rank = self.rank
+        # veRL's handler would take what the tracker file names, complete or not.
+        self.ckpt_handler._determine_resume_path = lambda: None if self._state is None else str(self._state)
+
+    def _find_state(self) -> tuple[Path | None, int]:
+        """The state to go on from and the meta-steps that were skipped up to it; (None, 0) at the beginning."""
         settings = self.config.trainer
         state = find_state(self.run_dir, settings.resume_mode, settings.resume_from_path)
-        if state is not None:
-            self.skipped_steps = check_layout(state, self._layout()).get("skipped_steps", 0)
-        # veRL's handler would take what the tracker file names, complete or not.
-        self.ckpt_handler._determine_resume_path = lambda: None if state is None else str(state)
+        return state, 0 if state is None else check_layout(state, self._layout()).get("skipped_steps", 0)
 
     def _layout(self) -> dict[str, Any]:
         """What the files of the resume state depend on, besides the model itself."""
         return {
             "method": self.method,
             "world_size": dist.get_world_size(),
-            "task_group_size": self.engine.get_data_parallel_size(),
+            "task_group_size": self._group_size,
             "lora_rank": self.config.model.lora_rank,
             "seed": self.config.trainer.seed,
         }

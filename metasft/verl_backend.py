@@ -9,6 +9,7 @@ to itself without a mask over the whole row.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,10 +22,12 @@ import torch.distributed as dist
 from hydra.errors import InstantiationException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
+from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine.base import EngineRegistry
@@ -34,8 +37,9 @@ from verl.workers.engine_workers import TrainingWorker
 
 from metasft import packed_attention
 from metasft.adaptation import local_tensor
-from metasft.checkpoint import load_adapter_folder
+from metasft.checkpoint import load_adapter_folder, with_adapter_of
 from metasft.lora_batch import TaskBatchedLoRA
+from metasft.model_folder import why_not_loaded
 from metasft.packed_attention import PackedSequences
 from metasft.response_loss import response_loss
 from metasft.untrusted import reason
@@ -429,16 +433,66 @@ def reading_model(path: str) -> Iterator[None]:
         yield
     except InstantiationException as error:
         group = re.search(r"full_key: (\w+)", str(error))
-        if group is not None and group[1] != "model":
+        if group is not None and (group[1] != "model" or isinstance(error.__cause__, TypeError)):
             why = reason(error.__cause__ or error)
-            raise ValueError(f"the settings of the group {group[1]} cannot be used: {why}") from error
+            raise ValueError(f"the settings of the group {group[1]} cannot be used ({why}); correct them") from error
         raise ValueError(_unreadable_model(path, error.__cause__ or error)) from error
     except Exception as error:
         raise ValueError(_unreadable_model(path, error)) from error
 
 
 def _unreadable_model(path: str, error: BaseException) -> str:
-    return f"model.path={path} cannot be loaded ({reason(error)}); mend the folder, or use another model"
+    return f"model.path={path} cannot be loaded ({why_not_loaded(error)}); mend the folder, or use another model"
+
+
+def check_optimizer(optimizer_config: Any) -> None:
+    """Raise ValueError where there is no such optimizer, which veRL would look up behind the loading of the model."""
+    module, name = optimizer_config.optimizer_impl, optimizer_config.optimizer
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"optim.optimizer={name} is not in optim.optimizer_impl={module} ({reason(error)}); "
+            "set AdamW and torch.optim"
+        ) from error
+
+
+def check_adapter(model_config: Any) -> None:
+    """Put the adapter on a model without weights: whether the two fit is known before the weights are read.
+
+    Raises:
+        ValueError: no module has a name among ``model.target_modules``; or ``model.lora_adapter_path`` is no adapter,
+            or one of another rank or model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    path, rank, model = model_config.lora_adapter_path, model_config.lora_rank, model_config.path
+    if path is not None and not Path(path).is_dir():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return  # of the hub
+        raise ValueError(f"model.lora_adapter_path={path} does not exist; give a PEFT adapter folder")
+    adapter = None if path is None else load_adapter_folder(Path(path))
+    if adapter is not None and adapter.adapter_config["r"] != rank:
+        found = adapter.adapter_config["r"]
+        raise ValueError(f"model.lora_rank={rank} is not the rank of {path}; set model.lora_rank={found}")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config.hf_config, trust_remote_code=False)
+    except Exception:  # of another kind, or with code of its own: loading tells
+        return
+    with torch.device("meta"):
+        if adapter is not None:
+            with_adapter_of(skeleton, adapter, remedy=f"set model.path to that model, or leave out {path}")
+            return
+        wanted = convert_to_regular_types(model_config.target_modules)
+        others = convert_to_regular_types(model_config.exclude_modules)
+        try:
+            get_peft_model(skeleton, LoraConfig(r=1, target_modules=wanted, exclude_modules=others))
+        except ValueError as error:
+            raise ValueError(
+                f"model.target_modules={wanted} cannot be found in model.path={model} ({reason(error)}); name modules "
+                "of that model, or set all-linear"
+            ) from error
 
 
 def check_shardable(module: torch.nn.Module) -> None:

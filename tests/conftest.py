@@ -63,3 +63,16 @@ def task_dir(tmp_path_factory) -> Path:
         pd.DataFrame(rows[:24]).to_parquet(folder / f"{task}_support.parquet")
         pd.DataFrame(rows[24:]).to_parquet(folder / f"{task}_query.parquet")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count the bad inputs of ``e2e/test_bad_input.py``, over all workers."""
+    outcomes = [
+        report.passed
+        for kind in ("passed", "failed")
+        for report in terminalreporter.stats.get(kind, ())
+        if report.when == "call" and "bad_input" in dict(report.user_properties)
+    ]
+    if outcomes:
+        counted = f"{sum(outcomes)} of {len(outcomes)}"
+        terminalreporter.write_line(f"bad inputs tried: {counted} refused in one sentence with code 2")

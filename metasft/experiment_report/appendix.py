@@ -28,7 +28,7 @@ from metasft.experiment_report.statistics import points
 from metasft.experiment_report.verdict import LARGE_GAP, MARGIN
 
 _TONES = {SUPPORTED: "good", NOT_SUPPORTED: "bad", INCONCLUSIVE: "open", NOT_MEASURED: "none"}
-_STATES = {FINISHED: "good", "failed": "bad", "skipped": "bad", "running": "open", "waiting": "none"}
+_STATES = {FINISHED: "good", "failed": "bad", "skipped": "bad", "running": "open", "interrupted": "open"}
 
 
 def time_text(moment: Any) -> str:

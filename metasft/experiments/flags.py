@@ -108,7 +108,7 @@ def check_data(scale: Scale) -> PreparedData:
             )
         settings = script.check_settings(arguments)
     except SystemExit:
-        reason = said.getvalue().strip().removeprefix("prepare_math_science_data.py: ").removesuffix(" (see --help)")
+        reason = said.getvalue().strip().removeprefix("error: ").removesuffix(" (see --help)")
         raise ValueError(f"{where}: {reason}; correct it") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

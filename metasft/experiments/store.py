@@ -1,4 +1,4 @@
-"""The output folder of experiments: ``run.json`` per run, ``experiments.json`` over all, and the locks.
+"""The output folder of experiments: ``run.json`` per run, ``experiments.json`` over all.
 
 ``run.json`` is the truth about a run: the process that runs it writes it (``process``), so that a
 run that finished while the scheduler was dying is not lost. ``experiments.json`` is made from those files and the plan.
@@ -6,26 +6,23 @@ run that finished while the scheduler was dying is not lost. ``experiments.json`
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from metasft.checkpoint import write_json
-from metasft.durable import remove_leftovers
+from metasft.durable import locked, remove_leftovers
 from metasft.experiments.plan import Plan, identity
 from metasft.experiments.provenance import provenance
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.suites import META_LEARNERS, ROOT
 
 FORMAT = 1
-RUN_FILE, LOG_FILE, EXPERIMENTS_FILE, LOCK_FILE = "run.json", "log.txt", "experiments.json", ".lock"
+RUN_FILE, LOG_FILE, EXPERIMENTS_FILE = "run.json", "log.txt", "experiments.json"
 
 
 def now() -> str:
@@ -49,34 +46,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / RUN_FILE, dict(record))
-
-
-@contextmanager
-def locked(folder: Path, *, wait: float = 0.0) -> Iterator[IO[str]]:
-    """Hold the lock of a folder; processes that inherit the file keep it held until they end.
-
-    Raises:
-        BlockingIOError: somebody else still has it after ``wait`` seconds.
-        ValueError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a")
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir leads to {folder}, which cannot be written ({error.strerror}): give another one"
-        ) from None
-    deadline = time.monotonic() + wait
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.1)
-        yield file
 
 
 class ExperimentStore:

@@ -17,6 +17,7 @@ import torch
 from metasft.adaptation import InnerLoop
 from metasft.checkpoint import attach_adapter
 from metasft.episodes import ShuffledStream
+from metasft.few_shot.checks import UNLIMITED
 from metasft.few_shot.open import OpenedModel, attach_fresh_lora, load_transformers
 from metasft.few_shot.packed import Example, PackedRunner, Tested, TestItem, response_targets
 from metasft.few_shot.packing import why_not_packed
@@ -176,8 +177,6 @@ class FewShotModel:
         from metasft.task_data import TokenizedSet
 
         limit = self._config.max_length
-        # The dataset would cut or refuse long examples in words of the training configuration.
-        settings = {"pad_mode": "no_padding", "truncation": "error", "max_length": 2**31}
 
         def checked(example: Example, path: Path, row: int) -> Example:
             if len(example["input_ids"]) > limit:
@@ -187,8 +186,8 @@ class FewShotModel:
             return example
 
         for task in tasks:
-            pool = TokenizedSet(task.pool_path, len(task.pool), self.tokenizer, settings)
-            test = TokenizedSet(task.test_path, len(task.test), self.tokenizer, settings)
+            pool = TokenizedSet(task.pool_path, len(task.pool), self.tokenizer, UNLIMITED)
+            test = TokenizedSet(task.test_path, len(task.test), self.tokenizer, UNLIMITED)
             self._shots[task.name] = {i: checked(pool[i], task.pool_path, i) for i in shots[task.name]}
             self._tasks[task.name] = task
             self._tests[task.name] = []

@@ -21,7 +21,8 @@ from metasft.few_shot.source import (
     recorded_adaptation,
     resolve_adaptation,
 )
-from metasft.untrusted import check_chat_template, read_json, read_tensors, reason
+from metasft.model_folder import why_not_loaded
+from metasft.untrusted import check_chat_template, read_json, read_tensors
 
 
 @dataclass(frozen=True)
@@ -189,22 +190,38 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
     )
 
 
-def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what a broken or hostile folder leads transformers into is no closed list
+        raise ValueError(
+            f"{what} cannot be loaded ({why_not_loaded(error)}): copy the folder again, or use another model"
+        ) from error
 
-    with _without_progress_bar():
-        try:
-            # False, not the default: by default transformers asks on the terminal whether to run a folder's code.
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-        except Exception as error:  # what a broken or hostile folder leads transformers into is no closed list
-            raise ValueError(f"the model {name} cannot be loaded: {reason(error)}") from error
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; ValueError where it cannot be read or has no usable chat template."""
+    from transformers import AutoTokenizer
+
+    with _loading(f"the tokenizer of the model {name}"):
+        # False, not the default: by default transformers asks on the terminal whether to run a folder's code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model")
     check_chat_template(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name)
+    with _without_progress_bar(), _loading(f"the model {name}"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     settings = model.generation_config
     own = settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.config import INNER_OPTIMIZERS
+from metasft.durable import check_place
+from metasft.task_data import check_turns
 from metasft.untrusted import printable, read_columns
+from metasft.verl_settings import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 
 MODEL_TYPES = ("base", "fomaml", "meta_lora", "reptile", "lora")
 DTYPES = ("float32", "bfloat16")
@@ -142,6 +145,17 @@ class EvaluationConfig:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{flag} is {value}: use at least {least}")
+        for flag, value, most in (
+            ("--n-runs", self.n_runs, 10_000),
+            ("--adaptation-steps", self.adaptation_steps, 100_000),
+            ("--max-new-tokens", self.max_new_tokens, 1_000_000),
+            ("--seed", self.seed, LARGEST_SEED),
+            ("--lora-rank", self.lora_rank, LARGEST_RANK),
+            ("--adaptation-lr", self.adaptation_lr, LARGEST_RATE),
+            *(("--speed-steps", steps, 100_000) for steps in self.speed_steps),
+        ):
+            if value is not None and most < value < float("inf"):
+                raise ValueError(f"{flag} is {value}: use at most {most if isinstance(most, int) else f'{most:g}'}")
         for flag, value in (("--adaptation-lr", self.adaptation_lr), ("--lora-alpha", self.lora_alpha)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{flag} is {value}: use a number above 0")
@@ -155,8 +169,7 @@ class EvaluationConfig:
                         f"{self.model_type}"
                     )
         self._check_combinations()
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output-dir is {self.output_dir}, which is a file: give a folder")
+        check_place(self.output_dir, "--output-dir")
 
     def _check_combinations(self) -> None:
         if self.shots_in_prompt:
@@ -291,10 +304,15 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} does not exist: prepare the data again")
     rows = read_columns(path, _COLUMNS, _OPTIONAL_COLUMNS, remedy="make it with prepare_math_science_data.py")
     for number, row in enumerate(rows):
-        messages = row["messages"] or []
-        roles = [message.get("role") for message in messages]
-        if len(roles) < 2 or roles[-1] != "assistant" or not (messages[-1].get("content") or "").strip():
+        check_turns(path, number, row["messages"])
+        *before, last = row["messages"]
+        if not before or last["role"] != "assistant" or not str(last["content"] or "").strip():
             raise ValueError(f"{path} row {number} does not end with an assistant response: complete or remove it")
+        for column in ("prompt", "answer", "data_source", "example_id"):
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise ValueError(
+                    f"{path} row {number} has no {column} ({row[column]!r} is no text): complete or remove it"
+                )
     return rows
 
 

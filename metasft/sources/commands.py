@@ -22,6 +22,8 @@ from metasft.sources.suite import SIZES, Suite, read_suite
 SOURCES = ("reasoning_gym", "hub", "local")
 BENCHMARKS = ("bbh", "multilingual")
 DEFAULT_SUITE = "guide"
+MOST_EXAMPLES = 10_000_000
+"""Of one task; more is a typing error."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,11 @@ def split_sizes(values: Mapping[str, Any], full: int | None) -> dict[str, int]:
     for flag, value in (("--test-samples", values["test_samples"]), ("--shot-pool", values["shot_pool"])):
         if value < 1:
             raise ValueError(f"{flag} is {value}: ask for at least 1 example")
+    for name in ("samples_per_task", "test_samples", "shot_pool"):
+        if values[name] > MOST_EXAMPLES:
+            raise ValueError(f"--{name.replace('_', '-')} is {values[name]}: ask for at most {MOST_EXAMPLES}")
+    if full is not None and full > MOST_EXAMPLES:
+        raise ValueError(f"--full-samples is {full}: ask for at most {MOST_EXAMPLES}")
     support = int(support_ratio * samples + 0.5)
     query = int(query_ratio * samples + 0.5)
     test = samples - support - query

@@ -88,8 +88,9 @@ def read_items(
 
 
 def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any]]:
-    from datasets import Dataset, Features, Image, Value, config, load_dataset
+    from datasets import Dataset, Features, Image, Value, config, load_dataset, logging
 
+    logging.set_verbosity(logging.CRITICAL)  # its errors are raised too, and told in one line
     # load_dataset would report each use to a server, of own files too, and without a network wait seconds for it.
     config.HF_UPDATE_DOWNLOAD_COUNTS = False
 

@@ -201,8 +201,7 @@ def again(runner, killed):
 def test_a_second_runner_is_refused(runner, killed):
     assert killed["second"] == (
         2,
-        f"run_experiments: another run_experiments.py works in {runner.out}: wait for it, or give another "
-        "--output-dir\n",
+        f"error: another run_experiments.py works in {runner.out}: wait for it, or give another --output-dir\n",
     )
 
 

@@ -251,7 +251,7 @@ def write_export(
         "version": FORMAT_VERSION,
         "step": step,
         "base_model": "models/tiny",
-        "adapter_config": {"r": 4},
+        "adapter_config": {"r": 4, "lora_alpha": 8},
         "adaptation": {"num_inner_steps": 5, "inner_optimizer": "sgd"},
         "lora": tensors,
     }

@@ -17,14 +17,16 @@ def script_environment() -> dict[str, str]:
     return {**inherited, **quiet}
 
 
-def run_script(*arguments: object, processes: int | None = None, timeout: int = 180) -> subprocess.CompletedProcess:
+def run_script(
+    *arguments: object, processes: int | None = None, timeout: int = 180, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """Run a root script as a user would: ``python script ...``, or under torchrun with ``processes``."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=script_environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

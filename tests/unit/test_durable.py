@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import os
+import signal
 
 import pytest
 
 from metasft.checkpoint import prune
-from metasft.durable import PARTIAL, remove, remove_leftovers, replacing_file, replacing_folder, write_json
+from metasft.durable import (
+    PARTIAL,
+    locked,
+    remove,
+    remove_leftovers,
+    replacing_file,
+    replacing_folder,
+    sole_user,
+    write_json,
+)
 
 OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "chmod", "close")
 
@@ -131,3 +143,81 @@ def test_pruning_never_takes_what_was_just_saved(tmp_path):
     prune(tmp_path, ("step_{step}",), None, 6)
     prune(tmp_path, ("step_{step}",), 0, 6)
     assert len(list(tmp_path.glob("step_*"))) == 5
+
+
+# ---- one user at a time ---------------------------------------------------------------------------------------------
+
+
+def in_use(folder):
+    return sole_user(folder, name=".a.lock", setting="--output-dir")
+
+
+def test_a_folder_has_one_user_of_a_kind(tmp_path):
+    folder = tmp_path / "new" / "out"
+    with in_use(folder):
+        with pytest.raises(ValueError, match=r"--output-dir is .*new/out, .*at work: wait for its end"), in_use(folder):
+            pass
+        with sole_user(folder, name=".b.lock", setting="--output-dir"):
+            pass
+        assert [entry.name for entry in folder.iterdir()] == [".a.lock"]
+    assert not (tmp_path / "new").exists(), "made for the lock alone"
+    with in_use(folder):
+        (folder / "result").touch()
+    assert [entry.name for entry in folder.iterdir()] == ["result"]
+
+
+def test_kill_leaves_no_stale_lock(tmp_path):
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with in_use(tmp_path):
+            os.write(writing, b"x")
+            signal.pause()
+    os.read(reading, 1)
+    with pytest.raises(ValueError, match="at work"), in_use(tmp_path):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (tmp_path / ".a.lock").exists()
+    with in_use(tmp_path):
+        pass
+    os.close(reading), os.close(writing)
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Between opening and locking, the last holder may have removed the file: somebody else would lock a new one."""
+    original, opened = fcntl.flock, []
+
+    def flock(file, operation):
+        if not opened:
+            (tmp_path / ".a.lock").unlink()
+        opened.append(file)
+        original(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with in_use(tmp_path):
+        assert len(opened) == 2
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="at work"), in_use(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with in_use(tmp_path), locked(tmp_path):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} has no locks (No locks available): let no other command work there"
+    ] * 2
+
+
+def test_a_place_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=r"leads to .*file/out, which cannot be written"),
+        in_use(tmp_path / "file/out"),
+    ):
+        pass

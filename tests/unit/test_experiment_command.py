@@ -32,7 +32,7 @@ def main(*arguments):
         (["--output-dir", "Makefile"], "--output-dir is Makefile, which is a file: give a folder"),
         (
             ["--output-dir", "Makefile/x", "--arms", "base"],
-            "which cannot be written (Not a directory): give another one",
+            "--output-dir is Makefile/x, where Makefile is a file: give a folder",
         ),
     ],
 )
@@ -40,7 +40,7 @@ def test_a_wrong_command_ends_in_one_sentence(arguments, words, capsys, monkeypa
     monkeypatch.chdir(ROOT)
     assert main("--suite", "two_stage", "matrix", *arguments) == 2
     said = capsys.readouterr().err
-    assert said.startswith("run_experiments: ") and words in said and said.count("\n") == 1
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
     assert not (ROOT / "results" / "experiments" / "cpus").exists()
 
 

@@ -1,0 +1,80 @@
+"""Whether a model folder is whole, as far as it can be told without torch and without reading a tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from metasft.untrusted import MAX_JSON_BYTES, printable, read_json, reason
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def check_model_files(name: str, setting: str) -> None:
+    """Check configuration, tokenizer and weight files of a model; one that is no local folder is left to the hub.
+
+    Args:
+        name: folder or hub name.
+        setting: what names it, for the message, such as ``model.path``.
+
+    Raises:
+        ValueError: a file is missing, cut off or unreadable.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    where = f"{setting}={name!r}"
+    config = read_json(folder / "config.json", "copy the Hugging Face model folder again")
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{where} has a config.json without model_type; give a Hugging Face model folder")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{where} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it into the folder")
+    if (folder / TOKENIZER_FILES[0]).is_file():
+        read_json(folder / TOKENIZER_FILES[0], f"copy the tokenizer of {printable(name)} again")
+    weights = _weights(folder)
+    if not weights:
+        raise ValueError(f"{where} holds no weights (*.safetensors, pytorch_model*.bin); copy the whole folder")
+    for file in weights:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which the index of the weights names; copy the whole folder")
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+
+
+def _weights(folder: Path) -> list[Path]:
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            shards = read_json(folder / index, "copy the model again").get("weight_map")
+            if isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values()):
+                return sorted({folder / Path(shard).name for shard in shards.values()})
+            raise ValueError(f"{folder / index} has no weight_map; copy the model again")
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare the size of a safetensors file with what its header says is in it.
+
+    Raises:
+        ValueError: it is cut off, or no such file.
+    """
+    remedy = "it was cut off or is another file: copy or export it again"
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_JSON_BYTES:
+                raise ValueError("its header is too large")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as safetensors ({reason(error)}); {remedy}") from error
+    if path.stat().st_size != whole:
+        raise ValueError(f"{path} has {path.stat().st_size} of {whole} bytes; {remedy}")
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What transformers says of a model that it cannot load, where that speaks of the model."""
+    said = reason(error)
+    return "its weights do not fit its config.json" if "ignore_mismatched_sizes" in said else said
