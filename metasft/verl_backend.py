@@ -485,6 +485,8 @@ def check_adapter(model_config: Any) -> None:
             with_adapter_of(skeleton, adapter, remedy=f"set model.path to that model, or leave out {path}")
             return
         wanted = convert_to_regular_types(model_config.target_modules)
+        if wanted is None or model_config.target_parameters is not None:
+            return
         others = convert_to_regular_types(model_config.exclude_modules)
         try:
             get_peft_model(skeleton, LoraConfig(r=1, target_modules=wanted, exclude_modules=others))

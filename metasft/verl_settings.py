@@ -110,7 +110,7 @@ RULES: dict[str, Rule] = {
         lambda value: value is None or _whole(value, -1), "a whole number of checkpoints, or null for all"
     ),
     "trainer.logger": Rule(
-        lambda value: all(name in LOGGERS for name in ([value] if isinstance(value, str) else value or [None])),
+        lambda value: all(name in LOGGERS for name in ([value] if isinstance(value, str) else value)),
         f"a list with some of {', '.join(LOGGERS)}",
     ),
     "trainer.default_local_dir": Rule(lambda value: isinstance(value, str) and bool(value), "the path of a folder"),

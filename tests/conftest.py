@@ -66,13 +66,20 @@ def task_dir(tmp_path_factory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Count the bad inputs of ``e2e/test_bad_input.py``, over all workers."""
-    outcomes = [
-        report.passed
+    """Count the bad inputs of ``e2e/test_bad_input.py`` and the kills of ``e2e/test_faults.py``, over all workers."""
+    ended = [
+        (report, dict(report.user_properties))
         for kind in ("passed", "failed")
         for report in terminalreporter.stats.get(kind, ())
-        if report.when == "call" and "bad_input" in dict(report.user_properties)
+        if report.when == "call"
     ]
-    if outcomes:
-        counted = f"{sum(outcomes)} of {len(outcomes)}"
+    refused = [report.passed for report, properties in ended if "bad_input" in properties]
+    if refused:
+        counted = f"{sum(refused)} of {len(refused)}"
         terminalreporter.write_line(f"bad inputs tried: {counted} refused in one sentence with code 2")
+    kills = [
+        (report.passed, properties["kills_survived"]) for report, properties in ended if "kills_survived" in properties
+    ]
+    if kills:
+        survived, tried = sum(count for passed, count in kills if passed), sum(count for _, count in kills)
+        terminalreporter.write_line(f"kills survived: {survived} of {tried}, nothing lost")

@@ -1,7 +1,7 @@
 """Bad input of every script: refused in one sentence that names culprit and remedy, with code 2, leaving nothing.
 
-The table is in ``bad_inputs``. In the default tier the scripts run in forks of one process that has imported
-everything, in the slow tier as a user runs them.
+The table is in ``bad_inputs``. The scripts run in forks of one process that has imported everything: in the default
+tier for every third case, in the slow tier for all. There each also runs as a user runs it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 
 import pytest
-from bad_inputs import ACCEPTED, CASES, BadInput
+from bad_inputs import ACCEPTED, CASES
 from forked_ranks import ForkServer
 from script_runner import ROOT, run_script
-from spoilt_inputs import OUTPUT, SCRIPTS, arguments_of, copy_inputs, make_inputs
+from spoilt_inputs import OUTPUT, SCRIPTS, BadInput, arguments_of, copy_inputs, make_inputs
 
 from metasft.durable import sole_user
 
@@ -67,7 +67,14 @@ def assert_one_sentence(said: str, words, alone: bool) -> None:
     assert len(lines[0]) > len("error: ") and all(word in lines[0] for word in words), (words, lines[0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def slow(cases) -> list:
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+SHORT, REST = CASES[::3], [case for number, case in enumerate(CASES) if number % 3]
+
+
+@pytest.mark.parametrize("case", [*SHORT, *slow(REST)], ids=str)
 def test_bad_input_is_refused(case, server, folder, record_property):
     record_property("bad_input", case.program)
     if case.spoil is not None:
@@ -82,8 +89,8 @@ def test_bad_input_is_refused(case, server, folder, record_property):
 
 
 def test_the_table_covers_every_script():
-    assert {case.program for case in CASES} == set(SCRIPTS)
-    assert len(CASES) >= 60 and len({str(case) for case in CASES}) == len(CASES)
+    assert {case.program for case in SHORT} == set(SCRIPTS)
+    assert len(SHORT) >= 60 and len({str(case) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=str)
@@ -139,13 +146,7 @@ def assert_refused_really(case, folder: Path) -> None:
         assert entries(folder) == before
 
 
-@pytest.mark.parametrize("case", REAL, ids=str)
-def test_a_script_as_a_user_runs_it_refuses_alike(case, folder):
-    assert_refused_really(case, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REAL], ids=str)
-def test_every_script_as_a_user_runs_it_refuses_alike(case, folder, record_property):
+@pytest.mark.parametrize("case", [*REAL, *slow(case for case in CASES if case not in REAL)], ids=str)
+def test_a_script_as_a_user_runs_it_refuses_alike(case, folder, record_property):
     record_property("bad_input", case.program)
     assert_refused_really(case, folder)

@@ -158,24 +158,24 @@ def survive(run: Run, uninterrupted: Path, kills: int, seed: int) -> int:
     return survived
 
 
-def test_a_run_killed_again_and_again_ends_as_if_it_never_was(make_run, uninterrupted):
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(make_run, uninterrupted, record_property):
     kills = 6
     survived = survive(make_run("meta_lora"), uninterrupted("meta_lora"), kills, seed=1)
-    print(f"kills survived: {survived} of {kills}, nothing lost")
+    record_property("kills_survived", survived)
     assert survived == kills
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_many_kills_of_every_trainer(name, make_run, uninterrupted):
+def test_many_kills_of_every_trainer(name, make_run, uninterrupted, record_property):
     kills = 8
     survived = survive(make_run(name), uninterrupted(name), kills, seed=len(name))
-    print(f"{name}: kills survived: {survived} of {kills}, nothing lost")
+    record_property("kills_survived", survived)
     assert survived == kills
 
 
 @pytest.mark.slow
-def test_killed_at_every_file_operation_of_a_save(make_run, uninterrupted):
+def test_killed_at_every_file_operation_of_a_save(make_run, uninterrupted, record_property):
     """One save from its first operation to its last, each with a crash in front of it and one behind it."""
     straight = uninterrupted("fomaml", trainer__total_training_steps=2, trainer__save_freq=1)
     kills = 0
@@ -189,7 +189,7 @@ def test_killed_at_every_file_operation_of_a_save(make_run, uninterrupted):
         if codes == [0]:
             break
         kills += 1
-    print(f"kills survived: {kills} of {kills}, nothing lost")
+    record_property("kills_survived", kills)
     assert kills > 10
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,35 @@ SCRIPTS = {
 }
 OUTPUT = "out"
 """Where a script is told to write, below the folder that it runs in."""
+SUPPORT, QUERY = "tasks/add_support.parquet", "tasks/add_query.parquet"
+POOL, TEST = "data/meta_test/calculus_support.parquet", "data/meta_test/calculus_test.parquet"
+ADAPTER = "adapter/adapter_step_7"
+FROM_ADAPTER = f"model.lora_adapter_path={ADAPTER}"
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One case.
+
+    Attributes:
+        program: a key of ``spoilt_inputs.SCRIPTS``.
+        arguments: behind those that work, separated by spaces.
+        words: of the culprit, and of the remedy.
+        spoil: changes the copy of the inputs.
+        noisy: it is found where transformers has its say too, most of all where weights are read.
+        processes: of the run.
+    """
+
+    program: str
+    arguments: str
+    words: tuple[str, ...]
+    spoil: Callable[[Path], object] | None = None
+    noisy: bool = False
+    processes: int = 1
+
+    def __str__(self) -> str:
+        spoilt = "" if self.spoil is None else self.spoil.__name__
+        return " ".join(part for part in (self.program, spoilt, self.arguments) if part)
 
 
 def arguments_of(program: str) -> list[str]:

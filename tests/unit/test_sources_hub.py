@@ -236,7 +236,7 @@ def test_a_failing_hub_ends_the_script_with_one_sentence(tmp_path):
             cwd=tmp_path, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"),
         )  # fmt: skip
     assert done.returncode == 2
-    assert len([line for line in done.stderr.splitlines() if line.startswith("prepare_math")]) == 1
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in done.stderr
 
 
