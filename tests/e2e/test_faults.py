@@ -293,8 +293,8 @@ def test_a_folder_that_cannot_be_written_is_named_at_once(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     run.folder = tmp_path / "file" / "run"
     ranks = run.start()
-    assert ranks.wait() == [1, 1], ranks.output[-4000:]
-    assert "could not be written" in the_error(ranks) and "Not a directory" in the_error(ranks)
+    assert ranks.wait() == [2, 2], ranks.output[-4000:]
+    assert "trainer.default_local_dir is" in the_error(ranks) and "is a file: give a folder" in the_error(ranks)
 
 
 # ---- losses and gradients that are not finite -----------------------------------------------------------------------
