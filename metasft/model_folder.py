@@ -6,21 +6,21 @@ import json
 import struct
 from pathlib import Path
 
-from metasft.untrusted import MAX_JSON_BYTES, printable, read_json, reason
+from metasft.untrusted import MAX_JSON_BYTES, check_sums, printable, read_json, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def check_model_files(name: str, setting: str) -> None:
-    """Check configuration, tokenizer and weight files of a model; one that is no local folder is left to the hub.
+    """Check configuration, tokenizer, weight files and checksums of a model; one in no local folder is left to the hub.
 
     Args:
         name: folder or hub name.
         setting: what names it, for the message, such as ``model.path``.
 
     Raises:
-        ValueError: a file is missing, cut off or unreadable.
+        ValueError: a file is missing, cut off, unreadable, or not the one that was exported.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -41,6 +41,7 @@ def check_model_files(name: str, setting: str) -> None:
             raise ValueError(f"{file} is missing, which the index of the weights names; copy the whole folder")
         if file.suffix == ".safetensors":
             check_safetensors(file)
+    check_sums(folder)
 
 
 def _weights(folder: Path) -> list[Path]:

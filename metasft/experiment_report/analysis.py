@@ -11,7 +11,7 @@ from typing import Any
 from metasft.experiment_report.checklists import Evidence, Finding, checklists
 from metasft.experiment_report.costs import PERFORMANCE_FILE, Cost, Factor, Ratio, cost, factors, ratios, sharing
 from metasft.experiment_report.exports import read_export
-from metasft.experiment_report.results import FINISHED, MATRIX, META_LEARNED, Arm, Experiments, Suite
+from metasft.experiment_report.results import FINISHED, MATRIX, META_LEARNED, STANDARD_LORA, Arm, Experiments, Suite
 from metasft.experiment_report.statistics import (
     Comparison,
     Groups,
@@ -189,6 +189,12 @@ def _limits(analysis: Analysis) -> list[str]:
         same = set(steps.values())
         words = same.pop() if len(same) == 1 else ", ".join(f"{label} {count}" for label, count in steps.items())
         limits.append(f"Meta-training took {words} meta-steps: the comparison is of methods at that budget.")
+    unfixed = [arm.label for arm in experiments.arms.values() if _is_lora_without_determinism(arm)]
+    if unfixed:
+        limits.append(
+            f"{', '.join(unfixed)}: their trainer seeds the order of examples, but the first values of an adapter only "
+            "with engine.full_determinism=true, so that trained again with the same seed they end elsewhere."
+        )
     if verdict.hollow:
         limits.append(
             "FOMAML itself is not shown to be above the base model adapted on the same shots, so that being not worse "
@@ -217,6 +223,13 @@ def _limits(analysis: Analysis) -> list[str]:
     if (experiments.document.get("provenance") or {}).get("dirty"):
         limits.append("The working tree had uncommitted changes when the runs were made.")
     return limits
+
+
+def _is_lora_without_determinism(arm: Arm) -> bool:
+    trainings = [r.train for r in arm.replicates if r.train is not None and r.summary is not None]
+    return arm.method in STANDARD_LORA and any(
+        "engine.full_determinism=true" not in map(str.lower, run.command) for run in trainings
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- report.json

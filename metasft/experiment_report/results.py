@@ -22,6 +22,7 @@ FINISHED = "finished"
 MATRIX = "matrix"
 LOG_LINES = 20
 META_LEARNED = ("meta_lora", "fomaml", "reptile")
+STANDARD_LORA = ("lora_single", "lora_mixed")
 
 
 @dataclass(frozen=True)

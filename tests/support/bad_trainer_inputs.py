@@ -21,7 +21,7 @@ from spoilt_inputs import (
     write_yaml,
 )  # fmt: skip
 
-from metasft.untrusted import SUMS_FILE
+from metasft.untrusted import SUMS_FILE, write_sums
 
 SETTINGS = [
     ("meta_lora", "meta.inner_lr=nan", "finite"),
@@ -218,6 +218,11 @@ def model_weights_truncated(folder):
     cut_off(folder / "model/model.safetensors")
 
 
+def exported_model_changed(folder):
+    write_sums(folder / "model")
+    change_json(folder / "model/config.json", rope_theta=5.0)
+
+
 def model_weights_of_another(folder):
     """The weights that all these cases have: see ``spoilt_inputs.make_inputs``."""
 
@@ -327,6 +332,7 @@ TRAINER_FILES = [
     BadInput("meta_lora", "", ("model.path=model", "model.custom_chat_template"), model_without_chat_template),
     BadInput("reptile", "", ("model.path='model'", "safetensors"), model_without_weights),
     BadInput("reptile", "", ("model.safetensors", "copy"), model_weights_truncated),
+    BadInput("fomaml", "", ("model/config.json", "SHA256SUMS", "copy"), exported_model_changed),
     BadInput("fomaml", "", ("model", "do not fit"), model_weights_of_another, noisy=True),
     BadInput("meta_lora", f"{FROM_ADAPTER} model.lora_rank=8", ("model.lora_rank=8", "set model.lora_rank=4")),
     BadInput("meta_lora", f"{FROM_ADAPTER} model.lora_rank=8", (ADAPTER, "does not fit"), adapter_of_another_model),

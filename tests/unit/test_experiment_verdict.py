@@ -105,6 +105,20 @@ def test_a_success_where_nothing_was_learned_is_hollow(tmp_path):
     assert any("not shown to be above the base" in limit for limit in analysis.limits)
 
 
+def test_standard_lora_is_not_fixed_by_its_seed(tmp_path):
+    """veRL seeds a fresh adapter under full determinism alone."""
+    determined = {"command": ["python", "sft_trainer.py", "engine.full_determinism=True"]}
+    cases = (
+        ("as the suites have it", {}, ["Standard LoRA, all tasks, 600"]),
+        ("determined", {"train-lora_mixed-seed1": determined}, []),
+    )
+    for folder, states, expected in cases:
+        arms = matrix_arms(lora_single=FakeArm("Base", "base"))
+        limits = analysis_of(tmp_path / folder, arms, states=states).limits
+        found = [limit for limit in limits if "engine.full_determinism=true" in limit]
+        assert [limit.split(":")[0] for limit in found] == expected
+
+
 def test_the_margin_is_that_of_the_suite(tmp_path):
     suite = {**MATRIX_SUITE, "comparisons": [{"a": "meta_lora_100", "b": "fomaml_300", "margin": 0.01}]}
     verdict = verdict_of(tmp_path, 40, 40, 40, suites={"matrix": suite})
