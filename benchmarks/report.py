@@ -106,7 +106,7 @@ def memory_ratio(result: Mapping[str, Any], dtype: str, *, above: bool, lean: bo
     """FOMAML's peak over META-LORA's in ``dtype`` (sgd inside both), in total or above the process before the model.
 
     Args:
-        lean: both with the memory settings of ``sections.LEAN``, META-LORA one task at a time.
+        lean: both with the memory settings of ``sections.memory.LEAN``, META-LORA one task at a time.
     """
     arms, suffix = result["arms"], "_lean" if lean else ""
     full = {"fp32": "fomaml_fp32", "bf16": "fomaml_bf16_autocast"}[dtype]

@@ -99,7 +99,7 @@ def _verl_sft(job: dict[str, Any], settings: Settings, folder: Path) -> tuple[An
     import transformers.models.llama.modeling_llama  # noqa: F401
     import verl.trainer.sft_trainer  # noqa: F401
 
-    from benchmarks.sections import build_verl_sft, verl_sft_step
+    from benchmarks.sections.verl_sft import build_verl_sft, verl_sft_step
 
     before = _peak()
     files = sorted(Path(settings.task_dir).glob("*_support.parquet"))

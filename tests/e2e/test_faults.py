@@ -282,8 +282,9 @@ def test_a_file_system_that_fills_up(make_run, tmp_path):
         assert saved_step(run.folder) == STEPS
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         ranks = run.start()
-        assert ranks.wait() == [1]
-        assert "Read-only file system" in the_error(ranks)
+        assert ranks.wait() == [2]
+        error = the_error(ranks)
+        assert "trainer.default_local_dir" in error and "Read-only file system" in error
     finally:
         subprocess.run(["umount", str(small)], check=False)
 
