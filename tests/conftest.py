@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,12 @@ OPERATIONS = {
     "mul": lambda a, b: a * b,
     "cat": lambda a, b: f"{a}{b}",
 }
+
+
+def pytest_configure() -> None:
+    """A shell starts the background jobs of a script with Ctrl-C ignored, which the runs under test would inherit."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
