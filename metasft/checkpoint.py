@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metasft.durable import remove, replacing_file, replacing_folder, write_json
+from metasft.durable import replacing_file, replacing_folder, write_json
 from metasft.untrusted import check_sums, printable, read_json, read_tensors, reason, write_sums
 
 FORMAT = "metasft.meta_lora"
@@ -351,28 +351,6 @@ def _misfit(checkpoint: AdapterCheckpoint, base_model: Any, detail: str, remedy:
         f"the adapter was trained on {printable(checkpoint.base_model) or 'another model'} and does not fit "
         f"{getattr(base_model, 'name_or_path', '') or type(base_model).__name__} ({detail}); {remedy}"
     )
-
-
-def prune(folder: Path, patterns: tuple[str, ...], keep: int | None, step: int) -> None:
-    """Of what the run saved up to ``step``, delete all but the newest ``keep`` (None or < 1 keeps all).
-
-    Later steps are left alone: in a folder where a longer run was started over, they are not this run's, and to count
-    them would delete what was just saved.
-
-    Args:
-        folder: ``trainer.default_local_dir``.
-        patterns: names with ``{step}`` in the place of the number.
-        keep: ``trainer.max_ckpt_to_keep``.
-        step: the meta-step that was saved last.
-    """
-    if keep is None or keep < 1:
-        return
-    for pattern in patterns:
-        expression = re.compile(re.escape(pattern).replace(re.escape("{step}"), r"(\d+)") + "$")
-        found = [(int(match.group(1)), entry) for entry in folder.iterdir() if (match := expression.match(entry.name))]
-        saved = sorted((pair for pair in found if pair[0] <= step), key=lambda pair: pair[0])
-        for _, entry in saved[:-keep]:
-            remove(entry)
 
 
 def size_bytes(path: Path) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from metasft.refusal import user_path
 from metasft.untrusted import MAX_JSON_BYTES, check_sums, printable, read_json, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_END_BYTES = 1024**2
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -20,9 +26,10 @@ def check_model_files(name: str, setting: str) -> None:
         setting: what names it, for the message, such as ``model.path``.
 
     Raises:
-        ValueError: a file is missing, cut off, unreadable, or not the one that was exported.
+        ValueError: a file is missing, cut off, unreadable, or not the one that was exported; or the configuration asks
+            for more layers than there are weights.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         return
     where = f"{setting}={name!r}"
@@ -39,9 +46,25 @@ def check_model_files(name: str, setting: str) -> None:
     for file in weights:
         if not file.is_file():
             raise ValueError(f"{file} is missing, which the index of the weights names; copy the whole folder")
-        if file.suffix == ".safetensors":
-            check_safetensors(file)
+    if all(file.suffix == ".safetensors" for file in weights):
+        tensors = sum(map(check_safetensors, weights))
+        # Each would be built, and take memory, before the weights are found to be missing.
+        for key, layers in _layer_counts(config):
+            if layers > tensors:
+                raise ValueError(
+                    f"{folder / 'config.json'} says {key}={layers}, but the weights beside it are {tensors} tensors; "
+                    "copy the Hugging Face model folder again"
+                )
     check_sums(folder)
+
+
+def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of layers that a configuration states, those of parts such as ``text_config`` included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif key in LAYER_KEYS and isinstance(value, int):
+            yield key, value
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -54,8 +77,11 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> int:
     """Compare the size of a safetensors file with what its header says is in it.
+
+    Returns:
+        The number of tensors.
 
     Raises:
         ValueError: it is cut off, or no such file.
@@ -73,6 +99,26 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(f"{path} is not readable as safetensors ({reason(error)}); {remedy}") from error
     if path.stat().st_size != whole:
         raise ValueError(f"{path} has {path.stat().st_size} of {whole} bytes; {remedy}")
+    return len(ends)
+
+
+def fingerprint(name: str) -> str:
+    """What tells the model in a folder from others of its shape; the name itself where it is no folder.
+
+    SHA-256 over the names, sizes and both ends (1 MiB each) of configuration and weight files: the whole of large
+    weights would take minutes to read.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *_weights(folder)]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_END_BYTES)
+            file.seek(max(size - _END_BYTES, 0))
+            total.update(f"{path.name} {size}\n".encode() + head + file.read(_END_BYTES))
+    return total.hexdigest()[:16]
 
 
 def why_not_loaded(error: BaseException) -> str:

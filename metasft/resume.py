@@ -13,20 +13,42 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from metasft.durable import PARTIAL, flush, put_in_place, replacing_file, write_json
+from metasft.durable import PARTIAL, flush, put_in_place, remove, replacing_file, write_json
 from metasft.faults import writing
+from metasft.lineage import Lineage, Start
 from metasft.untrusted import is_inside, read_json
 
 LAYOUT_FILE = "layout.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE = "global_step_{step}"
+SHARDS = ("model", "optim", "extra_state")
+"""veRL's files of a rank."""
+
+UNKNOWN = "unknown"
+"""Start of a state whose layout cannot be read: no start has this id."""
+
+LAYOUT_KEYS = {
+    "method": "the method",
+    "world_size": "the number of processes",
+    "task_group_size": "meta.task_group_size",
+    "lora_rank": "model.lora_rank",
+    "lora_alpha": "model.lora_alpha",
+    "optimizer": "optim.optimizer",
+    "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
+    "base_model": "the files of model.path (SHA-256 of their ends)",
+    "data": "the files of the tasks (SHA-256)",
+}
+"""What has to be equal on a resume, and what a user calls it."""
+
+LATER_KEYS = ("lora_alpha", "optimizer", "seed", "base_model", "data")
+"""Those that states of earlier releases do not hold."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +90,7 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
                 files = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
                 write_json(partial / LAYOUT_FILE, {**layout, "files": files})
                 put_in_place(partial, target)
-                with replacing_file(run_dir / TRACKER_FILE) as temporary:
-                    temporary.write_text(str(step), encoding="utf-8")
+                _track(run_dir, step)
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,10 +100,84 @@ def _files(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.rglob("*") if entry.is_file())
 
 
-def start_over(run_dir: Path) -> None:
-    """Take the states of an earlier run in the same folder out of charge: a crash before the first save of this run
-    must not bring that one back."""
-    (run_dir / TRACKER_FILE).unlink(missing_ok=True)
+def take_charge(run_dir: Path, state: Path | None) -> Lineage:
+    """Put the state that a start goes on from in charge, and whatever else the folder holds out of it.
+
+    A crash before the first save must not bring back an earlier run that was started over, nor later meta-steps than
+    those that are gone on from.
+
+    Args:
+        state: from :func:`find_state`; None to start over.
+    """
+    if state is None:
+        (run_dir / TRACKER_FILE).unlink(missing_ok=True)  # first: a lineage without a state is none to go on from
+        lineage = Lineage(()).next_start(0)
+        lineage.write(run_dir)
+        return lineage
+    step, start = step_of(state), _start_of(state)
+    earlier = Lineage.read(run_dir)
+    if earlier is None or not earlier.holds(start, step):
+        earlier = Lineage((Start(start, step),))
+    lineage = earlier.next_start(step)
+    lineage.write(run_dir)
+    newest = _tracked(run_dir)
+    if newest != step:
+        if newest is not None and newest > step:
+            logger.warning(
+                "going back from meta-step %d to %d, whose later states belong to this run no more; leave "
+                "trainer.resume_from_path out when this run is started again, or it goes back again",
+                newest,
+                step,
+            )
+        _track(run_dir, step)
+    return lineage
+
+
+def _track(run_dir: Path, step: int) -> None:
+    with replacing_file(run_dir / TRACKER_FILE) as temporary:
+        temporary.write_text(str(step), encoding="utf-8")
+
+
+def _tracked(run_dir: Path) -> int | None:
+    """What the tracker file names; None where it names nothing."""
+    try:
+        text = (run_dir / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def prune(run_dir: Path, exports: Sequence[str], lineage: Lineage, keep: int | None) -> None:
+    """Of what a run saved, states and exports, delete all but the newest ``keep`` (None or < 1 keeps all).
+
+    Args:
+        run_dir: ``trainer.default_local_dir``. What other runs saved there is left alone.
+        exports: names of what one export consists of, with ``{step}`` in the place of the meta-step.
+        lineage: of the run.
+        keep: ``trainer.max_ckpt_to_keep``.
+    """
+    if keep is None or keep < 1:
+        return
+    saved = [step for step, folder in _states(run_dir) if lineage.holds(_start_of(folder), step)]
+    for step in saved[keep:]:
+        for name in (*exports, STATE):  # the state last: without it nobody would know that the export may go
+            entry = run_dir / name.format(step=step)
+            if entry.exists():
+                remove(entry)
+
+
+def _states(run_dir: Path) -> list[tuple[int, Path]]:
+    """(meta-step, folder) of all states in a folder, the newest first."""
+    found = [(step, entry) for entry in run_dir.glob("global_step_*") if (step := step_of(entry)) is not None]
+    return sorted(found, reverse=True)
+
+
+def _start_of(state: Path) -> str | None:
+    """Id of the start that saved a state; None for releases that wrote none."""
+    try:
+        return read_json(state / LAYOUT_FILE, "").get("start")
+    except ValueError:
+        return UNKNOWN
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -137,20 +232,20 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
     tracker = run_dir / TRACKER_FILE
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    newest = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
-    states = [(step, entry) for entry in run_dir.glob("global_step_*") if (step := step_of(entry)) is not None]
-    for step, folder in sorted(states, reverse=True):
+    newest, lineage = _tracked(run_dir), Lineage.read(run_dir)
+    for step, folder in _states(run_dir):
         if newest is not None and step > newest:
-            continue  # of a longer run in the same folder that was started over
+            continue  # saved, but killed before the tracker file moved; or of a longer run
         reason = _damage(folder) if _is_own(folder, run_dir) else "it lies outside the run's own folder"
+        if reason is None and lineage is not None and not lineage.holds(_start_of(folder), step):
+            reason = "it is of another run in this folder, which was started over or gone on with from an earlier state"
         if reason is None:
             if step != newest:
-                logger.warning("%s names meta-step %s, which is not complete: going on from %s", tracker, text, folder)
+                logger.warning("%s names %s, which is not complete: going on from %s", tracker, newest, folder)
             return folder
         logger.warning("%s is passed over: %s", folder, reason)
     raise ValueError(
-        f"{tracker} names meta-step {text}, but {run_dir} holds no complete state up to it; put it back, or set "
+        f"{tracker} names meta-step {newest}, but {run_dir} holds no complete state up to it; put it back, or set "
         "trainer.resume_mode=disable to start over"
     )
 
@@ -172,11 +267,18 @@ def _damage(folder: Path) -> str | None:
     if not layout.is_file():
         return None  # check_layout refuses it with the remedy
     try:
-        files = read_json(layout, "").get("files", {})
+        written = read_json(layout, "")
     except ValueError:
-        files = None
-    if not isinstance(files, dict) or not all(map(is_inside, files)):
         return f"its {LAYOUT_FILE} is damaged"
+    files, size = written.get("files", {}), written.get("world_size")
+    if not isinstance(files, dict) or not all(map(is_inside, files)) or type(size) is not int:
+        return f"its {LAYOUT_FILE} is damaged"
+    if "files" in written:
+        ranks = [(f"_world_size_{size}_rank_{rank}.pt", f"data_{rank}.pt") for rank in range(size)]
+        needed = [name for shard, data in ranks for name in (*(part + shard for part in SHARDS), data)]
+        lacking = next((name for name in needed if name not in files), None)
+        if lacking is not None:
+            return f"its {LAYOUT_FILE} does not list {lacking}"
     for name, size in files.items():
         file = folder / name
         if not file.is_file():
@@ -191,7 +293,7 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: a ``global_step_<N>`` folder.
-        layout: of this run, keys ``method``, ``world_size``, ``task_group_size``, ``lora_rank``, ``seed``.
+        layout: of this run, with the keys of :data:`LAYOUT_KEYS`.
 
     Returns:
         What the layout file of the state holds.
@@ -206,15 +308,8 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
             "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
         )
     saved = read_json(path, "use another state, or trainer.resume_mode=disable to start over")
-    names = {
-        "method": "the method",
-        "world_size": "the number of processes",
-        "task_group_size": "meta.task_group_size",
-        "lora_rank": "model.lora_rank",
-        "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
-    }
-    for key, name in names.items():
-        if saved.get(key, layout[key] if key == "seed" else None) != layout[key]:
+    for key, name in LAYOUT_KEYS.items():
+        if saved.get(key, layout[key] if key in LATER_KEYS else None) != layout[key]:
             raise ValueError(
                 f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
                 "or set trainer.resume_mode=disable to start over"
@@ -225,15 +320,25 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 
+_MEASURED = {"perf/step_seconds", "perf/tokens", "perf/peak_memory_gb"}
+
+
 class StepCost(NamedTuple):
-    """What a meta-step cost: wall-clock seconds, and tokens in forwards that were followed by a backward."""
+    """What a meta-step cost.
+
+    Attributes:
+        seconds: wall-clock.
+        tokens: in forwards that were followed by a backward.
+        peak_bytes: of memory, since the process began to train.
+    """
 
     seconds: float
     tokens: int
+    peak_bytes: int
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> StepCost:
-        return cls(record["perf/step_seconds"], record["perf/tokens"])
+        return cls(record["perf/step_seconds"], record["perf/tokens"], int(record["perf/peak_memory_gb"] * 1024**3))
 
 
 class MetricsLog:
@@ -290,6 +395,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and type(record.get("step")) is int:
+                if isinstance(record, dict) and type(record.get("step")) is int and record.keys() >= _MEASURED:
                     records.append(record)
     return records

@@ -14,7 +14,6 @@ from verl.utils.device import get_torch_device
 from metasft.checkpoint import size_bytes
 from metasft.durable import write_json
 from metasft.resume import StepCost
-from metasft.untrusted import read_json
 
 if TYPE_CHECKING:
     from metasft.trainer import EpisodicSFTTrainer
@@ -50,8 +49,8 @@ def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence
             "skipped_meta_steps": trainer.skipped_steps,
             "tokens": sum(cost.tokens for cost in costs),
             "seconds_total": seconds,
-            "seconds_per_step_median": statistics.median(cost.seconds for cost in costs),
-            "peak_memory_bytes": get_torch_device().max_memory_allocated(),
+            "seconds_per_step_median": statistics.median(cost.seconds for cost in costs) if costs else None,
+            "peak_memory_bytes": max([get_torch_device().max_memory_allocated(), *(cost.peak_bytes for cost in costs)]),
             "peak_memory_kind": "rss" if on_cpu else "device",
             "checkpoint": checkpoint.name,
             "checkpoint_bytes": size_bytes(checkpoint),
@@ -59,12 +58,6 @@ def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence
             "seed": trainer.config.trainer.seed,
         },
     )
-
-
-def summarised_steps(run_dir: Path) -> int | None:
-    """Meta-steps of the run that the summary in ``run_dir`` is of; None where there is none."""
-    path = run_dir / SUMMARY_FILE
-    return read_json(path, "remove it").get("meta_steps") if path.is_file() else None
 
 
 def _device_name(on_cpu: bool) -> str:

@@ -7,6 +7,7 @@ run, log), and :meth:`EpisodicSFTTrainer.meta_step` (the algorithm, in the scrip
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -14,6 +15,7 @@ import random
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +29,7 @@ from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.tracking import Tracking
 
 from metasft.adaptation import InnerLoop, total_norm
-from metasft.checkpoint import prune, save_hf_model, save_meta_lora
+from metasft.checkpoint import save_hf_model, save_meta_lora
 from metasft.config import METHOD_TITLES, MetaConfig, Method
 from metasft.durable import remove_leftovers, replacing_file
 from metasft.episode_table import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
@@ -35,11 +37,12 @@ from metasft.episodes import Episode, EpisodeSampler
 from metasft.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
+from metasft.model_folder import fingerprint
 from metasft.preemption import Preemption
-from metasft.resume import STATE, MetricsLog, check_layout, find_state, save_state, start_over
-from metasft.run_summary import summarised_steps, write_summary
+from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
+from metasft.run_summary import SUMMARY_FILE, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
-from metasft.untrusted import check_chat_template
+from metasft.untrusted import check_chat_template, sha256_of
 from metasft.verl_backend import (
     MetaFSDPEngine,
     all_reduce_flat,
@@ -94,7 +97,10 @@ class EpisodicSFTTrainer(SFTTrainer):
             self.inner_loop = self.engine.batch_tasks(**inner)
         else:
             self.inner_loop = InnerLoop(self.engine.trained_parameters(), **inner)
+        if self._state is not None:
+            self.engine.use_configured_optimizer()
         self._last_saved = self.resume_global_step
+        self._updates_since_save = 0
 
     # ---- seams of veRL's trainer ------------------------------------------------------------------------------------
 
@@ -130,7 +136,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         hidden = None if dist.get_rank() == 0 else True  # None: shown on a terminal
         for examples in tqdm(sets, desc="checking examples", unit="file", leave=False, disable=hidden):
             examples.check(limit, setting)
-        sets[0].check_template()
+            examples.check_template()
 
     def _build_engine(self) -> None:
         self.training_client = build_training_worker(
@@ -184,8 +190,26 @@ class EpisodicSFTTrainer(SFTTrainer):
             "world_size": dist.get_world_size(),
             "task_group_size": self._group_size,
             "lora_rank": self.config.model.lora_rank,
+            "lora_alpha": self.config.model.lora_alpha if self.lora else None,
+            "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
             "seed": self.config.trainer.seed,
+            **self._fingerprints,
         }
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str | None]:
+        """Of what the run reads, as rank 0 finds it."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            files = [file for task in self.task_files for file in (task.support, task.query) if file is not None]
+            digests = "".join(map(sha256_of, files))
+            found[0] = {
+                # All parameters are in the state; a frozen base is not.
+                "base_model": fingerprint(self.config.model.path) if self.lora else None,
+                "data": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            }
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -199,16 +223,18 @@ class EpisodicSFTTrainer(SFTTrainer):
         """
         is_logging = self.rank == 0
         log = None
+        is_done = self.resume_global_step >= self.total_training_steps
         with writing("the settings and metrics of the run", self.run_dir):
             if is_logging:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self.run_dir)
-                if self.resume_global_step == 0:
-                    start_over(self.run_dir)
-                with replacing_file(self.run_dir / "config.yaml") as temporary:
-                    OmegaConf.save(self.config, temporary)
+                if not is_done:
+                    (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, or of one started over
+                    self._lineage = take_charge(self.run_dir, self._state)
+                    with replacing_file(self.run_dir / "config.yaml") as temporary:
+                        OmegaConf.save(self.config, temporary)
                 log = MetricsLog(self.run_dir / "metrics.jsonl", self.resume_global_step)
-        if self.resume_global_step >= self.total_training_steps:
+        if is_done:
             self._nothing_to_do(log)
             return
         tracking = self._tracking() if is_logging else None
@@ -230,6 +256,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                     _track(tracking, metrics, step)
                     log.append({"step": step, **metrics})
                     progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
+                    self._preemption.check_notice(metrics["perf/step_seconds"])
                 is_last = step == self.total_training_steps
                 is_due = is_last or self._stop_requested or (self.save_freq > 0 and step % self.save_freq == 0)
                 self._check_theta(step, is_due)
@@ -254,7 +281,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         done = self.resume_global_step
         with writing("the summary of the run", self.run_dir):
             if self.rank == 0:
-                if done == self.total_training_steps != summarised_steps(self.run_dir):
+                if done == self.total_training_steps and not (self.run_dir / SUMMARY_FILE).is_file():
                     seconds = sum(cost.seconds for cost in log.costs)
                     write_summary(self, self._export_path(done), log.costs, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
@@ -300,6 +327,8 @@ class EpisodicSFTTrainer(SFTTrainer):
                 fault = f"the norm of the meta-gradient is {grad_norm}"
         if fault is not None:
             self._count_skipped(step, fault)
+        else:
+            self._updates_since_save += 1
         metrics["meta/skipped_steps"] = self.skipped_steps
         seconds = time.perf_counter() - started
         metrics["perf/step_seconds"] = seconds
@@ -313,7 +342,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.skipped_steps > most:
             raise RunFault(
                 f"meta-step {step}: {fault}; more than meta.max_skipped_steps={most} meta-steps were skipped, so the "
-                "run ends here: lower meta.inner_lr or set meta.inner_clip_grad, or allow more"
+                "run ends here: lower meta.inner_lr or optim.lr, set meta.inner_clip_grad, or allow more; the last "
+                f"checkpoint is that of meta-step {self._last_saved}"
             )
         if self.rank == 0:
             logger.warning(
@@ -520,13 +550,19 @@ class EpisodicSFTTrainer(SFTTrainer):
             if log is not None:
                 log.flush()
         layout = {**self._layout(), "skipped_steps": self.skipped_steps}
+        if log is not None:
+            layout["start"] = self._lineage.id
         save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout)
         self._last_saved = step
         with writing(f"the copy of meta-step {step}", self.run_dir):
             if self.rank == 0:
-                prune(self.run_dir, (*self._export_names, STATE), self.config.trainer.max_ckpt_to_keep, step)
+                # Where every meta-step since the last save was skipped, theta may be past saving, and what is kept of
+                # earlier ones may be the only way back.
+                if self._updates_since_save:
+                    prune(self.run_dir, self._export_names, self._lineage, self.config.trainer.max_ckpt_to_keep)
                 if self.config.trainer.default_hdfs_dir:
                     copy_to_hdfs(self.run_dir / STATE.format(step=step), self.config.trainer.default_hdfs_dir)
+        self._updates_since_save = 0
         return path
 
     def _check_theta(self, step: int, before_a_save: bool) -> None:
@@ -604,7 +640,10 @@ def _track(tracking: Tracking, metrics: dict[str, float], step: int) -> None:
     for backend in tracking.logger:
         # One readable line on the console; everything, per task too, everywhere else.
         data = {k: v for k, v in metrics.items() if k.count("/") == 1} if backend == "console" else metrics
-        tracking.log(data=data, step=step, backend=[backend])
+        try:
+            tracking.log(data=data, step=step, backend=[backend])
+        except OSError as error:  # a full disk: metrics.jsonl has them too, and only a checkpoint is worth ending for
+            logger.warning("trainer.logger %s cannot write meta-step %d: %s", backend, step, error.strerror or error)
 
 
 def _short(metrics: dict[str, float], key: str) -> str:

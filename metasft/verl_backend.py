@@ -118,6 +118,20 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
 
+    def use_configured_optimizer(self) -> None:
+        """Put the settings of the command in the place of those that loading a resume state brings back.
+
+        The state holds the optimizer's settings and the learning rate of the schedule it was saved under: a changed
+        ``optim.lr`` would be ignored, and the first step after extending a schedule would be taken at its old end.
+        """
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        for group, share in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group.update({key: value for key, value in optimizer.defaults.items() if key in group})
+            group["initial_lr"] = optimizer.defaults["lr"]
+            group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
     def _build_module(self) -> torch.nn.Module:
         with reading_model(self.model_config.path):
             return super()._build_module()

@@ -5,18 +5,22 @@ The trainers run as their scripts run them, in processes that a server forks (te
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from forked_ranks import ForkServer, Ranks
 from resume_state import assert_complete, assert_same_run, metrics, read_state, same, saved_step
+from safetensors.torch import load_file, save_file
 from script_runner import ROOT, must_run, script_environment
 
 STEPS, SAVE_EVERY = 9, 2
@@ -334,6 +338,18 @@ def test_a_number_that_is_not_finite_costs_its_meta_step_alone(name, what, inner
     assert all(value == value for value in last.values()), "nothing of it is left in the meta-step behind"
 
 
+def test_saves_of_skipped_meta_steps_do_not_push_out_the_last_good_one(make_run):
+    """An outer rate that throws theta far off: every meta-step behind the first is skipped, and saved."""
+    run = make_run("meta_lora", optim__lr=1e4, meta__max_skipped_steps=4, trainer__save_freq=1)
+    run.changes["trainer.max_ckpt_to_keep"] = 1
+    ranks = run.start()
+    assert ranks.wait() == [1]
+    error = the_error(ranks)
+    assert "optim.lr" in error and error.endswith("the last checkpoint is that of meta-step 5")
+    kept = {int(state.name.rpartition("_")[2]) for state in run.folder.glob("global_step_*")}
+    assert kept == {1, 2, 3, 4, 5} and (run.folder / "meta_lora_checkpoint_step_1.pt").exists()
+
+
 def test_too_many_skipped_meta_steps_end_the_run_also_across_a_resume(make_run):
     run = make_run("meta_lora", meta__meta_batch_size=4, meta__max_skipped_steps=2, trainer__save_freq=1)
     poison = {"what": "query_loss", "task": "cat", "step": -2, "value": "inf"}
@@ -378,3 +394,90 @@ def test_several_resumes_equal_an_uninterrupted_run(name, make_run, uninterrupte
         assert saved_step(run.folder) == step
     run.finish()
     assert_same_run(straight, run.folder)
+
+
+# ---- other commands in the same folder ------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> dict:
+    return json.loads((run.folder / "run_summary.json").read_text())
+
+
+def started_again(run: Run, **changes) -> Run:
+    more = {key.replace("__", "."): value for key, value in changes.items()}
+    return replace(run, changes={**run.changes, **more})
+
+
+def test_a_summary_is_that_of_the_run_in_charge(make_run):
+    run = make_run("meta_lora", trainer__total_training_steps=4)
+    run.finish()
+    first, config = summary(run), (run.folder / "config.yaml").read_text()
+    nothing = started_again(run, optim__lr=0.7)
+    assert "nothing to do" in nothing.finish().output
+    assert (run.folder / "config.yaml").read_text() == config and summary(run) == first
+    longer = started_again(run, trainer__total_training_steps=6)
+    longer.finish(stop={"rank": 0, "step": 5})
+    assert not (run.folder / "run_summary.json").exists()
+    longer.finish()
+    peaks = [line["perf/peak_memory_gb"] for line in map(json.loads, (run.folder / "metrics.jsonl").open())]
+    assert summary(run)["meta_steps"] == 6 and summary(run)["peak_memory_bytes"] >= max(peaks) * 2**30
+    over = started_again(run, meta__num_inner_steps=1, trainer__resume_mode="disable")
+    over.finish()
+    (run.folder / "run_summary.json").rename(run.folder / "kept.json")
+    tokens = json.loads((run.folder / "kept.json").read_text())["tokens"]
+    assert tokens < first["tokens"]
+    started_again(over, trainer__resume_mode="auto").finish()
+    assert summary(run)["tokens"] == tokens and summary(run)["peak_memory_bytes"] >= max(peaks[-4:]) * 2**30 * 0.5
+
+
+def test_a_resumed_run_follows_the_schedule_of_its_command(make_run):
+    """veRL's state brings back the learning rates it was saved with."""
+    run = make_run("meta_lora", trainer__total_training_steps=4)
+    run.finish()
+    started_again(run, trainer__total_training_steps=8, optim__lr=0.02, optim__weight_decay=0.3).finish()
+    rates = [line["train/lr"] for line in metrics(run.folder)]
+    assert rates[4:] == pytest.approx([0.02 * (1 + math.cos(math.pi * step / 8)) / 2 for step in (4, 5, 6, 7)])
+    (group,) = read_state(run.folder, 8)["optim_world_size_1_rank_0.pt"]["param_groups"]
+    assert group["weight_decay"] == 0.3 and group["initial_lr"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.lora_alpha": 64}, "model.lora_alpha = 8, this run has 64"),
+        ({"optim.optimizer": "SGD"}, "optim.optimizer = torch.optim.AdamW, this run has torch.optim.SGD"),
+        ({"meta.task_dir": "other tasks"}, "the files of the tasks (SHA-256) = "),
+        ({"model.path": "other model"}, "the files of model.path (SHA-256 of their ends) = "),
+    ],
+)
+def test_a_run_does_not_go_on_with_something_else(change, words, make_run, tiny_model, task_dir, tmp_path):
+    run = make_run("meta_lora", trainer__total_training_steps=2)
+    run.finish()
+    shutil.copytree(task_dir, tmp_path / "other tasks")
+    one, other = (tmp_path / "other tasks" / f"{task}_support.parquet" for task in ("add", "mul"))
+    one.write_bytes(other.read_bytes())
+    weights = shutil.copytree(tiny_model, tmp_path / "other model") / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    change = {key: tmp_path / value if key.endswith(("dir", "path")) else value for key, value in change.items()}
+    changed = started_again(run, trainer__total_training_steps=4, **change)
+    changed.data = [entry for entry in run.data if entry.partition("=")[0] not in change]
+    ranks = changed.start()
+    assert ranks.wait() == [2], ranks.output[-4000:]
+    assert words in the_error(ranks) and saved_step(run.folder) == 2
+
+
+def test_going_back_and_killed_before_a_save_the_run_stays_on_its_branch(make_run):
+    run = make_run("reptile", trainer__total_training_steps=6)
+    run.finish()
+    branch = started_again(
+        run,
+        trainer__resume_from_path=run.folder / "global_step_4",
+        trainer__total_training_steps=9,
+        meta__inner_lr=0.01,
+    )
+    branch.changes["trainer.save_freq"] = 100
+    ranks = branch.start(stop={"rank": 0, "step": 5}, crash={"rank": 0, "operation": 12, "torn": False})
+    assert -signal.SIGKILL in ranks.wait() and saved_step(run.folder) == 4
+    del branch.changes["trainer.resume_from_path"]
+    branch.finish()
+    assert [line["step"] for line in metrics(run.folder)] == list(range(1, 10)) and summary(run)["meta_steps"] == 9

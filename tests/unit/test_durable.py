@@ -10,7 +10,6 @@ import signal
 
 import pytest
 
-from metasft.checkpoint import prune
 from metasft.durable import (
     PARTIAL,
     locked,
@@ -130,19 +129,6 @@ def test_leftovers_are_only_what_was_never_finished(tmp_path):
     (tmp_path / f".metrics.jsonl.y{PARTIAL}").write_text("")
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "step_2"]
-
-
-def test_pruning_never_takes_what_was_just_saved(tmp_path):
-    """In a folder where a longer run was started over, its later steps used to count as the newest."""
-    for step in (60, 80, 100, 2, 4, 6):
-        (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"run_checkpoint_step_{step}.pt").write_text("")
-    prune(tmp_path, ("step_{step}", "run_checkpoint_step_{step}.pt"), 2, 6)
-    assert {int(p.name.split("_")[1]) for p in tmp_path.glob("step_*")} == {4, 6, 60, 80, 100}
-    assert not (tmp_path / "run_checkpoint_step_2.pt").exists() and (tmp_path / "run_checkpoint_step_6.pt").exists()
-    prune(tmp_path, ("step_{step}",), None, 6)
-    prune(tmp_path, ("step_{step}",), 0, 6)
-    assert len(list(tmp_path.glob("step_*"))) == 5
 
 
 # ---- one user at a time ---------------------------------------------------------------------------------------------

@@ -5,22 +5,30 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from metasft.resume import MetricsLog, _find_state, check_layout, read_metrics
+from metasft.lineage import Lineage, Start
+from metasft.resume import MetricsLog, _find_state, check_layout, prune, read_metrics, take_charge
 
-LAYOUT = {"method": "fomaml", "world_size": 2, "task_group_size": 2, "lora_rank": 0, "seed": 1}
+EARLIEST = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0}
+LATER = {"seed": 1, "lora_alpha": None, "optimizer": "torch.optim.AdamW", "base_model": None, "data": "ab12"}
+LAYOUT = {**EARLIEST, **LATER}
+MODEL = "model_world_size_1_rank_0.pt"
+FILES = (MODEL, "optim_world_size_1_rank_0.pt", "extra_state_world_size_1_rank_0.pt", "data_0.pt")
 
 
-def make_state(run: Path, step: int, tracker: bool = True) -> Path:
+def make_state(run: Path, step: int, tracker: bool = True, start: str | None = None) -> Path:
     folder = run / f"global_step_{step}"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "model_world_size_1_rank_0.pt").write_text("x" * step)
-    files = {"model_world_size_1_rank_0.pt": step}
-    (folder / "layout.json").write_text(json.dumps({**LAYOUT, "skipped_steps": 3, "files": files}))
+    for name in FILES:
+        (folder / name).write_text("x" * step)
+    layout = {**LAYOUT, "skipped_steps": 3, "start": start, "files": dict.fromkeys(FILES, step)}
+    (folder / "layout.json").write_text(json.dumps(layout))
     if tracker:
         (run / "latest_checkpointed_iteration.txt").write_text(str(step))
     return folder
@@ -36,21 +44,23 @@ def test_the_tracker_file_is_in_charge(tmp_path):
     assert _find_state(tmp_path, "disable", None) is None
 
 
-@pytest.mark.parametrize("damage", ["missing folder", "missing file", "short file", "torn layout"])
+@pytest.mark.parametrize("damage", ["missing folder", "missing file", "short file", "torn layout", "no files listed"])
 def test_a_damaged_state_gives_way_to_the_one_before_it(damage, tmp_path, caplog):
     two, four = make_state(tmp_path, 2), make_state(tmp_path, 4)
     if damage == "missing folder":
         four.rename(tmp_path / "elsewhere")
     elif damage == "missing file":
-        (four / "model_world_size_1_rank_0.pt").unlink()
+        (four / MODEL).unlink()
     elif damage == "short file":
-        (four / "model_world_size_1_rank_0.pt").write_text("x")
-    else:
+        (four / MODEL).write_text("x")
+    elif damage == "torn layout":
         (four / "layout.json").write_text('{"method": "fom')
+    else:
+        (four / "layout.json").write_text(json.dumps({**LAYOUT, "files": {}}))
     with caplog.at_level(logging.WARNING):
         assert _find_state(tmp_path, "auto", None) == two
     assert "which is not complete: going on from" in caplog.text
-    (two / "model_world_size_1_rank_0.pt").unlink()
+    (two / MODEL).unlink()
     with pytest.raises(ValueError, match=r"meta-step 4, but .* trainer\.resume_mode=disable"):
         _find_state(tmp_path, "auto", None)
 
@@ -67,7 +77,7 @@ def test_a_path_to_resume_from_is_checked(tmp_path):
     make_state(tmp_path, 6)
     for mode in ("auto", "resume_path"):
         assert _find_state(tmp_path, mode, str(four)) == four
-    (four / "model_world_size_1_rank_0.pt").write_text("x")
+    (four / MODEL).write_text("x")
     for path, words in (
         (four, "has 1 of 4 bytes"),
         (tmp_path / "global_step_9", "no global_step_<N> folder"),
@@ -82,7 +92,16 @@ def test_a_path_to_resume_from_is_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "words"), [("method", "the method"), ("world_size", "the number of processes"), ("seed", r"trainer\.seed")]
+    ("key", "words"),
+    [
+        ("method", "the method"),
+        ("world_size", "the number of processes"),
+        ("seed", r"trainer\.seed"),
+        ("lora_alpha", r"model\.lora_alpha"),
+        ("optimizer", r"optim\.optimizer"),
+        ("base_model", r"the files of model\.path \(SHA-256 of their ends\)"),
+        ("data", r"the files of the tasks \(SHA-256\)"),
+    ],
 )
 def test_another_layout_is_refused(key, words, tmp_path):
     folder = make_state(tmp_path, 2)
@@ -91,25 +110,94 @@ def test_another_layout_is_refused(key, words, tmp_path):
         check_layout(folder, {**LAYOUT, key: "other"})
 
 
-def test_states_of_earlier_releases_hold_no_seed_and_list_no_files(tmp_path):
+def test_states_of_earlier_releases_hold_less_and_list_no_files(tmp_path):
     folder = make_state(tmp_path, 2)
-    (folder / "layout.json").write_text(json.dumps({k: v for k, v in LAYOUT.items() if k != "seed"}))
+    (folder / "layout.json").write_text(json.dumps(EARLIEST))
     assert _find_state(tmp_path, "auto", None) == folder
     assert "skipped_steps" not in check_layout(folder, LAYOUT)
 
 
+# ---- several runs in one folder -------------------------------------------------------------------------------------
+
+
+def save(run: Path, lineage: Lineage, *steps: int) -> None:
+    for step in steps:
+        make_state(run, step, start=lineage.id)
+
+
+def test_a_run_that_was_started_over_is_neither_gone_on_from_nor_counted(tmp_path, caplog):
+    exports = ("step_{step}", "run_checkpoint_step_{step}.pt")
+    save(tmp_path, take_charge(tmp_path, None), 2, 4, 6, 8, 12)
+    for step in (2, 4, 5, 6, 8, 10, 12):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"run_checkpoint_step_{step}.pt").write_text("")
+    again = take_charge(tmp_path, None)
+    assert _find_state(tmp_path, "auto", None) is None, "killed before its first save"
+    save(tmp_path, again, 5, 10)
+    prune(tmp_path, exports, again, 2)
+    assert {p.name for p in tmp_path.glob("global_step_*")} == {f"global_step_{n}" for n in (2, 4, 5, 6, 8, 10, 12)}
+    (tmp_path / "global_step_10" / MODEL).unlink()
+    assert _find_state(tmp_path, "auto", None) == tmp_path / "global_step_5"
+    assert "global_step_8 is passed over: it is of another run in this folder" in caplog.text
+    save(tmp_path, again, 10, 15)
+    for keep in (None, 0, 2):
+        prune(tmp_path, exports, again, keep)
+        assert (tmp_path / "global_step_5").exists() == (keep != 2)
+    for name in exports:
+        assert not (tmp_path / name.format(step=5)).exists() and (tmp_path / name.format(step=10)).exists()
+        assert (tmp_path / name.format(step=2)).exists(), "of the earlier run"
+
+
+def test_going_back_leaves_the_later_states_behind(tmp_path, caplog):
+    save(tmp_path, take_charge(tmp_path, None), 2, 4, 6, 8)
+    four = tmp_path / "global_step_4"
+    branch = take_charge(tmp_path, _find_state(tmp_path, "auto", str(four)))
+    assert "going back from meta-step 8 to 4" in caplog.text
+    assert _find_state(tmp_path, "auto", None) == four, "killed before its first save"
+    save(tmp_path, branch, 5)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")  # which is gone
+    assert _find_state(tmp_path, "auto", None) == tmp_path / "global_step_5"
+    (tmp_path / "global_step_5" / MODEL).unlink()
+    assert _find_state(tmp_path, "auto", None) == four
+    prune(tmp_path, (), branch, 1)
+    assert {p.name for p in tmp_path.glob("global_step_*")} == {f"global_step_{n}" for n in (5, 6, 8)}
+
+
+def test_a_lineage_grows_by_the_starts_that_saved_something(tmp_path):
+    lineage = take_charge(tmp_path, None)
+    first = lineage.id
+    save(tmp_path, lineage, 3)
+    for _ in range(5):
+        lineage = take_charge(tmp_path, tmp_path / "global_step_3")
+        assert lineage.starts == (Start(first, 3), Start(lineage.id, None)) == Lineage.read(tmp_path).starts
+    assert lineage.holds(first, 3) and not lineage.holds(first, 4) and lineage.holds(lineage.id, 99)
+
+
+@pytest.mark.parametrize("written", [None, "", "[]", '{"starts": [[1, 2]]}', '{"starts": 7}'])
+def test_states_without_a_lineage_are_gone_on_from(written, tmp_path):
+    """Of an earlier release, or copied here."""
+    two = make_state(tmp_path, 2, start="elsewhere")
+    if written is not None:
+        (tmp_path / "lineage.json").write_text(written)
+    assert _find_state(tmp_path, "auto", None) == two
+    assert take_charge(tmp_path, two).starts[0] == ("elsewhere", 2)
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
 def measured(step: int, **more) -> dict:
-    return {"step": step, "perf/step_seconds": 1.5, "perf/tokens": 10 * step, **more}
+    return {"step": step, "perf/step_seconds": 1.5, "perf/tokens": 10 * step, "perf/peak_memory_gb": 0.5, **more}
 
 
 def test_metrics_are_cut_back_to_the_state(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps(measured(step)) for step in (1, 2, 3)]
-    path.write_text("\n".join([*lines, "7", '{"step": "2"}', '{"st']))
+    path.write_text("\n".join([*lines, "7", '{"step": "2"}', '{"step": 0}', '{"st']))
     log = MetricsLog(path, 2)
     log.append(measured(3, again=True))
     assert read_metrics(path) == [measured(1), measured(2), measured(3, again=True)]
-    assert log.costs == [(1.5, 10), (1.5, 20), (1.5, 30)] and log.costs[0].seconds == 1.5
+    assert log.costs == [(1.5, 10, 2**29), (1.5, 20, 2**29), (1.5, 30, 2**29)] and log.costs[0].seconds == 1.5
     assert MetricsLog(path, 0).costs == [] and path.read_text() == ""
 
 
