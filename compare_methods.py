@@ -23,8 +23,11 @@ writes the comparison report of what run_experiments.py ran, as one folder of Ma
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from metasft.installed import require
 from metasft.refusal import ArgumentParser, refuse
 from metasft.report import (
     ALL_TASKS,
+    RESULTS_SUFFIX,
+    SUMMARY_FILE,
     choose_shots,
     choose_tasks,
     differences,
@@ -119,6 +124,23 @@ def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return way, {**_DEFAULTS[way], **given}
 
 
+def _check_targets(read: Iterable[Path], **targets: Path) -> None:
+    """Raise ValueError where two flags name one file, or one names a file of the evaluations or trainings compared."""
+    taken = {os.path.realpath(path): "one of the files compared" for path in read}
+    for name, path in targets.items():
+        place = os.path.realpath(path)
+        if place in taken:
+            raise ValueError(f"--{name} is {path}, which is {taken[place]}: give another file")
+        taken[place] = f"the file of --{name} too"
+
+
+def _files_of(results: Path, suffix: str) -> list[Path]:
+    """What an evaluation left, given as its file or as the folder that holds it."""
+    if results.is_dir():
+        return list(results.iterdir())
+    return list(results.parent.glob(f"{glob.escape(results.name.removesuffix(suffix))}_*"))
+
+
 def _write(path: Path, text: str, flag: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,8 +151,12 @@ def _write(path: Path, text: str, flag: str) -> None:
 
 def _overview(options: argparse.Namespace) -> None:
     pairs = find_results(options.results_dir) if options.results is None else parse_pairs(options.results, "--results")
+    summaries = parse_pairs(options.summaries, "--summaries")
+    read = [file for path in pairs.values() for file in _files_of(path, RESULTS_SUFFIX)]
+    read += [*summaries.values(), *options.checkpoints_dir.glob(f"*/{SUMMARY_FILE}")]
+    _check_targets(read, output=options.output, table=options.table)
     methods = [read_method(label, path) for label, path in pairs.items()]
-    methods = match_summaries(methods, parse_pairs(options.summaries, "--summaries"), options.checkpoints_dir)
+    methods = match_summaries(methods, summaries, options.checkpoints_dir)
     tasks, shots = choose_tasks(methods, options.task), choose_shots(methods, options.shots)
     save_figure(draw_comparison(methods, tasks=tasks, shots=shots), options.output)
     table = markdown_table(methods)
@@ -154,6 +180,8 @@ def _paired(sides: list[str], options: argparse.Namespace) -> None:
     rows = paired.compare_pair(a, b, margin=options.margin)
     stem = f"paired_{a_label}_{b_label}".replace("/", "-")
     output, table_path = options.output or Path(f"results/{stem}.json"), options.table or Path(f"results/{stem}.md")
+    read = [file for path in (a.path, b.path) for file in _files_of(path, RESULTS_SUFFIX)]
+    _check_targets(read, output=output, table=table_path)
     document = paired.paired_document(a, b, rows, margin=options.margin, notes=notes)
     table = paired.paired_table(a, b, rows, margin=options.margin, notes=notes)
     _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n", "--output")
@@ -169,6 +197,8 @@ def _speed(options: argparse.Namespace) -> None:
         pairs = report_speed.find_speed_files(options.results_dir)
     else:
         pairs = parse_pairs(options.results, "--results")
+    read = [file for path in pairs.values() for file in _files_of(path, report_speed.SPEED_SUFFIX)]
+    _check_targets(read, output=options.output)
     curves = [report_speed.read_speed(label, path) for label, path in pairs.items()]
     tasks = report_speed.choose_speed_tasks(curves, options.task)
     save_figure(report_speed.draw_speed(curves, tasks), options.output)
@@ -203,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             _report(options.report, argparse.Namespace(**settings))
         else:
             _overview(argparse.Namespace(**settings))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     return 0
 

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     values |= {name: tuple(values[name]) for name in ("eval_tasks", "n_shots", "speed_steps")}
     try:
         results, stores = evaluate(EvaluationConfig(**values))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     if results:
         print(format_table(results))

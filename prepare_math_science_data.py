@@ -614,7 +614,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.source != "reasoning_gym":
             require("datasets", "datasketch")
         manifest = prepare(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     print_summary(manifest, arguments.output_dir)
     return 0

@@ -31,9 +31,9 @@ from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402
 from metasft.experiments.runner import run_all  # noqa: E402
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
-from metasft.refusal import ArgumentParser, refuse  # noqa: E402
+from metasft.refusal import ArgumentParser, refuse, user_path  # noqa: E402
 
-_UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def _parser() -> ArgumentParser:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     except OSError as error:
         if error.errno not in _UNUSABLE:
-            raise
+            return refuse(error)
         where = error.filename or "--output-dir"
         print(
             f"error: {where} cannot be used ({error.strerror}): make room or give access, the same command "
@@ -110,13 +110,13 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _output_folder(path: Path) -> Path:
-    check_place(path.expanduser(), "--output-dir")
-    return _from_root(path.expanduser().resolve())
+    check_place(user_path(path), "--output-dir")
+    return _from_root(user_path(path, resolve=True))
 
 
 def _model(name: str) -> str:
     """A folder as seen from the repository root, where runs are started; a hub name as it is."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     return str(_from_root(Path(os.path.abspath(path)))) if path.exists() else name
 
 

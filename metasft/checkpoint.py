@@ -8,19 +8,22 @@ half written (:mod:`metasft.durable`).
 from __future__ import annotations
 
 import enum
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from metasft.config import INNER_OPTIMIZERS
 from metasft.durable import replacing_file, replacing_folder, write_json
 from metasft.untrusted import check_sums, printable, read_json, read_tensors, reason, write_sums
+from metasft.verl_settings import LARGEST_RATE
 
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
+LARGEST_ALPHA = 1e6
+"""Of an adapter from a file; what trainers take has no use beyond hundreds, and far larger ones overflow."""
 # Peft would warn of the base model's name, which differs where the folder lies elsewhere: whether it fits is checked.
 _NOT_ON_LOADING = ("peft_type", "auto_mapping", "base_model_name_or_path")
 
@@ -219,11 +222,10 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
         "the adapter's configuration": isinstance(config, dict) and set(config) <= set(LoraConfig.__dataclass_fields__),
         "its rank": type(rank) is int and rank > 0,
         "its rank_pattern": isinstance(config, dict) and isinstance(config.get("rank_pattern"), dict | None),
-        "its lora_alpha": type(alpha) in (int, float) and math.isfinite(alpha),
+        "its alpha_pattern": isinstance(config, dict) and isinstance(config.get("alpha_pattern"), dict | None),
+        "its lora_alpha": type(alpha) in (int, float) and 0 < alpha <= LARGEST_ALPHA,
         "the base model's name": isinstance(values["base_model"], str),
-        "the inner-loop settings": isinstance(adaptation, dict)
-        and isinstance(adaptation.get("inner_optimizer"), str | None)
-        and (adaptation.get("inner_lr") is None or type(adaptation["inner_lr"]) in (int, float)),
+        "the inner-loop settings": isinstance(adaptation, dict),
         "the meta-step": values["step"] is None or type(values["step"]) is int,
     }
     if wrong := [name for name, right in found.items() if not right]:
@@ -235,7 +237,61 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
         raise ValueError(f"{path} says its rank is {stated}, its tensors have {max(ranks)}; export the adapter again")
     if config.get("megatron_config") is not None:  # peft would import the module that the file names
         raise ValueError(f"{path} sets megatron_config, which this project does not read; remove it")
+    if config.get("modules_to_save"):
+        raise ValueError(f"{path} sets modules_to_save, and only LoRA tensors are read; train an adapter without it")
+    for module, alpha in (config.get("alpha_pattern") or {}).items():
+        if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_ALPHA:
+            raise ValueError(f"{path} has {alpha!r:.80} in its alpha_pattern for {module!r:.80}; export it again")
+    _check_patterns(path, config)
+    check_recorded(path, adaptation)
+    if (name := first_not_finite(tensors)) is not None:
+        raise ValueError(f"{path} has numbers that are not finite in {printable(name)}; export the adapter again")
     return AdapterCheckpoint(**values)
+
+
+def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
+    """Peft takes these settings for regular expressions, and one out of a file may take forever to match."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = config.get(key)
+        if value is None or (key == "target_modules" and value == "all-linear"):
+            continue
+        names = value if isinstance(value, list | tuple | set | dict) else [value]
+        for name in names:
+            plain = isinstance(name, str) and re.fullmatch(r"\^?[\w.-]+", name)
+            if not plain or (key in ("target_modules", "exclude_modules") and isinstance(value, str)):
+                raise ValueError(
+                    f"{path} has {printable(str(name))[:80]} in {key}, where names of modules alone are read; give "
+                    "its configuration a list of them"
+                )
+
+
+def check_recorded(path: Path, adaptation: Mapping[str, Any]) -> None:
+    """Check the inner-loop settings that a trainer left beside a model or an adapter.
+
+    Raises:
+        ValueError: optimizer or learning rate are none that a trainer takes.
+    """
+    optimizer, lr = adaptation.get("inner_optimizer"), adaptation.get("inner_lr")
+    for key, value, right in (
+        ("inner_optimizer", optimizer, optimizer in (None, *INNER_OPTIMIZERS)),
+        ("inner_lr", lr, lr is None or (type(lr) in (int, float) and 0 < lr <= LARGEST_RATE)),
+    ):
+        if not right:
+            raise ValueError(
+                f"{path} records {key}={printable(str(value))[:80]}, which no trainer has written; export it again"
+            )
+
+
+def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The first of ``tensors`` with a number in it that is infinite or none at all; None where there is no such."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            numbers = tensor if tensor.element_size() > 1 else tensor.float()  # torch cannot tell of those of 8 bits
+            if not torch.isfinite(numbers).all():
+                return name
+    return None
 
 
 def load_adapter_folder(path: Path) -> AdapterCheckpoint:

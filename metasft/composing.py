@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metasft.config import METHOD_TITLES, MetaConfig
-from metasft.refusal import one_line, refuse
+from metasft.refusal import one_line, refuse_on_rank_0
+from metasft.verl_settings import GROUPS
 
 
 def hydra_main(*, config_path: str, config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -47,7 +48,7 @@ def hydra_main(*, config_path: str, config_name: str) -> Callable[[Callable[[Any
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 if composed:
                     raise
-                sys.exit(_refuse_on_rank_0(why_not_composed(error, Path(sys.argv[0]).parent / config_path)))
+                sys.exit(refuse_on_rank_0(why_not_composed(error, Path(sys.argv[0]).parent / config_path)))
 
         return main
 
@@ -59,14 +60,10 @@ def _check_flags() -> None:
     parser = get_args_parser()
 
     def wrong_flag(message: str) -> None:
-        sys.exit(_refuse_on_rank_0(f"{message}; settings are written key=value, see --help for the flags"))
+        sys.exit(refuse_on_rank_0(f"{message}; settings are written key=value, see --help for the flags"))
 
     parser.error = wrong_flag
     parser.parse_args()
-
-
-def _refuse_on_rank_0(message: str) -> int:
-    return refuse(message) if int(os.environ.get("RANK", "0")) == 0 else 2
 
 
 def why_not_composed(error: Exception, configs: Path) -> str:
@@ -96,6 +93,9 @@ def why_not_composed(error: Exception, configs: Path) -> str:
             f"--config-path: {one_line(said)}; it is a folder relative to the script, such as data/math_science_meta, "
             "and --config-name a file in it without .yaml"
         )
+    if "Config group override" in said:
+        given = [argument for argument in sys.argv[1:] if argument.partition("=")[0].lstrip("+~") in GROUPS]
+        return f"{' '.join(given)} cannot be set ({one_line(said)}); set single keys of a group, such as optim.lr=1e-4"
     return f"the configuration cannot be composed: {one_line(said)}; start from one of {shipped} in {configs}"
 
 

@@ -9,11 +9,11 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from metasft.refusal import user_path
 from metasft.untrusted import printable
-from metasft.verl_settings import LARGEST_RATE, check_verl_settings
+from metasft.verl_settings import LARGEST_RATE, check_groups, check_verl_settings
 
 Method = Literal["meta_lora", "fomaml", "reptile"]
 METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
@@ -219,6 +219,7 @@ _REPLACED_KEYS: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
     ("data", "val_files"): ((None,), "use evaluate_few_shot.py on the unseen tasks"),
     ("data", "train_batch_size"): ((None,), "use meta.meta_batch_size and meta.inner_batch_size"),
     ("data", "train_max_samples"): ((None, -1), "use meta.support_samples and meta.query_samples"),
+    ("data", "custom_cls"): ((None, {"path": None, "name": None}), "veRL's own class reads the examples"),
     ("data", "val_max_samples"): ((None, -1), "use evaluate_few_shot.py --limit"),
     ("engine", "fsdp_size"): ((None, -1), "use meta.task_group_size"),
     ("engine", "ulysses_sequence_parallel_size"): ((1,), "sequence parallelism inside an episode is not supported"),
@@ -242,8 +243,7 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
     Raises:
         ValueError: naming the key, its value and the remedy.
     """
-    if not isinstance(config.get("meta"), Mapping):
-        raise ValueError("the configuration has no meta group; start from one of data/math_science_meta/config_*.yaml")
+    check_groups(config)
     meta = MetaConfig.from_mapping(config["meta"], method)
 
     for (group, key), (neutral, remedy) in _REPLACED_KEYS.items():
@@ -285,14 +285,6 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
     if not _is_number(config["optim"].get("clip_grad")):
         raise ValueError(f"optim.clip_grad={config['optim'].get('clip_grad')!r} must be a number above 0")
 
-    steps = config["trainer"].get("total_training_steps")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"trainer.total_training_steps={steps!r} must be a whole number of meta-steps, at least 1")
-    save_freq = config["trainer"].get("save_freq")
-    if save_freq != "after_each_epoch" and (isinstance(save_freq, bool) or not isinstance(save_freq, int)):
-        raise ValueError(
-            f"trainer.save_freq={save_freq!r} must be a whole number of meta-steps, -1 for only at the end"
-        )
     for key in ("save_contents", "load_contents"):
         contents = config["checkpoint"].get(key)
         if not isinstance(contents, list | tuple) or {*map(str, contents)} != {"model", "optimizer", "extra"}:
@@ -300,9 +292,6 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
                 f"checkpoint.{key}={contents!r}: a run resumes exactly from model, optimizer and extra together, and "
                 "exports are written beside them; set [model,optimizer,extra]"
             )
-    seed = config["trainer"].get("seed")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"trainer.seed={seed!r} must be a whole number, at least 0")
 
     max_length = config["data"].get("max_length")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
@@ -324,7 +313,7 @@ def check_model_path(path: Any) -> None:
     """
     if not isinstance(path, str) or not path:
         raise ValueError(f"model.path={path!r} must name a Hugging Face model folder or a model of the hub")
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ValueError(f"model.path={path!r} holds no config.json; give a Hugging Face model folder")

@@ -193,11 +193,14 @@ def sole_user(folder: Path, *, name: str, setting: str) -> Iterator[None]:
 
 
 def check_place(folder: Path, setting: str) -> None:
-    """Raise ValueError where ``folder``, or one above it, is a file; ``setting`` names it in the message."""
+    """Raise ValueError, naming ``setting``, where ``folder`` is the root, or is or lies below a file or broken link."""
+    if folder.is_dir() and folder.samefile(folder.absolute().anchor):
+        raise ValueError(f"{setting} is {folder}, the root of the file system: give a folder of its own")
     for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
+        if not place.is_dir() and os.path.lexists(place):
             where = "which" if place == folder else f"where {place}"
-            raise ValueError(f"{setting} is {folder}, {where} is a file: give a folder")
+            what = "a file" if place.exists() else "a link that leads nowhere"
+            raise ValueError(f"{setting} is {folder}, {where} is {what}: give a folder")
 
 
 def missing_folders(folder: Path) -> list[Path]:

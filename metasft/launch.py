@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from metasft.durable import sole_user
 from metasft.installed import require
-from metasft.refusal import refuse
+from metasft.refusal import read_ranks, refuse_on_rank_0, user_path
 
 # veRL warns about every optional engine that is not installed (Megatron, TorchTitan, ...); none of them is used here.
 warnings.filterwarnings("ignore", message=r"\w+ engine is not available", category=UserWarning)
@@ -33,10 +33,9 @@ VERL_VERSION = "0.9.0"
 def fail(error: Exception, code: int = 2) -> None:
     """Report an error that all ranks know in one line on rank 0 and leave with ``code`` on every rank.
 
-    Codes: 2 for a user error, 1 for a run that cannot go on.
+    Codes: 2 for a user error, 1 for a run that cannot go on. An OSError that is not about a path is raised again.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
-        refuse(error)
+    refuse_on_rank_0(error)
     sys.exit(code)
 
 
@@ -62,8 +61,7 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
         key = getattr(error, "full_key", None) or "the configuration"
         raise ValueError(f"{key} does not resolve ({error}); give it a value of its own") from error
     meta = check_training_config(plain, trainer_class.method)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    group_size = resolve_task_group(meta, world_size=world_size, lora=plain["model"]["lora_rank"] > 0)
+    group_size = resolve_task_group(meta, world_size=read_ranks().world_size, lora=plain["model"]["lora_rank"] > 0)
     check_micro_batches(plain, meta, group_size)
     task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
     check_model_files(plain["model"]["path"], "model.path")
@@ -102,26 +100,30 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
         trainer_class: which meta-learner.
     """
     try:
+        read_ranks()
         _check_versions()
         checked = check(config, trainer_class)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error)
 
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
     from metasft.faults import RunFault
+    from metasft.tracking import CannotTrack
 
     _single_process_defaults()
     initialize_global_process_group()
     with ExitStack() as held:
         held.callback(destroy_global_process_group)
         try:
-            _lock_run_folder(Path(config.trainer.default_local_dir).expanduser(), held)
+            _lock_run_folder(user_path(config.trainer.default_local_dir), held)
             trainer = build(config, trainer_class, checked)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             fail(error)
         try:
             trainer.fit()
+        except CannotTrack as error:
+            fail(error)
         except RunFault as fault:
             fail(fault, code=1)
 

@@ -1,9 +1,10 @@
-"""Whether a model folder is whole, as far as it can be told without torch and without reading a tensor."""
+"""Whether a model folder is whole and its parts fit together, as far as it can be told without reading a tensor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,76 @@ def check_model_files(name: str, setting: str) -> None:
                     f"{folder / 'config.json'} says {key}={layers}, but the weights beside it are {tensors} tensors; "
                     "copy the Hugging Face model folder again"
                 )
+    _check_end_tokens(folder, config)
     check_sums(folder)
+
+
+def _check_end_tokens(folder: Path, config: dict[str, Any]) -> None:
+    file = folder / "generation_config.json"
+    settings = read_json(file, "copy the model again") if file.is_file() else {}
+    size = _vocabulary_size(config)
+    ends = settings.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not (type(end) is int and 0 <= end < size):
+            raise ValueError(
+                f"{file} has eos_token_id={printable(str(end))[:80]}, which is no token of the model; "
+                "correct it, or copy the model again"
+            )
+
+
+def _vocabulary_size(config: dict[str, Any]) -> float:
+    """Tokens that a model knows; infinity where its configuration does not tell."""
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) else math.inf
+
+
+def check_language_model(config: Any, model: str) -> None:
+    """Refuse a model that veRL would load without a layer that predicts tokens.
+
+    Args:
+        config: its transformers configuration.
+        model: what it belongs to, for the message.
+
+    Raises:
+        ValueError: its configuration names another kind of model.
+    """
+    from verl.utils.model import get_hf_auto_model_class
+
+    if not config.architectures or getattr(config, "auto_map", None):  # loading tells
+        return
+    loaded = get_hf_auto_model_class(config).__name__
+    if loaded not in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq"):
+        raise ValueError(
+            f"{model} is a {printable(str(config.architectures[0]))} ({config.model_type}), which veRL does not load "
+            "as a language model; use one whose config.json names an architecture ...ForCausalLM"
+        )
+
+
+def check_vocabulary(tokenizer: Any, config: Any, model: str) -> None:
+    """Compare the ids that a tokenizer gives with what the model knows, before one is looked up in vain.
+
+    Special tokens beyond the vocabulary are let be where no conversation has them: some models ship with such.
+
+    Args:
+        tokenizer: with its chat template.
+        config: the transformers configuration of the model.
+        model: what they belong to, for the message.
+
+    Raises:
+        ValueError: the tokenizer gives larger ids.
+    """
+    size = _vocabulary_size(config.to_dict())
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    rendered = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    used = ({*tokenizer.get_vocab().values()} - special) | {*rendered, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    largest = max(used - {None}, default=0)
+    if largest >= size:
+        raise ValueError(
+            f"{model} has vocab_size={size} in its configuration, but its tokenizer gives ids up to {largest}; use the "
+            "tokenizer that belongs to the model, or resize the model's embeddings"
+        )
 
 
 def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -25,14 +25,16 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metasft.report import ALL_TASKS, RESULTS_SUFFIX, find_file, markdown_row, read_json
+from metasft import shapes
+from metasft.report import ALL_TASKS, RESULTS_SUFFIX, find_file, markdown_row, read_settings
+from metasft.shapes import read_checked_lines
+from metasft.untrusted import printable
 
 LEVEL = 0.95
 ALL_SHOTS = "all > 0"
@@ -184,7 +186,7 @@ def parse_side(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if separator and name and path:
         return name, Path(path)
-    return Path(text).resolve().name, Path(text)
+    return printable(Path(text).resolve().name), Path(text)
 
 
 def read_evaluation(label: str, path: Path) -> Evaluation:
@@ -206,34 +208,41 @@ def read_evaluation(label: str, path: Path) -> Evaluation:
     losses: dict[Place, dict[int, float]] = {}
     shots: dict[Place, dict[int, list[str]]] = {}
     try:
-        for line in _json_lines(files["predictions.jsonl"]):
+        for line in read_checked_lines(files["predictions.jsonl"], PREDICTION):
             run = correct.setdefault((line["task"], line["n_shots"]), {}).setdefault(line["run"], {})
             if line["example_id"] in run:
                 raise ValueError(f"item {line['example_id']} is there twice in run {line['run']}")
-            run[line["example_id"]] = bool(line["correct"])
-        for line in _json_lines(files["cells.jsonl"]):
+            run[line["example_id"]] = line["correct"]
+        for line in read_checked_lines(files["cells.jsonl"], CELL):
             place, run = (line["task"], line["n_shots"]), line["run"]
-            losses.setdefault(place, {})[run] = float(line["loss"])
-            shots.setdefault(place, {})[run] = list(line["shots"])
+            losses.setdefault(place, {})[run] = line["loss"]
+            shots.setdefault(place, {})[run] = line["shots"]
             found = len(correct.get(place, {}).get(run, {}))
             if found != line["n_test"]:
                 raise ValueError(f"{found} predictions for the {line['n_test']} items of {place}, run {run}")
         for place, runs in correct.items():
             if set(runs) != set(losses.get(place, {})):
                 raise ValueError(f"{place} is unfinished")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"results of {label} in {results.parent} are unfinished or of another format "
-            f"({type(error).__name__}: {error}): run evaluate_few_shot.py again"
+            f"results of {label} in {results.parent} are unfinished or of another format ({error}): run "
+            "evaluate_few_shot.py again"
         ) from error
     if not correct:
         raise ValueError(f"results of {label}: {files['predictions.jsonl']} is empty: run evaluate_few_shot.py again")
-    return Evaluation(label, results, read_json(files["settings.json"]), correct, losses, shots)
+    return Evaluation(label, results, read_settings(files["settings.json"]), correct, losses, shots)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines(), which also splits at characters that generated text may contain.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+_PLACE = {"task": shapes.line, "n_shots": shapes.count, "run": shapes.count}
+PREDICTION = shapes.fields(
+    {**_PLACE, "example_id": shapes.text, "correct": shapes.flag}, needed=(*_PLACE, "example_id", "correct")
+)
+"""What a line of ``<model_type>_predictions.jsonl`` must be."""
+CELL = shapes.fields(
+    {**_PLACE, "n_test": shapes.count, "loss": shapes.number, "shots": shapes.list_of(shapes.text)},
+    needed=(*_PLACE, "n_test", "loss", "shots"),
+)
+"""What a line of ``<model_type>_cells.jsonl`` must be."""
 
 
 # ---------------------------------------------------------------------------------------------------- may they be

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from metasft.shapes import (
+    Check,
+    anything,
+    count,
+    expect,
+    fields,
+    is_number,
+    line,
+    mapping_of,
+    number,
+    proportion,
+    read_checked,
+)
+from metasft.untrusted import printable
+from metasft.untrusted import read_json as read_object
 
 RESULTS_SUFFIX = "_results.json"
 SUMMARY_FILE = "run_summary.json"
@@ -29,7 +48,6 @@ _COMPARABLE = {
     "max_new_tokens": "the longest generation",
     "base_model": "the base model",
 }
-_SUMMARY_NUMBERS = ("seconds_total", "seconds_per_step_median", "peak_memory_bytes", "checkpoint_bytes")
 
 
 @dataclass(frozen=True)
@@ -93,18 +111,31 @@ def find_results(folder: Path) -> dict[str, Path]:
 
     Raises:
         ValueError: there is none.
+        OSError: a folder cannot be read.
     """
-    files = sorted(folder.glob(f"*/*{RESULTS_SUFFIX}"))
+    return find_files(folder, RESULTS_SUFFIX, "run evaluate_few_shot.py first")
+
+
+def find_files(folder: Path, suffix: str, remedy: str) -> dict[str, Path]:
+    """Label -> file for every ``<folder>/*/*<suffix>``, as :func:`find_results` does."""
+    # Not glob(), which leaves out in silence what it may not read.
+    places = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for place in places if place.is_dir() for file in _with_suffix(place, suffix)]
     if not files:
-        raise ValueError(
-            f"--results-dir is {folder}, which holds no <name>/<model type>{RESULTS_SUFFIX}: run "
-            "evaluate_few_shot.py first"
-        )
+        raise ValueError(f"--results-dir is {folder}, which holds no <name>/<model type>{suffix}: {remedy}")
     folders = [file.parent for file in files]
     return {
-        file.parent.name if folders.count(file.parent) == 1 else f"{file.parent.name}/{_model_type(file)}": file
+        printable(
+            file.parent.name
+            if folders.count(file.parent) == 1
+            else f"{file.parent.name}/{file.name.removesuffix(suffix)}"
+        ): file
         for file in files
     }
+
+
+def _with_suffix(folder: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name.endswith(suffix))
 
 
 def find_file(label: str, path: Path, suffix: str, remedy: str) -> Path:
@@ -114,7 +145,7 @@ def find_file(label: str, path: Path, suffix: str, remedy: str) -> Path:
         ValueError: there is no such file, or several.
     """
     if path.is_dir():
-        files = sorted(path.glob(f"*{suffix}"))
+        files = _with_suffix(path, suffix)
         if len(files) != 1:
             found = f"{len(files)} of them ({', '.join(f.name for f in files)}): name the file" if files else "none"
             raise ValueError(f"results of {label}: {path} should hold one <model type>{suffix} but holds {found}")
@@ -131,62 +162,109 @@ def read_method(label: str, path: Path) -> Method:
         ValueError: there is no such file, several, or it is not what ``evaluate_few_shot.py`` writes.
     """
     path = find_file(label, path, RESULTS_SUFFIX, "run evaluate_few_shot.py")
-    results = read_json(path)
-    _check_results(results, path)
-    model_type = _model_type(path)
-    settings_path = path.with_name(f"{model_type}_settings.json")
-    settings = read_json(settings_path) if settings_path.is_file() else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{settings_path} holds no settings of evaluate_few_shot.py: run it again")
-    return Method(label, model_type, results, settings)
+    model_type = path.name.removesuffix(RESULTS_SUFFIX)
+    settings = path.with_name(f"{model_type}_settings.json")
+    return Method(label, model_type, read_results(path), read_settings(settings) if settings.exists() else {})
 
 
-def _model_type(path: Path) -> str:
-    return path.name.removesuffix(RESULTS_SUFFIX)
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it cannot be read."""
+    return read_object(path, "write it again")
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; ValueError when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): write it again") from error
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a ``<model_type>_settings.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
+    return read_checked(path, _SETTINGS, writer=_EVALUATION, remedy="run it again")
 
 
-def _check_results(results: Any, path: Path) -> None:
-    try:
-        tasks = list(results.items())
-        for _, by_shots in tasks:
-            for shots, entry in by_shots.items():
-                int(shots)
-                low, high = entry["ci95"]
-                float(entry["loss_mean"]), int(entry["n_test"])  # a loss may have left the finite range
-                if not all(math.isfinite(float(value)) for value in (entry["accuracy_mean"], low, high)):
-                    raise ValueError("an accuracy that is not finite")
-            if not by_shots:
-                raise ValueError("a task without shot counts")
-        if not tasks:
-            raise ValueError("no task")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not in the format of evaluate_few_shot.py ({type(error).__name__}: {error}): run it again"
-        ) from error
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a ``<model_type>_results.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
+    return read_entries(path, check_entry)
+
+
+def read_entries(path: Path, check: Check) -> dict[str, Any]:
+    """Read task -> whole number as text (shots, or update steps) -> entry.
+
+    Raises:
+        ValueError: an entry is not as ``check`` has it, a task has none, or there is no task.
+    """
+    by_number = mapping_of(check, key=_check_whole)
+
+    def check_tasks(tasks: Any, where: str) -> None:
+        mapping_of(by_number, key=line)(tasks, where)
+        expect(bool(tasks), tasks, "it", "task -> shots or steps -> entry")
+        for task, entries in tasks.items():
+            expect(bool(entries), entries, task, "shots or steps -> entry")
+
+    return read_checked(path, check_tasks, writer=_EVALUATION, remedy="run it again")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Read a ``run_summary.json``, given as the file or its folder.
 
     Raises:
-        ValueError: not there, or a number is missing.
+        ValueError: not there, or not that of a finished training.
     """
     path = path / SUMMARY_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the trainers write {SUMMARY_FILE} when they finish")
-    summary = read_json(path)
-    for key in _SUMMARY_NUMBERS:
-        if not isinstance(summary, dict) or not isinstance(summary.get(key), int | float):
-            raise ValueError(f"{path} has no number {key!r}: it is not a summary written by a finished training")
-    return summary
+    return read_checked(path, _SUMMARY, writer="a finished training", remedy="run it again")
+
+
+# What is read, beside what is there for people alone.
+_EVALUATION = "evaluate_few_shot.py"
+_COSTS = ("seconds_total", "seconds_per_step_median", "peak_memory_bytes", "checkpoint_bytes")
+_SUMMARY = fields(
+    {
+        **dict.fromkeys(_COSTS, number),
+        **dict.fromkeys(("method", "base_model", "device_name", "peak_memory_kind"), line),
+        **dict.fromkeys(("meta_steps", "tokens", "world_size"), count),
+    },
+    needed=_COSTS,
+)
+_SETTINGS = fields(
+    {
+        **dict.fromkeys(("model_type", "model_path", "base_model", "adapts", "adaptation_optimizer"), line),
+        "adaptation_lr": number,
+        "adaptation_steps": count,
+        "data_sha256": mapping_of(anything),
+    }
+)
+ROUNDING = 1e-6
+
+
+def check_interval(value: Any, where: str) -> None:
+    """A list of two numbers, the second not below the first."""
+    expect(isinstance(value, list) and len(value) == 2 and all(map(is_number, value)), value, where, "two numbers")
+    expect(value[0] <= value[1], value, where, "a lower and an upper limit")
+
+
+def _check_loss(value: Any, where: str) -> None:
+    """A loss may have left the finite range."""
+    expect(is_number(value), value, where, "a number")
+
+
+_ENTRY = fields(
+    {
+        **dict.fromkeys(("accuracy_mean", "format_accuracy", "majority_baseline"), proportion),
+        **dict.fromkeys(("n_test", "n_runs"), count),
+        "ci95": check_interval,
+        "loss_mean": _check_loss,
+    },
+    needed=("accuracy_mean", "ci95", "n_test", "loss_mean"),
+)
+
+
+def check_entry(entry: Any, where: str) -> None:
+    """An entry of ``<model_type>_results.json``: the mean lies in its interval, and both between 0 and 1."""
+    _ENTRY(entry, where)
+    (low, high), mean = entry["ci95"], entry["accuracy_mean"]
+    around = -ROUNDING <= low <= mean + ROUNDING and mean - ROUNDING <= high <= 1 + ROUNDING
+    expect(around, entry["ci95"], f"{where}.ci95", f"an interval within 0 and 1 around {mean}")
+
+
+def _check_whole(value: Any, where: str) -> None:
+    expect(bool(re.fullmatch("0|[1-9][0-9]{0,8}", value)), value, where, "a whole number as text")
 
 
 def match_summaries(methods: Sequence[Method], given: Mapping[str, Path], checkpoints: Path) -> list[Method]:
@@ -304,6 +382,22 @@ def _unit(largest: float, units: Sequence[tuple[str, float]]) -> tuple[str, floa
     return next(((name, size) for name, size in reversed(units) if largest >= size), units[0])
 
 
+@contextmanager
+def literal_text() -> Iterator[None]:
+    """What is drawn inside shows its text as it is: a ``$`` in the name of a task or folder begins no formula.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from error
+    with rc_context({"text.parse_math": False}):
+        yield
+
+
+@literal_text()
 def draw_comparison(methods: Sequence[Method], *, tasks: Sequence[str], shots: int) -> Any:
     """Draw the three panels: few-shot curves, training cost, accuracy against training time.
 
@@ -318,10 +412,8 @@ def draw_comparison(methods: Sequence[Method], *, tasks: Sequence[str], shots: i
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     styles = {
         method.label: {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
         for index, method in enumerate(methods)
@@ -338,12 +430,15 @@ def draw_comparison(methods: Sequence[Method], *, tasks: Sequence[str], shots: i
     return figure
 
 
+@literal_text()
 def save_figure(figure: Any, output: Path) -> None:
     """Write a figure; the suffix of ``output`` chooses the format.
 
     Raises:
         ValueError: the format is unknown, or the file cannot be written.
     """
+    if not output.suffix:  # matplotlib would choose one, and write another file
+        raise ValueError(f"--output is {output}, which has no suffix: give a file such as {output.name or 'plot'}.png")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
@@ -357,7 +452,7 @@ def describe(methods: Sequence[Method]) -> str:
     entries = [entry for m in methods for by_shots in m.results.values() for entry in by_shots.values()]
     tasks = sorted({task for m in methods for task in m.results})
     items = _span([entry["n_test"] for entry in entries])
-    runs = max(entry.get("n_runs", 1) for entry in entries)
+    runs = max(entry.get("n_runs") or 1 for entry in entries)
     parts = [" / ".join(models)] if models else []
     parts += [f"unseen tasks: {', '.join(tasks)}", f"{items} test items per task"]
     parts.append(f"{runs} runs (1 at 0 shots)" if runs > 1 else "1 run")
@@ -429,7 +524,7 @@ def _majority(methods: Sequence[Method], tasks: Sequence[str]) -> float | None:
     values = set()
     for method in methods:
         entries = [next(iter(method.results[task].values())) for task in tasks]
-        if any("majority_baseline" not in entry for entry in entries):
+        if any(entry.get("majority_baseline") is None for entry in entries):
             return None
         values.add(round(sum(entry["majority_baseline"] for entry in entries) / len(entries), 9))
     return values.pop() if len(values) == 1 else None
@@ -503,7 +598,7 @@ def _plot_trade(
             linestyle="none",
             label=method.label,
         )
-    axis.set_xlim(0, 1.12 * max(method.summary["seconds_total"] for method in measured) / size)
+    axis.set_xlim(0, 1.12 * max(method.summary["seconds_total"] for method in measured) / size or 1)
     axis.set_ylim(-3, 103)
     axis.set_xlabel(f"Training time ({name})")
     axis.set_ylabel(f"{shots}-shot accuracy (%), {tasks[0] if len(tasks) == 1 else f'mean of {len(tasks)} tasks'}")
@@ -519,8 +614,9 @@ def _note_unmeasured(axis: Any, unmeasured: Sequence[str]) -> None:
 
 
 def _nothing_measured(axis: Any, unmeasured: Sequence[str]) -> None:
-    text = f"not measured:\n{', '.join(unmeasured)}\n\n(no {SUMMARY_FILE} of a training)"
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35", wrap=True)
+    # Not with wrap=True, where matplotlib looks for formulas whatever it has been told.
+    text = f"not measured:\n{textwrap.fill(', '.join(unmeasured), 60)}\n\n(no {SUMMARY_FILE} of a training)"
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35")
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -567,7 +663,7 @@ def _row(method: Method, task: str, shots: Sequence[int]) -> list[str]:
         return f"{entry['accuracy_mean']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
     row = [method.label, task, *(cell(n, accuracy) for n in shots)]
-    row.append(cell(max(shots), lambda e: f"{e['format_accuracy']:.1%}" if "format_accuracy" in e else ""))
+    row.append(cell(max(shots), lambda e: "" if e.get("format_accuracy") is None else f"{e['format_accuracy']:.1%}"))
     row += [cell(n, lambda e: f"{e['loss_mean']:.3f}") for n in dict.fromkeys((min(shots), max(shots)))]
     if method.summary is None:
         return [*row, *["not measured"] * 4]
@@ -600,8 +696,9 @@ def _machine_notes(methods: Sequence[Method]) -> list[str]:
             )
         if method.settings.get("adapts"):
             s = method.settings
+            rate = "unknown" if s.get("adaptation_lr") is None else f"{s['adaptation_lr']:g}"
             notes.append(
                 f"Adaptation of {method.label}: {s['adapts']}, {s.get('adaptation_steps')} steps of "
-                f"{s.get('adaptation_optimizer')}, learning rate {s.get('adaptation_lr'):g}."
+                f"{s.get('adaptation_optimizer')}, learning rate {rate}."
             )
     return notes

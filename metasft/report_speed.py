@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.report import ALL_TASKS, MARKERS, find_file, read_json
+from metasft.report import (
+    ALL_TASKS,
+    MARKERS,
+    check_entry,
+    check_interval,
+    find_file,
+    find_files,
+    literal_text,
+    read_entries,
+)
+from metasft.shapes import fields, number
 
 SPEED_SUFFIX = "_speed.json"
 _DASHES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
@@ -31,17 +41,9 @@ def find_speed_files(folder: Path) -> dict[str, Path]:
 
     Raises:
         ValueError: there is none.
+        OSError: a folder cannot be read.
     """
-    files = sorted(folder.glob(f"*/*{SPEED_SUFFIX}"))
-    if not files:
-        raise ValueError(f"--results-dir is {folder}, which holds no <name>/<model type>{SPEED_SUFFIX}: {_REMEDY}")
-    folders = [file.parent for file in files]
-    return {
-        file.parent.name
-        if folders.count(file.parent) == 1
-        else f"{file.parent.name}/{file.name.removesuffix(SPEED_SUFFIX)}": file
-        for file in files
-    }
+    return find_files(folder, SPEED_SUFFIX, _REMEDY)
 
 
 def read_speed(label: str, path: Path) -> SpeedCurve:
@@ -50,27 +52,16 @@ def read_speed(label: str, path: Path) -> SpeedCurve:
     Raises:
         ValueError: there is no such file, several, or it is of another format.
     """
-    path = find_file(label, path, SPEED_SUFFIX, _REMEDY)
-    content = read_json(path)
-    try:
-        tasks = {
-            task: {int(steps): by_steps[steps] for steps in sorted(by_steps, key=int)}
-            for task, by_steps in content.items()
-        }
-        for by_steps in tasks.values():
-            for entry in by_steps.values():
-                low, high = entry["ci95"]
-                for value in (low, high, entry["accuracy_mean"], entry["loss_mean"]):
-                    float(value)
-            if not by_steps:
-                raise ValueError("a task without update steps")
-        if not tasks:
-            raise ValueError("no task")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not in the format of evaluate_few_shot.py ({type(error).__name__}: {error}): measure it again"
-        ) from error
+    content = read_entries(find_file(label, path, SPEED_SUFFIX, _REMEDY), _check_entry)
+    tasks = {
+        task: {int(steps): by_steps[steps] for steps in sorted(by_steps, key=int)} for task, by_steps in content.items()
+    }
     return SpeedCurve(label, tasks)
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    check_entry(entry, where)
+    fields({"loss_mean": number, "loss_ci95": check_interval})(entry, where)  # the curve is drawn where it is finite
 
 
 def choose_speed_tasks(curves: Sequence[SpeedCurve], wanted: str | None) -> list[str]:
@@ -92,9 +83,10 @@ def choose_speed_tasks(curves: Sequence[SpeedCurve], wanted: str | None) -> list
 def loss_interval(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     """95% interval of the loss where the entry records one (``loss_ci95``), else None."""
     interval = entry.get("loss_ci95")
-    return (float(interval[0]), float(interval[1])) if interval else None
+    return tuple(interval) if interval else None
 
 
+@literal_text()
 def draw_speed(curves: Sequence[SpeedCurve], tasks: Sequence[str]) -> Any:
     """Draw accuracy (upper row) and loss (lower row) against update steps, a column per task, a line per method.
 
@@ -106,10 +98,8 @@ def draw_speed(curves: Sequence[SpeedCurve], tasks: Sequence[str]) -> Any:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.5 + 5.2 * len(tasks), 8), layout="constrained")
     axes = figure.subplots(2, len(tasks), sharex="col", squeeze=False)
     figure.suptitle(_describe(curves, tasks), fontsize=12)
@@ -168,7 +158,7 @@ def _describe(curves: Sequence[SpeedCurve], tasks: Sequence[str]) -> str:
     entries = [entry for curve in curves for task in tasks for entry in curve.tasks[task].values()]
     parts = ["Adaptation speed"]
     for key, words in (("n_test", "test items per task"), ("n_runs", "runs")):
-        values = sorted({entry[key] for entry in entries if key in entry})
+        values = sorted({entry[key] for entry in entries if entry.get(key) is not None})
         if values:
             parts.append(f"{values[0] if len(values) == 1 else f'{values[0]}-{values[-1]}'} {words}")
     return " · ".join(parts)

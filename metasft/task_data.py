@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.config import MetaConfig
+from metasft.refusal import user_path
 from metasft.untrusted import printable, read_columns, reason
 
 SUPPORT_SUFFIX = "_support.parquet"
@@ -36,7 +37,7 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
         ValueError: the folder or a file is missing or not parquet, a column is missing, a file has fewer examples than
             asked for, an example has an empty response, or a support example occurs in the query set.
     """
-    folder = Path(meta.task_dir).expanduser()
+    folder = user_path(meta.task_dir)
     if not folder.is_dir():
         raise ValueError(
             f"meta.task_dir={meta.task_dir!r} is not a folder; make it with `python prepare_math_science_data.py`"
@@ -70,7 +71,7 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
     _check_count(query, len(query_messages), query_samples, "meta.query_samples")
     query_messages = query_messages[:query_samples]
     _check_responses(query, query_messages)
-    shared = {json.dumps(m) for m in support_messages} & {json.dumps(m) for m in query_messages}
+    shared = set(map(_as_text, support_messages)) & set(map(_as_text, query_messages))
     if shared:
         raise ValueError(
             f"{len(shared)} examples of {support} occur in {query.name} too; the query set must hold other examples "
@@ -82,6 +83,10 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
             "lower the batch or prepare more query examples"
         )
     return TaskFiles(task, support, query, meta.support_samples, query_samples)
+
+
+def _as_text(messages: Any) -> str:
+    return json.dumps(messages, default=str)  # turns may carry more than text, such as a date
 
 
 def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
@@ -170,10 +175,17 @@ class _Packed(NamedTuple):
         return {"input_ids": tokens, "loss_mask": mask, **rest}
 
 
+class _TooLong(ValueError):
+    """An example does not fit ``data.max_length``."""
+
+
 class TokenizedSet:
     """A support or query set, tokenised by veRL's ``MultiTurnSFTDataset`` when an example is first drawn, then cached.
 
     Items are dicts of 1-D tensors: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens].
+
+    Raises:
+        ValueError: veRL's dataset cannot take the file, or a column that it reads beside the conversations.
     """
 
     def __init__(self, path: Path, samples: int, tokenizer: Any, data_config: Any, processor: Any = None) -> None:
@@ -182,37 +194,79 @@ class TokenizedSet:
         self._path = path
         # transformers would warn of examples beyond the model's own limit; data.max_length is what counts here.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
-            self._dataset = MultiTurnSFTDataset(
-                parquet_files=str(path),
-                tokenizer=tokenizer,
-                config=data_config,
-                processor=processor,
-                max_samples=samples,
-            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
+                self._dataset = MultiTurnSFTDataset(
+                    parquet_files=str(path),
+                    tokenizer=tokenizer,
+                    config=data_config,
+                    processor=processor,
+                    max_samples=samples,
+                )
+        except Exception as error:  # of the template with these settings, of pandas
+            raise ValueError(
+                f"veRL's dataset cannot take {path} with this chat template ({reason(error)}); correct the file, or "
+                "data.apply_chat_template_kwargs"
+            ) from error
+        self._check_columns()
         self._cache: dict[int, _Packed] = {}
+
+    def _check_columns(self) -> None:
+        """Check the columns that veRL's dataset reads beside the conversations, where a file has them."""
+        import numpy as np
+
+        dataset = self._dataset
+        for key in (dataset.image_key, dataset.video_key):
+            if dataset.processor is None and key in dataset.dataframe.columns:
+                raise ValueError(
+                    f"{self._path} has a column {key}, which is of images or videos, and the model takes text alone; "
+                    "remove the column, or use a model with a processor"
+                )
+        for row, value in enumerate(dataset.tools or ()):
+            if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+                raise ValueError(
+                    f"{self._path} row {row}: {dataset.tools_key} is {printable(str(value))[:80]}, no list of JSON "
+                    "schemas; correct it, or remove the column"
+                )
+        for row, value in enumerate(dataset.enable_thinking or ()):
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(
+                    f"{self._path} row {row}: {dataset.enable_thinking_key} is {printable(str(value))[:80]}, not true "
+                    "or false; correct it, or remove the column"
+                )
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises ValueError when the example does not fit ``data.max_length`` or keeps no response token."""
+        """Raises ValueError when the example does not fit ``data.max_length``, keeps no response token, or has what the
+        chat template or the model cannot take."""
         return self._packed(index).tensors()
 
     def _packed(self, index: int) -> _Packed:
         if index not in self._cache:
-            try:
-                example = self._dataset[index]
-            except ValueError as error:
-                raise ValueError(
-                    f"{self._path} row {index}: {error}; raise data.max_length or set data.truncation"
-                ) from error
+            example = self._tokenize(index)
             if not example["loss_mask"].any():
                 raise ValueError(
                     f"{self._path} row {index} keeps no response token within data.max_length; raise data.max_length"
                 )
             self._cache[index] = _Packed.of(example)
         return self._cache[index]
+
+    def _tokenize(self, index: int) -> dict[str, Any]:
+        where = f"{self._path} row {index}"
+        try:
+            return self._dataset[index]
+        except Exception as error:  # of the template, of transformers, of what further columns hold
+            if "larger than self.max_length" in str(error):
+                raise _TooLong(f"{where}: {error}; raise data.max_length or set data.truncation") from error
+            if "ignore_input_ids_mismatch" in str(error):
+                raise ValueError(
+                    f"the chat template renders the turns of {where} otherwise one by one than together; give the "
+                    "model one that does not (in training model.custom_chat_template, or set "
+                    "data.ignore_input_ids_mismatch=true)"
+                ) from error
+            raise ValueError(f"{where} cannot be tokenised ({reason(error)}); correct or remove it") from error
 
     def possibly_longer(self, limit: int) -> Iterator[int]:
         """Indices of the examples that may have more than ``limit`` tokens, found without tokenising any.
@@ -253,21 +307,22 @@ class TokenizedSet:
             if (length := len(self._packed(index).tokens)) > limit:
                 raise ValueError(f"{self._path} row {index} has {length} tokens, more than {setting}={limit}; raise it")
 
-    def check_template(self) -> None:
-        """Tokenise one example turn by turn, which not every chat template allows.
+    def check_template(self, indices: Iterable[int] | None = None) -> None:
+        """Tokenise one example of every order of roles turn by turn, which not every chat template allows.
+
+        Args:
+            indices: of the examples in use; None = all.
 
         Raises:
-            ValueError: the turns do not add up to the conversation.
+            ValueError: the turns of one do not add up to the conversation, or it cannot be tokenised.
         """
-        try:
-            self._dataset[0]
-        except AssertionError as error:
-            raise ValueError(
-                f"the chat template renders the turns of {self._path} row 0 otherwise one by one than together; set "
-                "model.custom_chat_template to one that does not, or data.ignore_input_ids_mismatch=true"
-            ) from error
-        except ValueError:
-            pass  # its length, which check() speaks of
+        seen = set()
+        for index in range(len(self)) if indices is None else indices:
+            roles = tuple(turn["role"] for turn in self._dataset.messages[index])
+            if roles not in seen:
+                seen.add(roles)
+                with contextlib.suppress(_TooLong):  # check() speaks of that
+                    self._tokenize(index)
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of the examples at ``indices``, prompts included."""

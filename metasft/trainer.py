@@ -28,8 +28,8 @@ from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.tracking import Tracking
 
-from metasft.adaptation import InnerLoop, total_norm
-from metasft.checkpoint import save_hf_model, save_meta_lora
+from metasft.adaptation import InnerLoop, local_tensor, total_norm
+from metasft.checkpoint import first_not_finite, save_hf_model, save_meta_lora
 from metasft.config import METHOD_TITLES, MetaConfig, Method
 from metasft.durable import remove_leftovers, replacing_file
 from metasft.episode_table import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
@@ -37,11 +37,12 @@ from metasft.episodes import Episode, EpisodeSampler
 from metasft.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
-from metasft.model_folder import fingerprint
+from metasft.model_folder import check_language_model, check_vocabulary, fingerprint
 from metasft.preemption import Preemption
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
 from metasft.run_summary import SUMMARY_FILE, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
+from metasft.tracking import start_tracking
 from metasft.untrusted import check_chat_template, sha256_of
 from metasft.verl_backend import (
     MetaFSDPEngine,
@@ -108,6 +109,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         with reading_model(self.config.model.path):
             super()._build_config()
         check_optimizer(self.optimizer_config)
+        check_language_model(self.model_config.hf_config, f"model.path={self.config.model.path}")
         if self.lora:
             check_adapter(self.model_config)
 
@@ -118,7 +120,9 @@ class EpisodicSFTTrainer(SFTTrainer):
                 f"the tokenizer of model.path={self.config.model.path} has no chat template; set "
                 "model.custom_chat_template"
             )
-        check_chat_template(processor or tokenizer, f"model.path={self.config.model.path}")
+        model = f"model.path={self.config.model.path}"
+        check_chat_template(processor or tokenizer, model)
+        check_vocabulary(tokenizer, self.model_config.hf_config, model)
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
         self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
         self.query_sets = {
@@ -147,6 +151,19 @@ class EpisodicSFTTrainer(SFTTrainer):
             profiler_config=self.profiler_config,
         )
         self.engine: MetaFSDPEngine = self.training_client.engine
+
+    def _init_engine(self) -> None:
+        super()._init_engine()
+        # Those of the model folder: a resume state, loaded later, is the run's own.
+        parameters = self.engine.module.named_parameters()
+        mine = first_not_finite({name: local_tensor(parameter.detach()) for name, parameter in parameters})
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        if (name := next(filter(None, found), None)) is not None:
+            raise ValueError(
+                f"model.path={self.config.model.path} has numbers that are not finite in {name}; copy the folder "
+                "again, or use another model"
+            )
 
     def _build_dataloader(self) -> None:
         # veRL's checkpoint handler saves and restores whatever is called train_dataloader.
@@ -219,11 +236,13 @@ class EpisodicSFTTrainer(SFTTrainer):
         Asked to stop (SIGTERM), the run saves behind the meta-step that is under way and returns.
 
         Raises:
+            CannotTrack: a logger cannot be started.
             RunFault: files cannot be written, ranks differ, or too many meta-steps were skipped.
         """
         is_logging = self.rank == 0
         log = None
         is_done = self.resume_global_step >= self.total_training_steps
+        tracking = None if is_done else start_tracking(self.config)
         with writing("the settings and metrics of the run", self.run_dir):
             if is_logging:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -237,7 +256,6 @@ class EpisodicSFTTrainer(SFTTrainer):
         if is_done:
             self._nothing_to_do(log)
             return
-        tracking = self._tracking() if is_logging else None
         earlier_seconds = sum(cost.seconds for cost in log.costs) if is_logging else 0.0
         get_torch_device().reset_peak_memory_stats()
         start = time.perf_counter()
@@ -285,17 +303,6 @@ class EpisodicSFTTrainer(SFTTrainer):
                     seconds = sum(cost.seconds for cost in log.costs)
                     write_summary(self, self._export_path(done), log.costs, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
-
-    def _tracking(self) -> Tracking:
-        settings = self.config.trainer
-        return Tracking(
-            project_name=settings.project_name,
-            experiment_name=settings.experiment_name,
-            default_backend=OmegaConf.to_container(settings.logger)
-            if OmegaConf.is_config(settings.logger)
-            else settings.logger,
-            config=OmegaConf.to_container(self.config, resolve=True),
-        )
 
     def train_step(self, step: int) -> dict[str, float]:
         """One meta-step: draw the meta-batch, run this group's episodes, reduce over the groups, update theta.

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import re
+import stat
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -85,10 +87,17 @@ def read_yaml(path: Path, remedy: str = "correct it") -> Any:
 
 
 def _read_text(path: Path, most: int) -> str:
+    if not _is_regular(path):
+        raise ValueError("it is no regular file")
     size = path.stat().st_size
     if size > most:
         raise ValueError(f"it has {size:,} bytes, more than {most:,}")
     return path.read_text(encoding="utf-8")
+
+
+def _is_regular(path: Path) -> bool:
+    """False for a pipe, which waits for somebody to write, and a device, which may never end; OSError if missing."""
+    return stat.S_ISREG(path.stat().st_mode)
 
 
 def _yaml_size(node: Any, sizes: dict[int, int | None]) -> int:
@@ -134,17 +143,38 @@ def read_tensors(path: Path) -> Any:
 
 
 def check_chat_template(tokenizer: Any, model: str) -> None:
-    """Render a conversation with the template that came with a model; it is a program, which transformers sandboxes.
+    """Render with the template that came with a model; it is a program, which transformers sandboxes.
+
+    Args:
+        tokenizer: or a processor, which takes the turns in parts.
+        model: what it belongs to, for the message.
 
     Raises:
-        ValueError: the template fails, or reaches for what the sandbox forbids.
+        ValueError: the template fails, reaches for what the sandbox forbids, leaves out what a turn says, or does not
+            render two prompts in a row, from which veRL's dataset learns what stands around a turn.
     """
-    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    remedy = "use another model, or give it another template (chat_template.jinja, or model.custom_chat_template)"
+    texts = {"user": "Which word comes before fifty?", "assistant": "forty-nine"}
+    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
+    turns = [
+        {"role": role, "content": text if inner is None else [{"type": "text", "text": text}]}
+        for role, text in texts.items()
+    ]
     try:
-        tokenizer.apply_chat_template(turns, tokenize=False)
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # the template's own: of Jinja, of its sandbox, of Python
         raise ValueError(
             f"the chat template of {model} cannot be rendered ({reason(error)}); use a tokenizer with another one"
+        ) from error
+    for role, text in texts.items():
+        if text not in rendered:
+            raise ValueError(f"the chat template of {model} leaves out what the turn of the {role} says; {remedy}")
+    try:
+        (inner or tokenizer).apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)
+    except Exception as error:
+        raise ValueError(
+            f"the chat template of {model} does not render two prompts in a row ({reason(error)}), as veRL's dataset "
+            f"needs it to; {remedy}"
         ) from error
 
 
@@ -152,7 +182,9 @@ def check_chat_template(tokenizer: Any, model: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, hexadecimal; ValueError where it is no regular file."""
+    if not _is_regular(path):
+        raise ValueError(f"{path} is no regular file: put a file in its place")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -217,6 +249,8 @@ def read_columns(path: Path, needed: Sequence[str], optional: Sequence[str] = ()
     check_parquet(path)
     try:
         names = pq.read_schema(path).names
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"it has the column {printable(twice[0])} twice")
         missing = next((column for column in needed if column not in names), None)
         if missing is None:
             wanted = [*needed, *(column for column in optional if column in names)]
@@ -244,6 +278,8 @@ def check_data_file(path: Path) -> None:
 
 def _check_bytes(path: Path) -> int:
     most, size = _limit("METASFT_MAX_FILE_BYTES"), path.stat().st_size
+    if not _is_regular(path):
+        raise ValueError(f"{path} is no regular file: give another one")
     if size > most:
         raise ValueError(_too_large(path, f"{size:,} bytes", most, "METASFT_MAX_FILE_BYTES"))
     return most

@@ -460,14 +460,25 @@ def _unreadable_model(path: str, error: BaseException) -> str:
 
 
 def check_optimizer(optimizer_config: Any) -> None:
-    """Raise ValueError where there is no such optimizer, which veRL would look up behind the loading of the model."""
+    """Take a step with the optimizer, which veRL would look up behind the loading of the model.
+
+    Raises:
+        ValueError: there is none, or it cannot be built from the settings or step as the trainers do.
+    """
+    from verl.workers.config.optimizer import build_optimizer
+
     module, name = optimizer_config.optimizer_impl, optimizer_config.optimizer
+    others = optimizer_config.override_optimizer_config
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, device=get_device_id()))
+    parameter.grad = torch.ones_like(parameter)
     try:
-        getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        getattr(importlib.import_module(module), name)  # veRL's own words list the whole module
+        build_optimizer([parameter], optimizer_config).step()
+    except Exception as error:  # whatever is in whatever module
+        also = f" with optim.override_optimizer_config={others}" if others else ""
         raise ValueError(
-            f"optim.optimizer={name} is not in optim.optimizer_impl={module} ({reason(error)}); "
-            "set AdamW and torch.optim"
+            f"optim.optimizer={name} of optim.optimizer_impl={module}{also} cannot be used ({reason(error)}); "
+            f"{'correct these, or ' if others else ''}set AdamW and torch.optim"
         ) from error
 
 
@@ -504,7 +515,7 @@ def check_adapter(model_config: Any) -> None:
         others = convert_to_regular_types(model_config.exclude_modules)
         try:
             get_peft_model(skeleton, LoraConfig(r=1, target_modules=wanted, exclude_modules=others))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ValueError(
                 f"model.target_modules={wanted} cannot be found in model.path={model} ({reason(error)}); name modules "
                 "of that model, or set all-linear"

@@ -7,17 +7,17 @@ no experiments folder at all is an error. Nothing here computes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metasft.paired import Evaluation, read_evaluation
-from metasft.report import RESULTS_SUFFIX, SUMMARY_FILE, read_json
+from metasft.experiments.records import EXPERIMENTS_FILE
+from metasft.experiments.records import read_experiments as read_document
+from metasft.paired import CELL, PREDICTION, Evaluation, read_evaluation
+from metasft.report import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results, read_settings
+from metasft.shapes import LARGEST, count, fields, is_number, read_checked_lines
 
-EXPERIMENTS_FILE = "experiments.json"
-FORMAT = 1
 FINISHED = "finished"
 MATRIX = "matrix"
 LOG_LINES = 20
@@ -178,15 +178,11 @@ def read_experiments(folder: Path) -> Experiments:
     """Read an experiments folder, finished or not.
 
     Raises:
-        ValueError: it holds no readable ``experiments.json`` of this format.
+        ValueError: it holds no ``experiments.json``, or one that is not what the runner writes.
     """
-    path = folder / EXPERIMENTS_FILE
-    if not path.is_file():
+    document = read_document(folder, whole=False)
+    if not document:
         raise ValueError(f"{folder} holds no {EXPERIMENTS_FILE}: give the folder that run_experiments.py wrote")
-    document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise ValueError(f"{path} has format {found!r}, this release reads {FORMAT}: run run_experiments.py again")
     problems: list[str] = []
     runs = {name: _run(name, entry, folder) for name, entry in _mapping(document.get("runs")).items()}
     arms = {
@@ -204,8 +200,7 @@ def read_experiments(folder: Path) -> Experiments:
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
     """A finite number of a JSON mapping, None where there is none."""
     value = (values or {}).get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number(value) and abs(value) < LARGEST else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -301,21 +296,20 @@ def _replicate(
 
 def _summary(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
     try:
-        summary = read_json(path)
+        return read_json(path)
     except ValueError as error:
         problems.append(f"Training was not measured: {error}.")
         return None
-    return summary if isinstance(summary, dict) else None
 
 
 def _evaluation(label: str, folder: Path) -> dict[str, Any]:
     """Raises ValueError where a file is missing or of another format."""
     evaluation = read_evaluation(label, folder)
-    results = read_json(evaluation.path)
+    results = read_results(evaluation.path)
     model_type = evaluation.path.name.removesuffix(RESULTS_SUFFIX)
     return {
         "evaluation": evaluation,
-        "results": _mapping(results),
+        "results": results,
         "speed": _speed(label, folder, model_type),
     }
 
@@ -329,17 +323,30 @@ def _speed(label: str, folder: Path, model_type: str) -> Evaluation | None:
     losses: dict[tuple[str, int], dict[int, float]] = {}
     shots: dict[tuple[str, int], dict[int, list[str]]] = {}
     try:
-        for line in json_lines(folder / f"{model_type}_speed_predictions.jsonl"):
+        for line in read_checked_lines(folder / f"{model_type}_speed_predictions.jsonl", _speed_prediction):
             run = correct.setdefault((line["task"], line["step"]), {}).setdefault(line["run"], {})
-            run[line["example_id"]] = bool(line["correct"])
-        for line in json_lines(folder / f"{model_type}_speed_cells.jsonl"):
+            run[line["example_id"]] = line["correct"]
+        for line in read_checked_lines(folder / f"{model_type}_speed_cells.jsonl", _speed_cell):
             place = (line["task"], line["step"])
-            losses.setdefault(place, {})[line["run"]] = float(line["loss"])
-            shots.setdefault(place, {})[line["run"]] = list(line.get("shots", ()))
-        settings = read_json(folder / f"{model_type}_speed_settings.json")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the speed curve in {folder} is unfinished ({type(error).__name__}: {error})") from error
-    return Evaluation(label, path, _mapping(settings), correct, losses, shots)
+            losses.setdefault(place, {})[line["run"]] = line["loss"]
+            shots.setdefault(place, {})[line["run"]] = line["shots"]
+        settings = read_settings(folder / f"{model_type}_speed_settings.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the speed curve in {folder} is unfinished or of another format ({error})") from error
+    return Evaluation(label, path, settings, correct, losses, shots)
+
+
+_STEP = fields({"step": count}, needed=("step",))
+
+
+def _speed_prediction(line: Any, where: str) -> None:
+    PREDICTION(line, where)
+    _STEP(line, where)
+
+
+def _speed_cell(line: Any, where: str) -> None:
+    CELL(line, where)
+    _STEP(line, where)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

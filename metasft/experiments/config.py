@@ -77,7 +77,7 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
         with hydra.initialize_config_dir(str(folder), version_base=None):
             config = hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(
             f"arm {arm}: {_first_sentences(error)}; correct its overrides, or those of the scale"
         ) from error

@@ -144,6 +144,9 @@ def check_scale_evaluation(scale: Scale) -> None:
         check_mapping(scale.evaluate[group], where, [key for key in known if key not in _SET_BY_RUNNER])
         for key, value in scale.evaluate[group].items():
             _check_kind(f"evaluate.{group}.{key} of the scale {scale.name}", value, known[key].type)
+    if scale.speed is not None:
+        for key in ("steps", "shots"):
+            _check_kind(f"speed.{key} of the scale {scale.name}", scale.speed[key], known[f"speed_{key}"].type)
 
 
 def _check_kind(name: str, value: Any, annotation: str) -> None:

@@ -27,11 +27,14 @@ import psutil
 
 from metasft.checkpoint import size_bytes, write_json
 from metasft.experiments.provenance import device_name, package_versions
-from metasft.experiments.store import LOG_FILE, locked, now, read_record, write_record
+from metasft.experiments.records import read_record, write_record
+from metasft.experiments.store import LOG_FILE, locked, now
 from metasft.experiments.suites import ROOT
 
 LOG_LINES = 20
 GRACE_SECONDS = 10.0
+SAVING_SECONDS = 600.0  # a trainer that is asked to stop saves at the end of its meta-step, which may take minutes
+END_NOW_FILE = ".end-now"  # in a run's folder: who stops it waits for no saving
 POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # Sent by whoever takes a machine back or stops a run; SIGKILL is not among them, it may be a lack of memory.
@@ -40,6 +43,16 @@ _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TORCHRUN_SIGNALLED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 # Of an enclosing torchrun or Ray worker: they would make the script part of a world that it does not belong to.
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def grace_seconds(kind: str | None) -> float:
+    """What a run of this kind gets between being asked to stop and being ended by force."""
+    return SAVING_SECONDS if kind == "train" else GRACE_SECONDS
+
+
+def leaving_seconds(kind: str | None) -> float:
+    """Until a run that has been asked to stop is gone for sure."""
+    return grace_seconds(kind) + 2 * GRACE_SECONDS
 
 
 class Stopped(BaseException):
@@ -57,7 +70,8 @@ def main(folder: Path, caller: int) -> int:
         return 1
     try:
         # Processes of an interrupted attempt may need a moment to die.
-        with locked(folder, wait=3 * GRACE_SECONDS) as lock:
+        with locked(folder, wait=leaving_seconds(record.get("kind"))) as lock:
+            (folder / END_NOW_FILE).unlink(missing_ok=True)
             record = {**record, "state": "running", "attempts": record["attempts"] + 1, "started": now(), "error": None}
             try:
                 write_record(folder, record)
@@ -78,6 +92,8 @@ def main(folder: Path, caller: int) -> int:
 def _execute(folder: Path, record: Mapping[str, Any], lock: IO[str]) -> dict[str, Any]:
     """Run the command to its end. Returns what changes in the record."""
     environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    if record.get("kind") == "train":  # after which torchrun ends its workers by force
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{SAVING_SECONDS:.0f}")
     environment |= {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10", **record["environment"]}
     # `python` and `torchrun` of a command are those of this environment, activated or not.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
@@ -104,8 +120,11 @@ def _execute(folder: Path, record: Mapping[str, Any], lock: IO[str]) -> dict[str
                 "seconds": 0.0,
                 "error": f"{record['command'][0]}: {error.strerror}",
             }
+        except Stopped:
+            _end_descendants(grace_seconds(record.get("kind")), at_once=folder / END_NOW_FILE)
+            raise
         finally:
-            _end_descendants()
+            _end_descendants(GRACE_SECONDS)
     state, error = _how_it_ended(returncode, record["results"], _logged(log_path, begin))
     outcome = {
         "returncode": returncode,
@@ -157,16 +176,26 @@ def _wait(pid: int, metrics: Path | None) -> tuple[int, int, list[float]]:
         time.sleep(POLL_SECONDS)
 
 
-def _end_descendants() -> None:
-    """End whatever is left below this process: first by asking, then by force."""
-    for end in (psutil.Process.terminate, psutil.Process.kill):
+def _end_descendants(grace: float, at_once: Path | None = None) -> None:
+    """End whatever is left below this process: first by asking, then by force.
+
+    Args:
+        grace: seconds between the two.
+        at_once: a file that ends the grace when it appears.
+    """
+    for end, seconds, early in (
+        (psutil.Process.terminate, grace, at_once),
+        (psutil.Process.kill, GRACE_SECONDS, None),
+    ):
         left = psutil.Process().children(recursive=True)
         for process in left:
             try:
                 end(process)
             except psutil.NoSuchProcess:
                 continue
-        _, left = psutil.wait_procs(left, timeout=GRACE_SECONDS)
+        deadline = time.monotonic() + seconds
+        while left and time.monotonic() < deadline and not (early is not None and early.exists()):
+            _, left = psutil.wait_procs(left, timeout=0.5)
         if not left and not psutil.Process().children():
             return
 

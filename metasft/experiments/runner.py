@@ -16,7 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metasft.experiments.process import GRACE_SECONDS
+from metasft.experiments.process import END_NOW_FILE, leaving_seconds
+from metasft.experiments.records import read_record
 from metasft.experiments.store import ExperimentStore, locked, now
 from metasft.experiments.suites import ROOT
 
@@ -124,26 +125,46 @@ def _note_end(store: ExperimentStore, name: str, reference: Any, ray: Any) -> No
 
 
 def _has_started(store: ExperimentStore, name: str) -> bool:
-    before = store.records[name]["state"]
-    return before == "waiting" and store.refresh(name)["state"] == "running"
+    """Whether the process of a run that was handed over is seen at work for the first time; then its record is taken.
+
+    Not before: until then an earlier attempt, whose runner was killed, may still write how that one ended.
+    """
+    record, found = store.records[name], read_record(store.run_folder(name))
+    if record["state"] != "waiting" or found["state"] != "running" or found["attempts"] <= record["attempts"]:
+        return False
+    store.refresh(name)
+    return True
 
 
 def _stop(store: ExperimentStore, names: Sequence[str], ray: Any) -> None:
-    """End what is under way."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End what is under way; another signal meanwhile ends it at once."""
+
+    def end_now(number: int, frame: Any) -> None:
+        for name in names:
+            (store.run_folder(name) / END_NOW_FILE).touch()
+
+    previous = {number: signal.signal(number, end_now) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        trainings = [n for n in names if store.plan.runs[n].kind == "train" and store.records[n]["state"] == "running"]
+        if trainings:
+            tqdm.write(
+                f"run_experiments: stopping; what trains saves first, at the end of the meta-step under way "
+                f"({', '.join(trainings)}): Ctrl-C again ends it at once",
+                file=sys.stderr,
+            )
         ray.shutdown()
         for name in names:
             if _wait_until_left(store, name) and store.refresh(name)["state"] not in ENDED:
                 store.update(name, state="waiting")
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _wait_until_left(store: ExperimentStore, name: str) -> bool:
     """Wait until the process of a run whose worker is gone has ended what it had started; False: it takes too long."""
     try:
-        with locked(store.run_folder(name), wait=3 * GRACE_SECONDS):
+        with locked(store.run_folder(name), wait=leaving_seconds(store.plan.runs[name].kind)):
             return True
     except BlockingIOError:
         return False

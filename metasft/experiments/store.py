@@ -8,44 +8,23 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from metasft.checkpoint import write_json
-from metasft.durable import locked, remove_leftovers
+from metasft.durable import locked, remove, remove_leftovers, write_json
 from metasft.experiments.plan import Plan, identity
 from metasft.experiments.provenance import provenance
+from metasft.experiments.records import EXPERIMENTS_FILE, FORMAT, read_experiments, read_record, write_record
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.suites import META_LEARNERS, ROOT
 
-FORMAT = 1
-RUN_FILE, LOG_FILE, EXPERIMENTS_FILE = "run.json", "log.txt", "experiments.json"
+LOG_FILE = "log.txt"
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What ``run.json`` in a run's folder says; None where there is none.
-
-    Raises:
-        ValueError: it is not readable.
-    """
-    path = folder / RUN_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): delete its folder to run it again") from None
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    write_json(folder / RUN_FILE, dict(record))
 
 
 class ExperimentStore:
@@ -59,7 +38,7 @@ class ExperimentStore:
     def __init__(self, plan: Plan, command: Sequence[str]) -> None:
         self.plan, self.command = plan, shlex.join(command)
         self.folder = ROOT / plan.output
-        self.earlier = _read_experiments(self.folder)
+        self.earlier = read_experiments(self.folder, whole=True)
         self.created = self.earlier.get("created") or now()
         self.records: dict[str, dict[str, Any]] = {}
 
@@ -78,7 +57,8 @@ class ExperimentStore:
             ValueError: the folder belongs to another scale or model, an arm there has other settings, finished
                 evaluations other ones, or runs there were made by other commands.
         """
-        remove_leftovers(self.folder)
+        for folder in (self.folder, self.folder / "runs"):
+            remove_leftovers(folder)
         for key, value in (
             ("scale", self.plan.scale.name),
             ("model", self.plan.scale.model),
@@ -105,7 +85,7 @@ class ExperimentStore:
         for name, record in found.items():
             if name in changed:
                 with locked(self.run_folder(name), wait=30.0):  # the end of an interrupted attempt
-                    shutil.rmtree(self.run_folder(name))  # it holds what other settings left half-way
+                    remove(self.run_folder(name))  # it holds what other settings left half-way
                 record = {**_NEW, "attempts": record["attempts"]}
             if record["state"] not in ("finished", "failed") or (retry_failed and record["state"] == "failed"):
                 record = {**record, "state": "waiting", "error": None}
@@ -234,14 +214,15 @@ class ExperimentStore:
                 )
 
     def _has_finished(self, replicate: Mapping[str, Any]) -> bool:
-        runs = [self.earlier["runs"][name] for name in (replicate["train"], replicate["evaluate"]) if name]
-        return any(run["state"] == "finished" for run in runs)
+        runs = self.earlier.get("runs") or {}
+        names = (replicate.get("train"), replicate["evaluate"])
+        return any(runs[name]["state"] == "finished" for name in names if name in runs)
 
     def _arms(self) -> dict[str, Any]:
         arms = dict(self.earlier.get("arms") or {})
         for name, planned in self.plan.arms.items():
             arm = planned.arm
-            replicates = {(r["seed"], r["task"]): r for r in arms.get(name, {}).get("replicates", ())}
+            replicates = {(r["seed"], r.get("task")): r for r in arms.get(name, {}).get("replicates", ())}
             replicates |= {(r.seed, r.task): r._asdict() for r in planned.replicates}
             arms[name] = {
                 "label": arm.label,
@@ -262,9 +243,9 @@ class ExperimentStore:
     def _data_sha256(self) -> dict[str, str]:
         try:
             manifest = json.loads((self.folder / "data" / "math_science_meta" / "manifest.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
 def _settings(command: Sequence[str]) -> list[str]:
@@ -304,9 +285,9 @@ def known_runs(output: Path) -> dict[tuple[str, ...], str]:
         output: relative to the repository root, or absolute.
 
     Raises:
-        ValueError: ``experiments.json`` there is not readable.
+        ValueError: ``experiments.json`` there is not readable, or not what the runner writes.
     """
-    runs = (_read_experiments(ROOT / output).get("runs") or {}).items()
+    runs = (read_experiments(ROOT / output, whole=True).get("runs") or {}).items()
     return {identity(run.get("planned_command", run["command"]), output / "runs" / name): name for name, run in runs}
 
 
@@ -317,10 +298,10 @@ def finished_searches(output: Path) -> dict[str, str]:
         output: relative to the repository root, or absolute.
 
     Raises:
-        ValueError: ``experiments.json`` there is not readable.
+        ValueError: ``experiments.json`` there is not readable, or not what the runner writes.
     """
     folder = ROOT / output
-    searches = _read_experiments(folder).get("searches") or {}
+    searches = read_experiments(folder, whole=True).get("searches") or {}
     return {model_type: run for model_type, run in searches.items() if _choice_of(folder / "runs" / run) is not None}
 
 
@@ -340,17 +321,3 @@ def _choice_of(folder: Path, command: Sequence[str] | None = None) -> dict[str, 
     if record is None or record["state"] != "finished":
         return None
     return read_choice(folder) if command is None or list(command) == record["command"] else None
-
-
-def _read_experiments(folder: Path) -> dict[str, Any]:
-    path = folder / EXPERIMENTS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): move it away, the runs beside it are kept") from error
-    there = content.get("format") if isinstance(content, dict) else None
-    if there != FORMAT:
-        raise ValueError(f"{path} has the format {there!r}, this release writes {FORMAT}: give another --output-dir")
-    return content

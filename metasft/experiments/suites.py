@@ -7,6 +7,7 @@ of a machine. Both are YAML: a new one needs no code. Neither torch nor Hydra is
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES_DIR = ROOT / "data" / "experiments"
 SCALES_DIR = SUITES_DIR / "scales"
 ALL_SUITES = "all"
+LONGEST_NAME = 100
+"""Of an arm, in bytes: names of folders, of which it is a part, have at most 255."""
 TINY_MODEL = "tiny-random"
 """As the model of a scale: a random one, made in the output folder."""
 
@@ -159,13 +162,13 @@ def read_scale(name: str) -> Scale:
         if lacking := [key for key in ("arms", "steps", "shots") if key not in speed]:
             raise ValueError(f"speed in {where} lacks {lacking[0]}: give arms, steps and shots, or leave speed out")
         _names(speed["arms"], f"speed.arms in {where}")
-    environment = check_mapping(values.get("environment") or {}, f"environment in {where}")
+    environment = _environment(values.get("environment") or {}, f"environment in {where}")
     return Scale(
         name=path.stem,
         title=_text(values["title"], f"title in {where}"),
         model=_text(values["model"], f"model in {where}"),
         seeds=seeds,
-        environment={key: str(value) for key, value in environment.items()},
+        environment=environment,
         runs={group: _resources(runs[group], f"runs.{group} in {where}") for group in RUN_GROUPS},
         data=check_mapping(values["data"], f"data in {where}"),
         train={group: check_mapping(train.get(group) or {}, f"train.{group} in {where}") for group in TRAIN_GROUPS},
@@ -257,7 +260,7 @@ def _read_suite(path: Path) -> Suite:
     for number, entry in enumerate(_list(values.get("comparisons") or [], f"comparisons in {path}")):
         comparison = check_mapping(entry, f"comparisons[{number}] in {path}", ("a", "b", "margin"))
         for side in ("a", "b"):
-            if comparison.get(side) not in arms:
+            if not isinstance(comparison.get(side), str) or comparison[side] not in arms:
                 raise ValueError(
                     f"comparisons[{number}].{side} in {path} is {comparison.get(side)!r}: name one of its arms, "
                     f"{', '.join(arms)}"
@@ -281,6 +284,8 @@ def _read_arm(name: str, entry: Any, path: Path) -> Arm:
     where = f"arms.{name} in {path}"
     if not all(character.isalnum() or character in "_." for character in name):
         raise ValueError(f"{where}: an arm's name is also a folder's, use letters, digits and _ only")
+    if not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise ValueError(f"{where}: an arm's name is also a folder's, use 1 to {LONGEST_NAME} bytes for it")
     values = check_mapping(entry, where, ("label", "method", "experiment", "tasks", "overrides"))
     method = values.get("method")
     if method not in METHODS:
@@ -361,6 +366,16 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
 def check_seeds(value: Sequence[int]) -> tuple[int, ...]:
     """Seeds from the command line. Raises ValueError for repeated or negative ones."""
     return _seeds(value, "--seeds")
+
+
+def _environment(value: Any, where: str) -> dict[str, str]:
+    variables = check_mapping(value, where)
+    for key, content in variables.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
+            raise ValueError(f"{where} has the key {key!r}, which is no variable's name: use letters, digits and _")
+        if not isinstance(content, str | int | float) or "\0" in str(content):
+            raise ValueError(f"{key} of the {where} is {content!r}: give a text or a number, and no NUL in it")
+    return {key: str(content) for key, content in variables.items()}
 
 
 def _resources(value: Any, where: str) -> Resources:

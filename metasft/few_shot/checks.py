@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from metasft.checkpoint import with_adapter_of
-from metasft.few_shot.open import OpenedModel, load_tokenizer
+from metasft.few_shot.open import OpenedModel, load_settings, load_tokenizer
 from metasft.few_shot.protocol import EvaluationConfig, TestTask
-from metasft.model_folder import check_model_files
+from metasft.model_folder import check_model_files, check_vocabulary
 from metasft.task_data import TokenizedSet
 
 # The dataset would cut or refuse long examples in words of the training configuration.
@@ -32,6 +33,8 @@ def check_before_loading(
     """
     check_model_files(opened.load_from, "--model-path" if opened.adapter is None else "--base-model")
     tokenizer = load_tokenizer(opened.load_from)
+    settings = load_settings(opened.load_from)
+    check_vocabulary(tokenizer, settings, f"the model {opened.load_from}")
     for task in tasks:
         for path, rows, used in (
             (task.pool_path, task.pool, set(shots[task.name])),
@@ -43,16 +46,16 @@ def check_before_loading(
                     raise ValueError(
                         f"{path} row {index} has {length} tokens, more than --max-length {config.max_length}: raise it"
                     )
+            examples.check_template(sorted(used))
     if opened.adapter is not None:
-        _check_adapter(opened)
+        _check_adapter(opened, settings)
 
 
-def _check_adapter(opened: OpenedModel) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _check_adapter(opened: OpenedModel, settings: Any) -> None:
+    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            settings = AutoConfig.from_pretrained(opened.load_from, trust_remote_code=False)
             skeleton = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except Exception:  # loading says what is wrong with it
         return

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from metasft.checkpoint import AdapterCheckpoint, checked_adapter, load_adapter_folder, load_meta_lora
+from metasft.checkpoint import (
+    AdapterCheckpoint,
+    checked_adapter,
+    first_not_finite,
+    load_adapter_folder,
+    load_meta_lora,
+)
 from metasft.few_shot.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
 from metasft.few_shot.source import (
     Adaptation,
@@ -215,6 +221,14 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def load_settings(name: str) -> Any:
+    """The transformers configuration of a model; ValueError where it cannot be read."""
+    from transformers import AutoConfig
+
+    with _loading(f"the model {name}"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
     from transformers import AutoModelForCausalLM
@@ -222,6 +236,10 @@ def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(name)
     with _without_progress_bar(), _loading(f"the model {name}"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    if (weights := first_not_finite(dict(model.named_parameters()))) is not None:
+        raise ValueError(
+            f"the model {name} has numbers that are not finite in {weights}: copy the folder again, or use another"
+        )
     settings = model.generation_config
     own = settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -235,7 +236,7 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
 
     Raises:
         ValueError: a task or file is missing or unusable, the pool is smaller than the largest N, or a test item occurs
-            in the pool.
+            in the pool or has the example_id of another.
     """
     unseen, known = (config.data_dir / folder for folder in ("meta_test", "meta_train"))
     remedy = "make the data with `python prepare_math_science_data.py`, or give --data-dir"
@@ -289,6 +290,12 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
         )
     if not test:
         raise ValueError(f"{test_path} holds no test item: prepare the data again")
+    example_id, times = Counter(row["example_id"] for row in test).most_common(1)[0]
+    if times > 1:  # methods are compared item by item
+        raise ValueError(
+            f"{test_path} has {times} test items with the example_id {printable(example_id)}: give every item its "
+            "own, or prepare the data again"
+        )
     for column in ("example_id", "prompt"):
         shared = {row[column] for row in pool} & {row[column] for row in test}
         if shared:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.checkpoint import ADAPTATION_FILE
+from metasft.checkpoint import ADAPTATION_FILE, check_recorded
 from metasft.few_shot.protocol import (
     DEFAULT_LR_ALL,
     DEFAULT_LR_LORA,
     DEFAULT_OPTIMIZER,
     EvaluationConfig,
 )
+from metasft.refusal import user_path
 from metasft.untrusted import check_sums, printable, read_json, sha256_of
 
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
@@ -62,7 +63,7 @@ def find_model_source(config: EvaluationConfig) -> ModelSource:
     Raises:
         ValueError: nothing is there, or something of another kind.
     """
-    path = Path(config.model_path).expanduser()
+    path = user_path(config.model_path)
     expected = " or ".join(_KIND_NAMES[kind] for kind in _KINDS[config.model_type])
     if not path.exists():
         if "model" in _KINDS[config.model_type] and _looks_like_hub_name(config.model_path):
@@ -120,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def check_model_folder(name: str, introduction: str) -> None:
     """Raise ValueError, opening with ``introduction``, unless ``name`` is a model folder or may be a hub name."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     name = printable(name)  # it may come out of a file
     if not path.exists() and not _looks_like_hub_name(name):
         raise ValueError(f"{introduction} {name}, which does not exist: give --base-model, a Hugging Face model folder")
@@ -221,4 +222,8 @@ def resolve_adaptation(config: EvaluationConfig, recorded: Mapping[str, Any], *,
 def recorded_adaptation(source: ModelSource) -> dict[str, Any]:
     """The inner-loop settings that a trainer left in a full-parameter export; empty when there are none."""
     file = Path(source.path) / ADAPTATION_FILE
-    return _read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    recorded = _read_json(file)
+    check_recorded(file, recorded)
+    return recorded

@@ -10,10 +10,16 @@ from typing import Any
 
 from metasft.checkpoint import replacing_file, write_json
 from metasft.few_shot.protocol import Cell
+from metasft.untrusted import read_json
 
 # What may differ between the run that wrote the finished cells and the run that continues it: how the work was cut up
 # and what was measured along the way, not what was evaluated.
 _NOT_COMPARED = ("versions", "trained_parameters", "cells_per_batch", "one_at_a_time_because", "tokens")
+
+_PLACE = {"task": (str,), "n_shots": (int,), "run": (int,), "step": (int, type(None))}
+_PREDICTION = {**_PLACE, "correct": (bool,), "formatted": (bool,)}
+_RECORD = {**_PLACE, "n_test": (int,), "loss": (int, float), "adapt_steps": (int,), "adapt_seconds": (int, float)}
+"""The fields of a line that are read again, with their types."""
 
 
 class ResultStore:
@@ -52,7 +58,7 @@ class ResultStore:
                     file.unlink(missing_ok=True)
             elif any(file.exists() for file in files):
                 kept = self._check_settings(settings, remedy)
-                self._read_finished()
+                self._read_finished(remedy)
             write_json(self.settings_path, {**settings, **kept})
         except OSError as error:
             raise ValueError(f"--output-dir is {self.folder}, which cannot be used ({error}): {remedy}") from error
@@ -61,10 +67,7 @@ class ResultStore:
         """What the settings file knows beyond ``settings``: figures that only a loaded model gives."""
         if not self.settings_path.is_file():
             raise ValueError(f"{self.folder} holds results without {self.settings_path.name}: {remedy}")
-        try:
-            earlier = json.loads(self.settings_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.settings_path} is not readable ({error}): {remedy}") from error
+        earlier = read_json(self.settings_path, remedy)
         current = json.loads(json.dumps(settings))
         keys = [k for k in {**earlier, **current} if k not in _NOT_COMPARED and earlier.get(k) != current.get(k)]
         if keys:
@@ -75,11 +78,11 @@ class ResultStore:
             )
         return {key: value for key, value in earlier.items() if key not in current}
 
-    def _read_finished(self) -> None:
+    def _read_finished(self, remedy: str) -> None:
         predictions: dict[Cell, list[dict[str, Any]]] = {}
-        for line in _read_lines(self.predictions_path):
+        for line in _read_lines(self.predictions_path, _PREDICTION, remedy):
             predictions.setdefault(_cell_of(line), []).append(line)
-        for record in _read_lines(self.cells_path):
+        for record in _read_lines(self.cells_path, _RECORD, remedy):
             cell = _cell_of(record)
             if len(predictions.get(cell, ())) == record["n_test"]:
                 self.cells[cell], self.predictions[cell] = record, predictions[cell]
@@ -99,13 +102,25 @@ def _cell_of(line: Mapping[str, Any]) -> Cell:
     return Cell(line["task"], line["n_shots"], line["run"], line.get("step"))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; the last one may have been cut off by an interruption."""
+def _read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], remedy: str) -> list[dict[str, Any]]:
+    """The JSON lines of a file; the last one may have been cut off by an interruption, within a character too.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    complete = lines[:-1]  # what follows the last newline is empty or cut off
-    return [json.loads(line) for line in complete]
+    complete = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty or cut off
+    lines = []
+    for number, encoded in enumerate(complete, 1):
+        try:
+            line = json.loads(encoded.decode("utf-8"))
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or not all(type(line.get(name)) in types for name, types in fields.items()):
+            raise ValueError(f"{path} line {number} is damaged: {remedy}")
+        lines.append(line)
+    return lines
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

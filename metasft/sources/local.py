@@ -59,7 +59,7 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
         )
     fields = _check_fields(values.get("fields"), where)
     scorer = values.get("scorer", "text")
-    if scorer not in scoring.SCORERS:
+    if not isinstance(scorer, str) or scorer not in scoring.SCORERS:
         raise ValueError(f"scorer in {where} is {scorer!r}: choose from {', '.join(scoring.SCORERS)}")
     if (scorer == "choice") != ("choices" in fields):
         raise ValueError(f"{where} has scorer {scorer} and fields {', '.join(fields)}: choice and choices go together")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,8 @@ from metasft.sources.source import Item, Source
 from metasft.untrusted import check_data_file
 
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_LEFT_OVER = "__index_level_0__"
+"""What the library calls the first of the fields that the header of a CSV file has no name for."""
 
 
 def locate_source(
@@ -101,29 +104,40 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
         raise ValueError(f"{paths[0]} is of no known kind: give {', '.join(_FORMATS)}")
     for path in map(Path, paths):
         if path.is_file():
+            if not path.stat().st_size:
+                raise _without_rows(path, location)
             try:
                 check_data_file(path)
             except ValueError as error:
                 if error.__cause__ is None:  # too large: the sentence says what to do
                     raise
                 raise _unreadable(error.__cause__, location, [str(path)]) from error
+    files = [glob.escape(path) if Path(path).is_file() else path for path in paths]  # the library takes patterns
     try:
-        dataset = load_dataset(kind, data_files=paths, split="train", streaming=True)
+        dataset = load_dataset(kind, data_files=files, split="train", streaming=True)
         # A schema where the kind of file has one, else what the first rows look like.
-        features = dataset.features or Dataset.from_list(list(dataset.take(100))).features
+        first = [] if dataset.features else list(dataset.take(100))
+        features = dataset.features or Dataset.from_list(first).features
     except Exception as error:
         raise _unreadable(error, location, paths) from error
+    if not dataset.features and not first:
+        raise _without_rows(paths[0], location)
+    if _LEFT_OVER in features:
+        raise ValueError(
+            f"{paths[0]} has rows with more fields than its first line names: name every column there, and quote "
+            "values that hold commas"
+        )
     check_columns(source, {name: type_name(feature) for name, feature in features.items()}, paths[0])
     try:
         if kind == "csv":  # as written: 007 is no 7, and a column with gaps has no 12.0 for 12
             texts = Features({name: Value("string") for name in features})
             dataset = load_dataset(
-                kind, data_files=paths, split="train", streaming=True, features=texts, keep_default_na=False
+                kind, data_files=files, split="train", streaming=True, features=texts, keep_default_na=False
             )
         elif source.local_files and all(path.endswith(".jsonl") for path in paths):
             dataset = _json_lines(paths)
         elif kind == "parquet":  # reads, and over the network fetches, no other columns
-            dataset = load_dataset(kind, data_files=paths, split="train", streaming=True, columns=list(source.columns))
+            dataset = load_dataset(kind, data_files=files, split="train", streaming=True, columns=list(source.columns))
             for name in source.columns:
                 if isinstance(features[name], Image):
                     dataset = dataset.cast_column(name, Image(decode=False))
@@ -136,7 +150,16 @@ def _json_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
     """Rows as written: the library makes a time of every text that looks like a date."""
     for path in paths:
         with open(path, encoding="utf-8") as stream:
-            yield from (json.loads(line) for line in stream if line.strip())
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} holds {line.strip()[:20]}, no object with columns")
+                    yield row
+
+
+def _without_rows(path: str | Path, location: Location) -> ValueError:
+    return ValueError(f"{path} holds no row: fill it, or leave it out of {location.source.repository}")
 
 
 def _unreadable(error: Exception, location: Location, paths: list[str]) -> ValueError:

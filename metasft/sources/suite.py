@@ -169,7 +169,7 @@ def _check_subsets(source: Source, subsets: Any, where: str) -> tuple[str, ...]:
 
 
 def _check_source(name: Any, where: str, known: Mapping[str, Source]) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{where} names the source {name!r}, which is not known: choose from {', '.join(known)}")
 
 

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import json
 
+import bad_model_inputs
+import bad_result_inputs
 from bad_script_inputs import COMPARE, EVALUATE, EXPERIMENTS, OWN, PREPARE
+from bad_setting_inputs import SETTINGS
 from bad_trainer_inputs import TRAINER_COMMANDS, TRAINER_FILES, setting_cases
 from spoilt_inputs import POOL, QUERY, SUPPORT, TEST, BadInput, change_turn, rows_of
 
-CASES = [*setting_cases(), *TRAINER_COMMANDS, *TRAINER_FILES, *EVALUATE, *PREPARE, *COMPARE, *EXPERIMENTS]
+CASES = [
+    *setting_cases(),
+    *TRAINER_COMMANDS,
+    *TRAINER_FILES,
+    *SETTINGS,
+    *EVALUATE,
+    *PREPARE,
+    *COMPARE,
+    *EXPERIMENTS,
+    *bad_model_inputs.CASES,
+    *bad_result_inputs.CASES,
+]
 
 
 # ---- unusual, but good ----------------------------------------------------------------------------------------------

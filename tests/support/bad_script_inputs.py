@@ -301,14 +301,14 @@ PAIRED = "--paired results/one results/other"
 
 COMPARE = [
     BadInput("compare", "", ("--results-dir", "evaluate_few_shot.py"), results_missing),
-    BadInput("compare", "", (ONE, "write it again"), results_empty),
-    BadInput("compare", "", (ONE, "write it again"), results_truncated),
+    BadInput("compare", "", (ONE, "run it again"), results_empty),
+    BadInput("compare", "", (ONE, "run it again"), results_truncated),
     BadInput("compare", "", (ONE, "run it again"), results_a_list),
     BadInput("compare", "", (ONE, "run it again"), results_without_interval),
     BadInput("compare", "", (ONE, "run it again"), results_not_finite),
     BadInput("compare", "", ("task in common", "--eval-tasks"), results_other_task),
     BadInput("compare", "", ("base_settings.json", "run it again"), settings_a_list),
-    BadInput("compare", "", ("run_summary.json", "write it again"), summary_truncated),
+    BadInput("compare", "", ("run_summary.json", "run it again"), summary_truncated),
     BadInput("compare", "--shots abc", ("--shots", "int")),
     BadInput("compare", "--shots 7", ("--shots", "choose")),
     BadInput("compare", "--task alchemy", ("--task", "choose")),

@@ -263,7 +263,7 @@ def state_of(**layout):
     def left(folder):
         state = folder / OUTPUT / "global_step_5"
         state.mkdir(parents=True)
-        ours = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0, "seed": 1, "files": {}}
+        ours = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0, "seed": 1}
         write_json(state / "layout.json", {**ours, **layout})
         (folder / OUTPUT / "latest_checkpointed_iteration.txt").write_text("5")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -147,17 +149,129 @@ def test_unusable_arguments_are_one_line_and_exit_code_2(work, capsys, arguments
     assert len(stderr.splitlines()) == 1
 
 
+def bad_entries(**more):
+    """Changes of an entry of results or a speed curve, and words of the refusal."""
+    return [
+        ({"accuracy_mean": "0.5"}, "accuracy_mean is '0.5', not a number between 0 and 1"),
+        ({"accuracy_mean": 7}, "accuracy_mean is 7, not a number between 0 and 1"),
+        ({"ci95": "12"}, "ci95 is '12', not two numbers"),
+        ({"ci95": [0.9, 0.1]}, r"ci95 is \[0.9, 0.1\], not a lower and an upper limit"),
+        ({"ci95": [0.0, 0.01]}, r"ci95 is .*, not an interval within 0 and 1 around"),
+        ({"n_test": "4"}, "n_test is '4', not a whole number"),
+        ({"n_runs": "x"}, "n_runs is 'x', not a whole number"),
+        ({"majority_baseline": "x"}, "majority_baseline is 'x', not a number"),
+        ({"loss_mean": "1.0"}, "loss_mean is '1.0', not a"),
+        *more.values(),
+    ]
+
+
+@pytest.mark.parametrize(("change", "words"), bad_entries())
+def test_results_are_taken_as_they_are_or_not_at_all(change, words, work):
+    path = work / "results" / "base" / "base_results.json"
+    results = json.loads(path.read_text())
+    results["calculus"]["5"].update(change)
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=f"base_results.json is not what .* writes .calculus.5.{words}.*run it again"):
+        read_method("base", path)
+
+
+@pytest.mark.parametrize("key", ["0_5", " 5", "05", "-5", "٥"])
+def test_a_shot_count_has_one_spelling(key, work):
+    path = work / "results" / "base" / "base_results.json"
+    results = json.loads(path.read_text())
+    results["calculus"][key] = results["calculus"]["5"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"a key of calculus is .*, not a whole number as text"):
+        read_method("base", path)
+
+
+@pytest.mark.parametrize(
+    "settings", [[1], {"model_path": 5}, {"model_path": "a\0b"}, {"base_model": [1]}, {"adapts": 1, "seed": 1}]
+)
+def test_settings_of_another_format_are_refused(settings, work):
+    write_results(work / "results" / "base", "base", settings=settings)
+    with pytest.raises(ValueError, match=r"base_settings.json is not .*: run it again"):
+        read_method("base", work / "results" / "base")
+
+
+def test_an_adaptation_of_unknown_rate_is_told_as_that(work):
+    write_results(work / "results" / "base", "base", settings={"adapts": "LoRA"})
+    assert "learning rate unknown" in markdown_table(methods_of(work, "base"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seconds_total": value} for value in (float("nan"), -5, True, "1", 10**400, None)),
+        {"peak_memory_kind": [1]},
+        {"device_name": ["x"]},
+    ],
+)
+def test_a_summary_of_another_format_is_refused(change, work):
+    write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, **change)
+    with pytest.raises(
+        ValueError, match=rf"run_summary.json is not what a finished training writes .{next(iter(change))} "
+    ):
+        methods_of(work, "base")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--table", "results/base/base_results.json"],
+            "--table is results/base/base_results.json, which is one of the",
+        ),
+        (["--output", "checkpoints/fomaml/run_summary.json"], "which is one of the files compared"),
+        (["--output", "a.png", "--table", "./a.png"], "--table is a.png, which is the file of --output too"),
+        (["--output", "results"], "--output is results, which has no suffix: give a file such as results.png"),
+        (["--speed", "--output", "results/base/base_speed.json"], "which is one of the files compared"),
+    ],
+)
+def test_nothing_that_is_compared_is_written_over(arguments, words, work, capsys):
+    write_speed(work / "results" / "base", "base", 0.01)
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    assert compare_methods.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_read_is_named(work, monkeypatch, capsys):
+    listed = Path.iterdir
+
+    def iterdir(folder):
+        if folder.name == "fomaml":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert compare_methods.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: results/fomaml cannot be used (Permission denied)")
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$b$c", r"\frac", "a\nb"])
+def test_names_are_drawn_as_they_are(name, work, capsys):
+    (work / "results" / "base").rename(work / "results" / name)
+    for path in work.glob("results/*/*_results.json"):
+        path.write_text(path.read_text().replace('"calculus"', '"$x_$"'))
+    write_speed(work / "results" / name, "base", 0.01, tasks=("$x_$",))
+    assert compare_methods.main([]) == 0
+    assert compare_methods.main(["--results", r"$\x=results/lora"]) == 0  # nothing measured: a text alone
+    assert compare_methods.main(["--speed"]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"calculus": {}}', '{"calculus": {"5": {"accuracy_mean": 1}}}'])
 def test_files_of_another_format_are_refused(work, content):
     path = work / "results" / "base" / "base_results.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"base_results.json is not (readable JSON|in the format)"):
+    with pytest.raises(ValueError, match=r"base_results.json is not (readable JSON|what evaluate_few_shot.py writes)"):
         read_method("base", path)
 
 
 def test_unfinished_summary_is_refused(work):
     write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, seconds_total=None)
-    with pytest.raises(ValueError, match="no number 'seconds_total'"):
+    with pytest.raises(ValueError, match=r"not what a finished training writes .seconds_total is missing"):
         methods_of(work, "base")
 
 
@@ -385,7 +499,23 @@ def test_unusable_speed_arguments(speed, capsys, arguments, message):
 def test_speed_files_of_another_format_are_refused(speed, content):
     path = speed / "results" / "base" / "base_speed.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"base_speed.json is not (readable JSON|in the format)"):
+    with pytest.raises(ValueError, match=r"base_speed.json is not (readable JSON|what evaluate_few_shot.py writes)"):
+        report_speed.read_speed("base", path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    bad_entries(
+        loss=({"loss_mean": float("nan")}, "loss_mean is nan, not a finite number"),
+        interval=({"loss_ci95": 5}, "loss_ci95 is 5, not two numbers"),
+    ),
+)
+def test_speed_curves_are_taken_as_they_are_or_not_at_all(change, words, speed):
+    path = speed / "results" / "base" / "base_speed.json"
+    content = json.loads(path.read_text())
+    content["calculus"]["5"].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"base_speed.json is not what .* writes .calculus.5.{words}"):
         report_speed.read_speed("base", path)
 
 

@@ -333,11 +333,13 @@ def test_summary_of_a_cell_by_hand():
 
 
 def record(task, n_shots, run, n_test=2):
-    return {"task": task, "n_shots": n_shots, "run": run, "n_test": n_test}
+    place = {"task": task, "n_shots": n_shots, "run": run}
+    return {**place, "n_test": n_test, "loss": 1.5, "adapt_steps": 0, "adapt_seconds": 0.0}
 
 
 def lines(task, n_shots, run, n_test=2):
-    return [{"task": task, "n_shots": n_shots, "run": run, "item": item} for item in range(n_test)]
+    place = {"task": task, "n_shots": n_shots, "run": run}
+    return [{**place, "output": f"é {item}", "correct": True, "formatted": False} for item in range(n_test)]
 
 
 def test_store_continues_and_drops_what_an_interruption_cut_off(tmp_path):
@@ -353,6 +355,50 @@ def test_store_continues_and_drops_what_an_interruption_cut_off(tmp_path):
     again.open({"seed": 1, "versions": "b"}, overwrite=False)  # another version of a package is no other evaluation
     assert list(again.cells) == [Cell("a", 0, 0), Cell("a", 5, 0)]
     assert again.predictions_path.read_bytes() == finished
+
+
+def test_store_continues_wherever_an_interruption_cut(tmp_path):
+    store = ResultStore(tmp_path, "base")
+    store.open({}, overwrite=False)
+    for run in (0, 1):
+        store.add(record("a", 5, run), lines("a", 5, run))
+    written = store.predictions_path.read_bytes()
+    assert "é".encode() in written
+    for size in range(len(written)):  # within a character too
+        store.predictions_path.write_bytes(written[:size])
+        again = ResultStore(tmp_path, "base")
+        again.open({}, overwrite=False)
+        assert len(again.cells) == written[:size].count(b"\n") // 2
+        for name, cells in ((store.predictions_path, written), (store.cells_path, None)):
+            name.write_bytes(cells or b"".join(json.dumps(record("a", 5, run)).encode() + b"\n" for run in (0, 1)))
+
+
+DAMAGED = [b"junk", b"[1]", b"{}", b"5", b"\0\0\0\0", b"", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("damaged", [*DAMAGED, *(json.dumps(record("a", 5, 1) | change).encode() for change in (
+    {"task": [1]}, {"n_shots": "5"}, {"run": None}, {"step": "x"}, {"n_test": True}, {"loss": None}, {"loss": "x"},
+))])  # fmt: skip
+def test_store_names_a_damaged_cell(damaged, tmp_path):
+    store = ResultStore(tmp_path, "base")
+    store.open({}, overwrite=False)
+    store.add(record("a", 5, 0), lines("a", 5, 0))
+    with store.cells_path.open("ab") as file:
+        file.write(damaged + b"\n")
+    with pytest.raises(ValueError, match=r"^\S+base_cells\.jsonl line 2 is damaged: .*--overwrite to start again$"):
+        ResultStore(tmp_path, "base").open({}, overwrite=False)
+
+
+def test_store_names_a_damaged_prediction_and_settings(tmp_path):
+    store = ResultStore(tmp_path, "base")
+    store.open({}, overwrite=False)
+    store.add(record("a", 5, 0), [{**line, "correct": None} for line in lines("a", 5, 0)])
+    with pytest.raises(ValueError, match=r"base_predictions\.jsonl line 1 is damaged: .*--overwrite"):
+        ResultStore(tmp_path, "base").open({}, overwrite=False)
+    for settings in ("[1]", '"x"', "5", "{", "[" * 100_000):
+        store.settings_path.write_text(settings)
+        with pytest.raises(ValueError, match=r"base_settings\.json is not readable JSON .*--overwrite"):
+            ResultStore(tmp_path, "base").open({}, overwrite=False)
 
 
 def test_store_forgets_cells_without_their_predictions(tmp_path):

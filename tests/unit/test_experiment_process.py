@@ -13,8 +13,9 @@ import psutil
 import pytest
 from script_runner import ROOT
 
-from metasft.experiments.process import _last_lines, _logged, _write_summary
-from metasft.experiments.store import locked, read_record, write_record
+from metasft.experiments.process import END_NOW_FILE, SAVING_SECONDS, _last_lines, _logged, _write_summary
+from metasft.experiments.records import read_record, write_record
+from metasft.experiments.store import locked
 
 PYTHON = sys.executable
 PATIENCE = 120  # seconds, for a machine that does much else
@@ -193,6 +194,38 @@ def test_a_run_is_cleaned_up_when_its_worker_is_asked_to_exit(tmp_path):
     assert worker.wait(PATIENCE) == 1
     wait_for(lambda: read_record(tmp_path)["state"] == "interrupted")
     assert not any(map(alive, script))
+
+
+def a_trainer(folder, on_stop):
+    """A script that does ``on_stop`` when it is asked to stop, as a command."""
+    return ["sh", "-c", f"trap '{on_stop}' TERM; echo $$ . > {folder}/pids; while :; do sleep 0.1; done"]
+
+
+@pytest.mark.parametrize(("kind", "saves"), [("train", True), ("evaluate", False)])
+def test_a_training_has_the_time_to_save(kind, saves, tmp_path):
+    command = a_trainer(tmp_path, f"sleep 2; echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT > {tmp_path}/saved; exit 0")
+    process, script = started(
+        tmp_path,
+        command,
+        lambda words: subprocess.Popen(changed(words, "p.GRACE_SECONDS = 0.5"), cwd=ROOT),
+        kind=kind,
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 1 and not any(map(alive, script))
+    assert read_record(tmp_path)["state"] == "interrupted"
+    assert (tmp_path / "saved").is_file() == saves
+    if saves:
+        assert float((tmp_path / "saved").read_text()) == SAVING_SECONDS, "torchrun ends its workers no earlier"
+
+
+def test_a_training_that_saves_is_ended_at_once_when_the_runner_asks_again(tmp_path):
+    (tmp_path / END_NOW_FILE).touch()  # of an earlier attempt
+    process, script = started(tmp_path, a_trainer(tmp_path, f"touch {tmp_path}/asked"), kind="train")
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: (tmp_path / "asked").is_file())
+    (tmp_path / END_NOW_FILE).touch()
+    assert process.wait(30) == 1 and not any(map(alive, script))
+    assert read_record(tmp_path)["state"] == "interrupted"
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):

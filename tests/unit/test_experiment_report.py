@@ -233,6 +233,7 @@ def test_damage_never_stops_the_report(tmp_path, what):
     damage(tmp_path, what)
     analysis = analyse(read_experiments(tmp_path))
     files = ("no predictions", "cut predictions", "no results", "broken settings", "no summary", "unknown arms")
+    files += ("list for a summary",)
     assert bool(analysis.problems) == (what in files)
     title, blocks = page(analysis, {})
     assert Page(to_html(title, blocks)).open == [] and to_markdown(title, blocks)
@@ -428,7 +429,7 @@ def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "old" / "experiments.json").write_text('{"format": 99}')
     for command, words in (
         (["--report", "nowhere"], "nowhere holds no experiments.json"),
-        (["--report", "old"], "has format 99"),
+        (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format is 99"),
         (["--report", "e", "--output", "mine"], "holds no report.json"),
         (["--report", "e", "--output", "mine/thesis.txt"], "holds no report.json"),
         (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),

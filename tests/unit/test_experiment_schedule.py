@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
 from experiment_files import BASE, META_LORA, MIXED, SEARCH, SEARCHED, flag, opened
 
 import run_experiments
-from metasft.experiments.runner import Progress, _check_resources, _schedule, time_left
-from metasft.experiments.store import write_record
+from metasft.experiments.process import END_NOW_FILE
+from metasft.experiments.records import read_record, write_record
+from metasft.experiments.runner import Progress, _check_resources, _schedule, _stop, time_left
 
 
 class FakeRay:
@@ -111,6 +113,39 @@ def test_what_was_interrupted_and_what_needs_it_is_left_to_the_next_start(tmp_pa
     assert scheduled(opened(tmp_path, SEARCHED, SEARCH)) == ["train-b-seed1", "evaluate-b-seed1", "evaluate-a-seed1"]
 
 
+class LateRay(FakeRay):
+    """Where an earlier attempt of ``late`` still ends when it is handed over again; its new process waits for that."""
+
+    def __init__(self, store, late, looks):
+        super().__init__(store)
+        self.late, self.looks = late, list(looks)
+
+    def execute(self, name):
+        return super().execute(name) if name != self.late else name
+
+    def wait(self, references, timeout):
+        if self.late in references and self.looks:
+            folder = self.store.run_folder(self.late)
+            write_record(folder, {**read_record(folder), **self.looks.pop(0)})
+            return [], references
+        if references[0] == self.late:
+            super().execute(self.late)
+        return super().wait(references, timeout)
+
+
+@pytest.mark.parametrize("end", ["interrupted", "failed"])
+def test_the_end_of_an_earlier_attempt_is_not_taken_for_that_of_the_new_one(end, tmp_path, capsys):
+    store = opened(tmp_path)
+    of_earlier = {"state": end, "error": "it was stopped with its runner"}
+    begin = {"state": "running", "attempts": 2, "error": None, "started": "2030-01-01T00:00:00+00:00"}
+    store.update("train-a-seed1", attempts=1)
+    ray, selected = LateRay(store, "train-a-seed1", [of_earlier, begin]), list(store.plan.runs)
+    _schedule(store, selected, list(selected), ray, Progress(store, selected))
+    assert {record["state"] for record in store.records.values()} == {"finished"}
+    assert sorted(ray.order) == sorted(selected)
+    assert capsys.readouterr().out.count("train-a-seed1 started") == 1
+
+
 def test_a_process_that_could_not_say_why_it_ended_is_a_failure(tmp_path):
     store = opened(tmp_path)
     scheduled(store, {"train-a-seed1": "Traceback: out of files", "train-f-seed1": ""})
@@ -128,6 +163,19 @@ def test_nothing_takes_over_from_a_search_that_left_no_choice(tmp_path):
     assert (
         store.records["evaluate-a-seed1"]["error"] == "evaluate-b-seed1 finished, but left no optimizer and rate behind"
     )
+
+
+def test_a_second_ctrl_c_ends_running_trainings_at_once(tmp_path, capsys):
+    store = opened(tmp_path)
+    store.update("train-a-seed1", state="running")
+    hit = SimpleNamespace(shutdown=lambda: signal.raise_signal(signal.SIGINT))
+    _stop(store, ["train-a-seed1"], hit)
+    assert (store.run_folder("train-a-seed1") / END_NOW_FILE).is_file()
+    assert store.records["train-a-seed1"]["state"] == "waiting"
+    said = capsys.readouterr().err
+    assert "train-a-seed1" in said and "Ctrl-C again" in said
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_larger_than_the_machine_is_refused(tmp_path):

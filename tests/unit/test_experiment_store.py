@@ -11,13 +11,9 @@ from experiment_files import ARMS, BASE, META_LORA, SEARCH, SEARCHED, SLOWER, fl
 
 import run_experiments
 from metasft.durable import PARTIAL
+from metasft.experiments.records import read_experiments, read_record, write_record
 from metasft.experiments.search import fill_in, read_choice
-from metasft.experiments.store import (
-    command_of,
-    locked,
-    read_record,
-    write_record,
-)
+from metasft.experiments.store import command_of, locked
 
 
 def leave(folder, states, arms=ARMS, changes=None):
@@ -176,12 +172,84 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         opened(tmp_path)
     for content, words in (
         ("{", "is not readable JSON"),
-        ("[]", "has the format None"),
-        ('{"format": 2}', "has the format 2"),
+        ("[]", "is not readable JSON .it holds list, no object"),
+        ('{"format": 2}', "is not what run_experiments.py writes .format is 2, this release has 1"),
     ):
         (tmp_path / "out" / "experiments.json").write_text(content)
-        with pytest.raises(ValueError, match=f"experiments.json {words}"):
+        with pytest.raises(ValueError, match=f"experiments.json {words}.*: move it away"):
             opened(tmp_path)
+    (tmp_path / "out" / "experiments.json").unlink()
+    (tmp_path / "out" / "experiments.json").mkdir()
+    with pytest.raises(ValueError, match=r"experiments.json is not readable JSON .*: move it away"):
+        opened(tmp_path)
+
+
+RUN = {"kind": "train", "state": "finished", "attempts": 1, "command": ["python"]}
+ARM = {"method": "fomaml", "overrides": {}, "replicates": [{"seed": 1, "task": None, "train": "t", "evaluate": "e"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"runs": [1]}, r"runs is \[1\], not a mapping"),
+        ({"runs": {"a": 5}}, "runs.a is 5, not a mapping"),
+        ({"runs": {"a": {}}}, "runs.a.kind is missing"),
+        ({"runs": {"a": {**RUN, "command": [5]}}}, r"runs.a.command\[0\] is 5, not a text"),
+        ({"runs": {"a": {**RUN, "state": "done"}}}, "runs.a.state is 'done', not one of waiting"),
+        ({"runs": {"a": {**RUN, "seconds": float("nan")}}}, "runs.a.seconds is nan, not a finite number"),
+        *(({"runs": {name: RUN}}, f"a key of runs is '{name}', not a name of") for name in ("../x", "..", "a/b", "")),
+        ({"searches": ["x"]}, r"searches is \['x'\], not a mapping"),
+        ({"searches": {"base": "../.."}}, "searches.base is '../..', not a name of"),
+        ({"arms": [1]}, r"arms is \[1\], not a mapping"),
+        ({"arms": {"a": {}}}, "arms.a.method is missing"),
+        ({"arms": {"a": {**ARM, "replicates": [{"seed": 1, "evaluate": "../e"}]}}}, "arms.a.*evaluate is '../e', not"),
+        ({"suites": {"s": {"axis": 5}}}, "suites.s.axis is 5, not a mapping"),
+    ],
+)
+def test_what_the_runner_would_not_write_is_refused(changes, words, tmp_path):
+    good = {"format": 1, "runs": {"t": RUN, "e": RUN}, "arms": {"a": ARM}, "searches": {"base": "e"}}
+    (tmp_path / "experiments.json").write_text(json.dumps(good))
+    assert read_experiments(tmp_path, whole=True) == good
+    (tmp_path / "experiments.json").write_text(json.dumps({**good, **changes}))
+    with pytest.raises(ValueError, match=f"is not what run_experiments.py writes .{words}"):
+        read_experiments(tmp_path, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", "it holds list, no object"),
+        ("{}", "state is missing"),
+        ('{"state": "finished", "attempts": "1"}', "attempts is '1', not a whole number"),
+        ('{"state": "finished", "attempts": 1, "environment": {"A": 1}}', "environment.A is 1, not a text"),
+        (None, "it is no regular file"),
+    ],
+)
+def test_a_record_that_the_runner_would_not_write_is_refused(content, words, tmp_path):
+    if content is None:
+        (tmp_path / "run.json").mkdir()
+    else:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=f"run.json is not .*{words}.*: delete its folder to run it again"):
+        read_record(tmp_path)
+
+
+def test_a_run_that_starts_over_is_gone_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Killed while its folder is deleted, no result files are left that lack their record."""
+    store = leave(tmp_path, {"evaluate-a-seed1": "interrupted"})
+    folder = store.run_folder("evaluate-a-seed1")
+    (folder / "meta_lora_cells.jsonl").write_text("of other settings\n")
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metasft.durable.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path, changes={"evaluate/all/n_runs": 3})
+    assert not folder.exists()
+    monkeypatch.undo()
+    opened(tmp_path, changes={"evaluate/all/n_runs": 3})
+    assert [entry.name for entry in folder.parent.iterdir() if entry.name.endswith(PARTIAL)] == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

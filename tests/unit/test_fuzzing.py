@@ -27,6 +27,7 @@ from metasft.config import METHODS, MetaConfig, check_training_config
 from metasft.episodes import EpisodeSampler, ShuffledStream
 from metasft.few_shot.protocol import read_test_tasks
 from metasft.few_shot.source import find_model_source
+from metasft.model_folder import check_model_files
 from metasft.sources import scoring
 from metasft.sources.answers import extract_answer, last_boxed, unwrap
 from metasft.sources.commands import split_sizes
@@ -503,12 +504,18 @@ def test_a_damaged_model_folder(examples, tiny_model, tmp_path):
     config = dataclasses.replace(
         base_config(folder, tmp_path, tmp_path), model_type="fomaml", lora_rank=None, lora_alpha=None
     )
-    whole = find_model_source(config)
+
+    def checked():
+        source = find_model_source(config)
+        check_model_files(str(folder), "--model-path")
+        return source
+
+    whole = checked()
 
     def check(name, **damage):
         changed = damaged(contents[name], **damage)
         (folder / name).write_bytes(changed)
-        found = value_or_sentence(lambda: find_model_source(config))
+        found = value_or_sentence(checked)
         assert found is None or (found == whole and (changed == contents[name] or name == "SHA256SUMS"))
         (folder / name).write_bytes(contents[name])
 

@@ -350,7 +350,19 @@ def test_unfinished_and_foreign_files_are_refused(tmp_path):
         predictions.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             read_evaluation("one", folder)
-    (folder / "base_cells.jsonl").unlink()
+    predictions.write_text("\n".join(whole), encoding="utf-8")
+    cells = folder / "base_cells.jsonl"
+    good = cells.read_text(encoding="utf-8")
+    for old, new, message in (
+        ('"loss": 1.0', '"loss": NaN', r"line 1 of base_cells.jsonl.loss is nan, not a finite number"),
+        ('"n_shots": 5', '"n_shots": "5"', r"line 2 of base_cells.jsonl.n_shots is '5', not a whole number"),
+        ('"run": 0', '"run": [1]', r"line 1 of base_cells.jsonl.run is \[1\], not a whole number"),
+        ("}\n", "}]\n", r"line 1 of base_cells.jsonl is no JSON"),
+    ):
+        cells.write_text(good.replace(old, new), encoding="utf-8")
+        with pytest.raises(ValueError, match=message + r".*run evaluate_few_shot.py again"):
+            read_evaluation("one", folder)
+    cells.unlink()
     with pytest.raises(ValueError, match=r"base_cells\.jsonl does not exist"):
         read_evaluation("one", folder)
 

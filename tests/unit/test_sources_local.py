@@ -87,6 +87,13 @@ def test_own_files(run_here, tmp_path, suffix):
     assert str(tmp_path) not in json.dumps(manifest["sources"])
 
 
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*?.csv", "[a-z].parquet"])
+def test_a_file_name_is_no_pattern(run_here, tmp_path, name):
+    write(tmp_path / name, rows())
+    write(tmp_path / f"data1{Path(name).suffix}", rows(topics=("other",)))  # what it would mean as one
+    assert run_here(mapping(files=[name])) == 0
+
+
 def test_own_data_are_nobody_elses_business(run_here, tmp_path, monkeypatch):
     """The library that reads the files counts their uses on a server unless it is told not to."""
     import datasets

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
+import os
 import pickle
 import shutil
 import tempfile
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from bait import EXPORT, Bait, bait_model, change_json, refused, write_pickle
 from forked_ranks import ForkServer
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import evaluate_few_shot
 from metasft.checkpoint import attach_adapter, load_adapter_folder, load_meta_lora
+from metasft.config import MetaConfig
 from metasft.experiment_report.exports import read_export
-from metasft.few_shot.open import load_transformers, load_verl_lora
+from metasft.few_shot.checks import UNLIMITED
+from metasft.few_shot.open import load_tokenizer, load_transformers, load_verl_lora
+from metasft.model_folder import check_model_files, check_vocabulary
 from metasft.resume import _find_state
+from metasft.task_data import TokenizedSet, find_task_files
+from metasft.untrusted import check_data_file, check_sums, read_json, read_yaml, sha256_of
 
 DEEP = "[" * 100_000
 RENDERED_ON_IMPORT = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -111,11 +123,37 @@ def test_pickled_weights_of_a_model(model_type, tmp_path, marker, tiny_model, ev
         ({"adapter_config": {"r": "4", "lora_alpha": 8}}, "its rank"),
         ({"adapter_config": {"r": 10**9, "lora_alpha": 8}}, "its rank is 1000000000, its tensors have 4"),
         ({"adapter_config": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 10**9}}}, "its rank is 1000000000"),
-        ({"adapter_config": {"r": 4, "lora_alpha": float("nan")}}, "its lora_alpha"),
+        *(
+            ({"adapter_config": {"r": 4, "lora_alpha": alpha}}, "its lora_alpha")
+            for alpha in (float("nan"), 0, 1e308, "8")
+        ),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 1e308}}}, "in its alpha_pattern"),
+        *(
+            ({"adapter_config": {"r": 4, "lora_alpha": 8, key: value}}, f"in {key}, where names of modules alone")
+            for pattern in ("([a-z_.0-9]+)+!", ".*proj", "(", 5)
+            for key, value in (
+                ("target_modules", pattern),
+                ("target_modules", ["q_proj", pattern]),
+                ("exclude_modules", [pattern]),
+                ("layers_pattern", pattern),
+                *(((key, {pattern: 4}) for key in ("rank_pattern", "alpha_pattern")) if pattern != 5 else ()),
+            )
+        ),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "exclude_modules": "lm_head"}}, "in exclude_modules, where"),
+        ({"adapter_config": {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head"]}}, "sets modules_to_save"),
         ({"adapter_config": {"r": 4, "lora_alpha": 8, "megatron_config": {"a": 1}}}, "sets megatron_config"),
         ({"base_model": 7}, "the base model's name"),
         ({"adaptation": [0.1]}, "the inner-loop settings"),
-        ({"adaptation": {"inner_lr": "0.1"}}, "the inner-loop settings"),
+        *(
+            ({"adaptation": {"inner_lr": lr}}, "records inner_lr=")
+            for lr in ("0.1", [], True, 0, -1, float("nan"), float("inf"), 10**400)
+        ),
+        ({"adaptation": {"inner_optimizer": "lion"}}, "records inner_optimizer=lion"),
+        ({"adaptation": {"inner_optimizer": ["sgd"]}}, "records inner_optimizer="),
+        *(
+            ({"lora": {"base_model.model.q_proj.lora_A.weight": torch.full((4, 8), torch.nan).to(dtype)}}, "not finite")
+            for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+        ),
         ({"step": "3"}, "the meta-step"),
         ({"version": "1\n2"}, r"has format version '1\n2'"),
     ],
@@ -255,7 +293,7 @@ def test_settings_that_peft_stumbles_over(tmp_path, adapter, tiny_model):
     for changes in ({"init_lora_weights": "pissa_niter_x"}, {"bias": 7}, {"target_modules": "("}, {"r": 4.5}):
         (folder / "adapter_config.json").write_text(original)
         change_json(folder / "adapter_config.json", **changes)
-        with refused(str(folder) if "r" in changes else "does not fit"):
+        with refused(str(folder) if {"r", "target_modules"} & set(changes) else "does not fit"):
             attach_adapter(base, load_adapter_folder(folder))
 
 
@@ -266,6 +304,55 @@ def test_the_checksums_of_a_folder(sums, tmp_path, adapter):
     (folder / "SHA256SUMS").write_bytes(sums)
     with refused("SHA256SUMS", "copy the folder again"):
         load_adapter_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},
+        {"target_modules": r"model\.layers\.[01]\.self_attn\.[qv]_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"layers.0.self_attn.v_proj": 2},
+            "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 3},
+        },
+    ],
+    ids=lambda settings: ", ".join(settings),
+)
+def test_what_peft_exports_is_read_unless_it_is_a_pattern(settings, tmp_path, tiny_model):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    if isinstance(settings["target_modules"], str) and settings["target_modules"] != "all-linear":
+        with refused(str(tmp_path / "adapter"), "target_modules", "a list"):
+            load_adapter_folder(tmp_path / "adapter")
+        return
+    read = load_adapter_folder(tmp_path / "adapter")
+    attached = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), read)
+    assert attached.peft_config["default"].target_modules == model.peft_config["default"].target_modules
+    assert len(read.tensors) == len(get_peft_model_state_dict(model)) > 0
+
+
+# ---- pipes and devices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("endless", ["pipe", "device"])
+def test_files_without_an_end_are_not_opened(endless, tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file.json"
+    path.parent.mkdir()
+    os.mkfifo(path) if endless == "pipe" else path.symlink_to("/dev/zero")
+    monkeypatch.setattr(Path, "open", lambda *_, **__: pytest.fail("opened"))
+    for read in (read_json, read_yaml):
+        with refused(str(path), "no regular file", "mend it"):
+            read(path, "mend it")
+    for read in (sha256_of, check_data_file):
+        with refused(str(path), "no regular file"):
+            read(path)
+    path.rename(path.parent / "SHA256SUMS")
+    with refused("SHA256SUMS", "no regular file", "copy the folder again"):
+        check_sums(path.parent)
 
 
 # ---- chat templates, JSON, paths ------------------------------------------------------------------------------------
@@ -301,6 +388,95 @@ def test_json_that_is_none_of_ours(name, content, tmp_path, adapter, evaluate):
     assert f"{name} is not readable JSON" in evaluate(folder, "meta_lora")
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("", "leaves out what the turn of the user says"),
+        ("hello", "leaves out what the turn of the user says"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "the turn of the assistant"),
+        (
+            "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+            "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}",
+            "two prompts in a row (roles must alternate)",
+        ),
+    ],
+)
+def test_a_chat_template_that_says_too_little(template, words, tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    with refused(f"the chat template of {folder} ", words, "model.custom_chat_template"):
+        load_tokenizer(str(folder))
+
+
+def test_what_else_a_turn_carries_is_let_be(tmp_path, tiny_model):
+    for name, prompt in (("support", "1 + 1?"), ("query", "1 + 2?")):
+        when, share = datetime.datetime(2020, 1, 1), decimal.Decimal("1.5")
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "2"}]
+        table = pa.table({"messages": [[{**turn, "at": when, "share": share} for turn in turns]] * 4})
+        pq.write_table(table, tmp_path / f"sums_{name}.parquet")
+    settings = {"task_dir": str(tmp_path), "inner_lr": 0.1, "support_samples": 4, "inner_batch_size": 4}
+    (files,) = find_task_files(MetaConfig.from_mapping(settings, "fomaml"))
+    examples = TokenizedSet(files.support, 4, load_tokenizer(str(tiny_model)), UNLIMITED)
+    assert examples.response_tokens([0]) > 0
+    shutil.copyfile(files.support, files.query)
+    with refused("occur in sums_query.parquet"):
+        find_task_files(MetaConfig.from_mapping(settings, "fomaml"))
+
+
+def test_one_row_of_every_order_of_roles_is_tokenised(tmp_path, tiny_model, monkeypatch):
+    user, assistant = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+    rows = [[user, assistant]] * 50 + [[user, user, assistant]] * 50
+    pq.write_table(pa.table({"messages": rows, "enable_thinking": [True, False] * 50}), tmp_path / "a.parquet")
+    tokenizer = load_tokenizer(str(tiny_model))
+    examples = TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, UNLIMITED)
+    tokenised = []
+    tokenise = examples._tokenize
+    monkeypatch.setattr(examples, "_tokenize", lambda index: tokenised.append(index) or tokenise(index))
+    examples.check_template()
+    assert tokenised == [0, 50]
+    examples.check_template([3, 4, 7])
+    assert tokenised == [0, 50, 3]
+    # Neighbours of one role are rendered as one turn.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}"
+        "{{ m.role }}: {% endif %}{{ m.content }}{% endfor %}"
+    )
+    with refused(f"{tmp_path / 'a.parquet'} row 50", "one by one", "model.custom_chat_template"):
+        TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, UNLIMITED).check_template()
+
+
+@pytest.mark.parametrize("ends", ["x", 10**9, -1, [2, -1], True, 1.5, {}])
+def test_end_tokens_that_the_model_does_not_know(ends, tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    change_json(folder / "generation_config.json", eos_token_id=ends)
+    with refused("generation_config.json has eos_token_id=", "correct it"):
+        check_model_files(str(folder), "model.path")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"n_layer": 100}, {"text_config": {"num_hidden_layers": 100}}]
+)
+def test_more_layers_than_weights(changes, tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    check_model_files(str(folder), "model.path")
+    change_json(folder / "config.json", **changes)
+    with refused("config.json says", "the weights beside it are", "copy"):
+        check_model_files(str(folder), "model.path")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(tiny_model):
+    tokenizer, config = AutoTokenizer.from_pretrained(tiny_model), AutoConfig.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|in no conversation|>"]})
+    assert len(tokenizer) == config.vocab_size + 1
+    check_vocabulary(tokenizer, config, "it")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|in no conversation|>")
+    with refused("it has vocab_size=", f"ids up to {config.vocab_size};"):
+        check_vocabulary(tokenizer, config, "it")
+    config.vocab_size = 40
+    with refused("vocab_size=40", "use the tokenizer that belongs to the model"):
+        check_vocabulary(AutoTokenizer.from_pretrained(tiny_model), config, "it")
+
+
 def test_a_tracker_file_leads_nowhere_else(tmp_path, evaluate):
     for text in ("1/../../elsewhere/global_step_1", "٣", "9" * 5000, "1\n2", ""):
         for run in ("run", "elsewhere"):
@@ -316,7 +492,7 @@ def test_a_state_is_only_read_from_the_runs_own_folder(tmp_path, marker, caplog)
     run.mkdir()
     foreign = other / "global_step_2"
     write_pickle(foreign / "model_world_size_1_rank_0.pt", marker)
-    (foreign / "layout.json").write_text(json.dumps({"files": {}}))
+    (foreign / "layout.json").write_text(json.dumps({"world_size": 1}))
     for path in (foreign, run / ".." / "other" / "global_step_2"):
         with refused("trainer.resume_from_path=", "is not in the run's own folder", "pickled", "copy it into"):
             _find_state(run, "auto", str(path))
