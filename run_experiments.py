@@ -8,7 +8,7 @@ another YAML file works for both. Every run is a public script as a subprocess w
 
 Started again with the same command, it keeps what has finished and goes on with the rest; failed runs stay failed until
 --retry-failed. --dry-run prints every command and runs nothing. Exit code: 0 when all runs finished, 1 when some did
-not or the output folder cannot be used, 2 for a setting that cannot work, 130 after Ctrl-C.
+not or the disk cannot be written, 2 for a setting or folder that cannot be used, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
