@@ -35,19 +35,17 @@ from metasft.installed import require
 from metasft.refusal import ArgumentParser, refuse
 from metasft.report import (
     ALL_TASKS,
-    RESULTS_SUFFIX,
-    SUMMARY_FILE,
     choose_shots,
     choose_tasks,
     differences,
     draw_comparison,
-    find_results,
     markdown_table,
     match_summaries,
     parse_pairs,
     read_method,
     save_figure,
 )
+from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_results
 
 # Flag -> default, per way of use. A flag of another way is an error, so that none is ignored in silence.
 _DEFAULTS: dict[str, dict[str, Any]] = {

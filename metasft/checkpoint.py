@@ -16,6 +16,7 @@ from typing import Any
 
 from metasft.config import INNER_OPTIMIZERS
 from metasft.durable import replacing_file, replacing_folder, write_json
+from metasft.shapes import is_number
 from metasft.untrusted import check_sums, printable, read_json, read_tensors, reason, write_sums
 from metasft.verl_settings import LARGEST_RATE
 
@@ -223,7 +224,7 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
         "its rank": type(rank) is int and rank > 0,
         "its rank_pattern": isinstance(config, dict) and isinstance(config.get("rank_pattern"), dict | None),
         "its alpha_pattern": isinstance(config, dict) and isinstance(config.get("alpha_pattern"), dict | None),
-        "its lora_alpha": type(alpha) in (int, float) and 0 < alpha <= LARGEST_ALPHA,
+        "its lora_alpha": is_number(alpha) and 0 < alpha <= LARGEST_ALPHA,
         "the base model's name": isinstance(values["base_model"], str),
         "the inner-loop settings": isinstance(adaptation, dict),
         "the meta-step": values["step"] is None or type(values["step"]) is int,
@@ -240,7 +241,7 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
     if config.get("modules_to_save"):
         raise ValueError(f"{path} sets modules_to_save, and only LoRA tensors are read; train an adapter without it")
     for module, alpha in (config.get("alpha_pattern") or {}).items():
-        if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_ALPHA:
+        if not (is_number(alpha) and 0 < alpha <= LARGEST_ALPHA):
             raise ValueError(f"{path} has {alpha!r:.80} in its alpha_pattern for {module!r:.80}; export it again")
     _check_patterns(path, config)
     check_recorded(path, adaptation)
@@ -274,7 +275,7 @@ def check_recorded(path: Path, adaptation: Mapping[str, Any]) -> None:
     optimizer, lr = adaptation.get("inner_optimizer"), adaptation.get("inner_lr")
     for key, value, right in (
         ("inner_optimizer", optimizer, optimizer in (None, *INNER_OPTIMIZERS)),
-        ("inner_lr", lr, lr is None or (type(lr) in (int, float) and 0 < lr <= LARGEST_RATE)),
+        ("inner_lr", lr, lr is None or (is_number(lr) and 0 < lr <= LARGEST_RATE)),
     ):
         if not right:
             raise ValueError(

@@ -178,7 +178,7 @@ def fingerprint(name: str) -> str:
     SHA-256 over the names, sizes and both ends (1 MiB each) of configuration and weight files: the whole of large
     weights would take minutes to read.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         return name
     total = hashlib.sha256()

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metasft import shapes
-from metasft.report import ALL_TASKS, RESULTS_SUFFIX, find_file, markdown_row, read_settings
+from metasft.report import ALL_TASKS, markdown_row
+from metasft.result_files import CELL, PREDICTION, RESULTS_SUFFIX, find_file, read_settings
 from metasft.shapes import read_checked_lines
 from metasft.untrusted import printable
 
@@ -231,18 +231,6 @@ def read_evaluation(label: str, path: Path) -> Evaluation:
     if not correct:
         raise ValueError(f"results of {label}: {files['predictions.jsonl']} is empty: run evaluate_few_shot.py again")
     return Evaluation(label, results, read_settings(files["settings.json"]), correct, losses, shots)
-
-
-_PLACE = {"task": shapes.line, "n_shots": shapes.count, "run": shapes.count}
-PREDICTION = shapes.fields(
-    {**_PLACE, "example_id": shapes.text, "correct": shapes.flag}, needed=(*_PLACE, "example_id", "correct")
-)
-"""What a line of ``<model_type>_predictions.jsonl`` must be."""
-CELL = shapes.fields(
-    {**_PLACE, "n_test": shapes.count, "loss": shapes.number, "shots": shapes.list_of(shapes.text)},
-    needed=(*_PLACE, "n_test", "loss", "shots"),
-)
-"""What a line of ``<model_type>_cells.jsonl`` must be."""
 
 
 # ---------------------------------------------------------------------------------------------------- may they be

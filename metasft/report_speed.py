@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.report import (
-    ALL_TASKS,
-    MARKERS,
-    check_entry,
-    check_interval,
-    find_file,
-    find_files,
-    literal_text,
-    read_entries,
-)
+from metasft.report import ALL_TASKS, MARKERS, literal_text
+from metasft.result_files import check_entry, check_interval, find_file, find_files, read_entries
 from metasft.shapes import fields, number
 
 SPEED_SUFFIX = "_speed.json"

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from metasft.durable import PARTIAL, flush, put_in_place, remove, replacing_file, write_json
 from metasft.faults import writing
 from metasft.lineage import Lineage, Start
+from metasft.refusal import user_path
 from metasft.untrusted import is_inside, read_json
 
 LAYOUT_FILE = "layout.json"
@@ -217,7 +218,7 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
     if mode == "resume_path" and path is None:
         raise ValueError("trainer.resume_from_path is not set; give a global_step_<N> folder, or set resume_mode=auto")
     if path is not None:
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         is_state = folder.is_dir() and step_of(folder) is not None
         reason = _damage(folder) if is_state else "it is no global_step_<N> folder"
         if reason is not None:

@@ -13,12 +13,12 @@ from verl.utils.device import get_torch_device
 
 from metasft.checkpoint import size_bytes
 from metasft.durable import write_json
+from metasft.result_files import SUMMARY_FILE
 from metasft.resume import StepCost
 
 if TYPE_CHECKING:
     from metasft.trainer import EpisodicSFTTrainer
 
-SUMMARY_FILE = "run_summary.json"
 PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy")
 
 

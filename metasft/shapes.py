@@ -92,6 +92,10 @@ def number(value: Any, where: str) -> None:
     expect(is_number(value) and 0 <= value < LARGEST, value, where, "a finite number, at least 0")
 
 
+def any_number(value: Any, where: str) -> None:
+    expect(is_number(value), value, where, "a number")
+
+
 def proportion(value: Any, where: str) -> None:
     expect(is_number(value) and 0 <= value <= 1, value, where, "a number between 0 and 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from omegaconf import OmegaConf
 from verl.utils.tracking import Tracking
 
 from metasft.untrusted import reason
+
+logger = logging.getLogger(__name__)
 
 
 class CannotTrack(ValueError):
@@ -39,3 +42,13 @@ def start_tracking(config: Any) -> Tracking | None:
     if refused[0] is not None:
         raise CannotTrack(refused[0])
     return tracking
+
+
+def track(tracking: Tracking, metrics: dict[str, float], step: int) -> None:
+    """Hand the metrics of a meta-step to every logger; on the console one readable line, without those per task."""
+    for backend in tracking.logger:
+        data = {k: v for k, v in metrics.items() if k.count("/") == 1} if backend == "console" else metrics
+        try:
+            tracking.log(data=data, step=step, backend=[backend])
+        except OSError as error:  # a full disk: metrics.jsonl has them too, and only a checkpoint is worth ending for
+            logger.warning("trainer.logger %s cannot write meta-step %d: %s", backend, step, error.strerror or error)

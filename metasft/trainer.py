@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils.device import get_device_id, get_torch_device
-from verl.utils.tracking import Tracking
 
 from metasft.adaptation import InnerLoop, local_tensor, total_norm
 from metasft.checkpoint import first_not_finite, save_hf_model, save_meta_lora
@@ -39,10 +38,12 @@ from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
 from metasft.model_folder import check_language_model, check_vocabulary, fingerprint
 from metasft.preemption import Preemption
+from metasft.refusal import user_path
+from metasft.result_files import SUMMARY_FILE
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
-from metasft.run_summary import SUMMARY_FILE, write_summary
+from metasft.run_summary import write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
-from metasft.tracking import start_tracking
+from metasft.tracking import start_tracking, track
 from metasft.untrusted import check_chat_template, sha256_of
 from metasft.verl_backend import (
     MetaFSDPEngine,
@@ -85,7 +86,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         config.engine.fsdp_size = group_size
         if self.lora:
             config.checkpoint.save_lora_only = True  # the frozen base is never part of a checkpoint
-        self.run_dir = Path(config.trainer.default_local_dir).expanduser()
+        self.run_dir = user_path(config.trainer.default_local_dir)
         self.config, self._group_size = config, group_size
         self._state, self.skipped_steps = self._find_state()
         self._preemption = Preemption()
@@ -271,7 +272,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             for step in progress:
                 metrics = self.train_step(step)
                 if is_logging:
-                    _track(tracking, metrics, step)
+                    track(tracking, metrics, step)
                     log.append({"step": step, **metrics})
                     progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
                     self._preemption.check_notice(metrics["perf/step_seconds"])
@@ -641,16 +642,6 @@ def _without_line(unwanted: str) -> Iterator[None]:
             yield
     finally:
         print(printed.getvalue().replace(unwanted + "\n", ""), end="", flush=True)
-
-
-def _track(tracking: Tracking, metrics: dict[str, float], step: int) -> None:
-    for backend in tracking.logger:
-        # One readable line on the console; everything, per task too, everywhere else.
-        data = {k: v for k, v in metrics.items() if k.count("/") == 1} if backend == "console" else metrics
-        try:
-            tracking.log(data=data, step=step, backend=[backend])
-        except OSError as error:  # a full disk: metrics.jsonl has them too, and only a checkpoint is worth ending for
-            logger.warning("trainer.logger %s cannot write meta-step %d: %s", backend, step, error.strerror or error)
 
 
 def _short(metrics: dict[str, float], key: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.experiment_report.results import Arm, Run, number
-from metasft.report import read_json
+from metasft.result_files import read_json
 
 PERFORMANCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "performance.json"
 FACTORS = {

@@ -14,8 +14,16 @@ from typing import Any
 
 from metasft.experiments.records import EXPERIMENTS_FILE
 from metasft.experiments.records import read_experiments as read_document
-from metasft.paired import CELL, PREDICTION, Evaluation, read_evaluation
-from metasft.report import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results, read_settings
+from metasft.paired import Evaluation, read_evaluation
+from metasft.result_files import (
+    CELL,
+    PREDICTION,
+    RESULTS_SUFFIX,
+    SUMMARY_FILE,
+    read_json,
+    read_results,
+    read_settings,
+)
 from metasft.shapes import LARGEST, count, fields, is_number, read_checked_lines
 
 FINISHED = "finished"

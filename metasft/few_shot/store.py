@@ -10,16 +10,18 @@ from typing import Any
 
 from metasft.checkpoint import replacing_file, write_json
 from metasft.few_shot.protocol import Cell
+from metasft.result_files import PLACE
+from metasft.shapes import Check, any_number, count, fields, flag
 from metasft.untrusted import read_json
 
 # What may differ between the run that wrote the finished cells and the run that continues it: how the work was cut up
 # and what was measured along the way, not what was evaluated.
 _NOT_COMPARED = ("versions", "trained_parameters", "cells_per_batch", "one_at_a_time_because", "tokens")
 
-_PLACE = {"task": (str,), "n_shots": (int,), "run": (int,), "step": (int, type(None))}
-_PREDICTION = {**_PLACE, "correct": (bool,), "formatted": (bool,)}
-_RECORD = {**_PLACE, "n_test": (int,), "loss": (int, float), "adapt_steps": (int,), "adapt_seconds": (int, float)}
-"""The fields of a line that are read again, with their types."""
+# What is read again of a line. Unlike what compares methods, it takes a loss that has left the finite range.
+_PREDICTION = fields({**PLACE, "step": count, "correct": flag, "formatted": flag}, (*PLACE, "correct", "formatted"))
+_COSTS = {"n_test": count, "loss": any_number, "adapt_steps": count, "adapt_seconds": any_number}
+_RECORD = fields({**PLACE, "step": count, **_COSTS}, needed=(*PLACE, *_COSTS))
 
 
 class ResultStore:
@@ -102,7 +104,7 @@ def _cell_of(line: Mapping[str, Any]) -> Cell:
     return Cell(line["task"], line["n_shots"], line["run"], line.get("step"))
 
 
-def _read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], remedy: str) -> list[dict[str, Any]]:
+def _read_lines(path: Path, check: Check, remedy: str) -> list[dict[str, Any]]:
     """The JSON lines of a file; the last one may have been cut off by an interruption, within a character too.
 
     Raises:
@@ -114,12 +116,10 @@ def _read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], remedy: str)
     lines = []
     for number, encoded in enumerate(complete, 1):
         try:
-            line = json.loads(encoded.decode("utf-8"))
-        except (ValueError, RecursionError):
-            line = None
-        if not isinstance(line, dict) or not all(type(line.get(name)) in types for name, types in fields.items()):
-            raise ValueError(f"{path} line {number} is damaged: {remedy}")
-        lines.append(line)
+            lines.append(json.loads(encoded.decode("utf-8")))
+            check(lines[-1], "")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {number} is damaged: {remedy}") from error
     return lines
 
 

@@ -21,12 +21,12 @@ from metasft.report import (
     choose_tasks,
     differences,
     draw_comparison,
-    find_results,
     markdown_table,
     match_summaries,
     parse_pairs,
     read_method,
 )
+from metasft.result_files import find_results
 
 SHOTS = (0, 5, 10)
 # Correct answers of 20 per task and N, by method.
