@@ -448,6 +448,13 @@ class TaskBatchedLoRA:
             layer.b.grad = layer.stack.grad_b.sum(dim=0).t().contiguous()
 
     @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Give every task random adapters, far from theta and from each other."""
+        noise = torch.randn(self._theta.shape, generator=generator)
+        self._theta.data.add_(noise.to(self._theta.device), alpha=0.05)
+        self._refresh()
+
+    @torch.no_grad()
     def task_tensors(self, task: int) -> list[torch.Tensor]:
         """theta_i of one task, in the order and shapes of :attr:`parameters`."""
         return [t for layer in self._layers for t in (layer.stacked[0][task], layer.stacked[1][task].t())]

@@ -324,6 +324,10 @@ class TokenizedSet:
                 with contextlib.suppress(_TooLong):  # check() speaks of that
                     self._tokenize(index)
 
+    def by_length(self) -> list[int]:
+        """Indices of the examples, from the conversation with the fewest characters to that with the most."""
+        return sorted(range(len(self)), key=lambda index: len(str(self._dataset.messages[index])))
+
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of the examples at ``indices``, prompts included."""
         return sum(len(self._packed(index).tokens) for index in indices)

@@ -34,6 +34,7 @@ from metasft.durable import remove_leftovers, replacing_file
 from metasft.episode_table import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.episodes import Episode, EpisodeSampler
 from metasft.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
+from metasft.layouts import Example
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
 from metasft.model_folder import check_language_model, check_vocabulary, fingerprint
@@ -93,12 +94,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         _seed_everything(config.trainer.seed)
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
-        inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
-        self.inner_loop: InnerLoop | TaskBatchedLoRA
-        if self.lora and meta.task_batching is not False:
-            self.inner_loop = self.engine.batch_tasks(**inner)
-        else:
-            self.inner_loop = InnerLoop(self.engine.trained_parameters(), **inner)
+        self.inner_loop = self._prove_the_passes()
         if self._state is not None:
             self.engine.use_configured_optimizer()
         self._last_saved = self.resume_global_step
@@ -166,6 +162,44 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "again, or use another model"
             )
 
+    def _prove_the_passes(self) -> InnerLoop | TaskBatchedLoRA:
+        """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
+        notes = self.engine.choose_layout(self._examples_to_prove(), self._batch_settings)
+        inner_loop = self._build_inner_loop(notes)
+        if self.rank == 0:
+            rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
+            batched = isinstance(inner_loop, TaskBatchedLoRA)
+            tasks = "several tasks in a pass" if batched else "one task at a time" if self.lora else "all parameters"
+            print(f"rows: {rows[self.engine.layout.rows]}; {tasks} (compared with the model's own losses)", flush=True)
+            for note in notes:
+                logger.warning("not used: %s", note)
+        return inner_loop
+
+    def _build_inner_loop(self, notes: list[str]) -> InnerLoop | TaskBatchedLoRA:
+        meta = self.meta
+        inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
+        if self.lora and meta.task_batching is not False:
+            try:
+                inner_loop = self.engine.batch_tasks(**inner)
+                if why := self.engine.why_not_stacked(self._examples_to_prove(), self._batch_settings):
+                    raise ValueError(f"stacked adapters do not compute what each of them does alone ({why})")
+                return inner_loop
+            except ValueError as error:
+                self.engine.task_batch = None
+                if meta.task_batching:
+                    raise ValueError(f"meta.task_batching=true cannot be used: {error}") from error
+                notes.append(f"several tasks in a pass: {error}")
+        return InnerLoop(self.engine.trained_parameters(), **inner)
+
+    def _examples_to_prove(self) -> list[Example]:
+        """The longest example of the run between short ones, of two tasks where there are two."""
+        sets = [*self.support_sets.values(), *self.query_sets.values()]
+        longest = max((examples[examples.by_length()[-1]] for examples in sets), key=lambda e: len(e["input_ids"]))
+        first, *others = self.support_sets.values()
+        other = others[0] if others else first
+        alike = [first[index] for index in first.by_length()[:2]]
+        return [*(Example(0, tensors) for tensors in (*alike, longest)), Example(1, other[other.by_length()[0]])]
+
     def _build_dataloader(self) -> None:
         # veRL's checkpoint handler saves and restores whatever is called train_dataloader.
         self.train_dataloader = EpisodeSampler(
@@ -179,7 +213,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         )
         data = self.config.data
         self._batch_settings = {
-            "use_remove_padding": self.config.model.use_remove_padding,
+            "use_remove_padding": self.config.model.use_remove_padding,  # asks; the engine's layout decides
             "use_dynamic_bsz": data.use_dynamic_bsz,
             "max_token_len_per_gpu": data.max_token_len_per_gpu,
             "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
@@ -532,7 +566,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             weights += [1.0 / task_set.response_tokens(chosen)] * len(share)
         if records is not None:
             lengths = [len(example["input_ids"]) for example in examples]
-            width = 0 if self._batch_settings["use_remove_padding"] else max(lengths)
+            width = max(lengths) if self.engine.layout.rows == "padded" else 0
             for task, length in zip(tasks, lengths, strict=True):
                 records[task].tokens += length
                 records[task].padding += max(width - length, 0)

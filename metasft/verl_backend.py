@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
+from verl.utils.model import _architecture_to_auto_class
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
@@ -38,6 +39,7 @@ from verl.workers.engine_workers import TrainingWorker
 from metasft import packed_attention
 from metasft.adaptation import local_tensor
 from metasft.checkpoint import load_adapter_folder, with_adapter_of
+from metasft.layouts import Example, Layout, first_right, looks_ahead, why_wrong
 from metasft.lora_batch import TaskBatchedLoRA
 from metasft.model_folder import why_not_loaded
 from metasft.packed_attention import PackedSequences
@@ -45,6 +47,9 @@ from metasft.response_loss import response_loss
 from metasft.untrusted import reason
 
 MODEL_TYPE = "meta_language_model"
+Output = Literal["loss", "selected", "logits"]
+OUTPUTS: tuple[Output, ...] = ("loss", "selected", "logits")
+"""What the output layer gives: the loss, the logits of response positions, or those of all positions."""
 
 
 @dataclass
@@ -79,10 +84,11 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
         # TrainingWorker stores the registry key here; veRL's model loading expects its own name.
         model_config.model_type = "language_model"
-        self.response_only_logits = True
         self.task_batch: TaskBatchedLoRA | None = None
+        # The model's own forward, example by example, until choose_layout() has proven something better.
+        self.layout = Layout("padded", "own")
+        self.output: Output = "logits"
         self._response: _Response | None = None
-        self._shares_prefixes: bool | None = None
         super().__init__(model_config, *args, **kwargs)
 
     # ---- task groups ------------------------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _build_module(self) -> torch.nn.Module:
-        with reading_model(self.model_config.path):
+        with reading_model(self.model_config.path), _as_verl_reads(self.model_config.hf_config):
             return super()._build_module()
 
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -166,6 +172,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
                 "engine.mixed_precision.param_dtype=fp16 needs loss scaling, which inner steps do not have; use bf16"
             )
         self._autocast_dtype = param_dtype
+        self._model_dtype = module.get_input_embeddings().weight.dtype
         self.scaler = None
         if self.get_data_parallel_size() == 1:
             module = self._place_whole(module)
@@ -177,8 +184,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             enable_activation_offloading(
                 module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
             )
-        # None: veRL's own packing, for attention that packed_attention does not cover.
-        self._shares_prefixes = not _drops_out(module) if use_packed_attention(module) else None
+        self._drops_out = _drops_out(module)
+        self._own_attention = base_model(module).config._attn_implementation
         self._watch_output_layer(module)
         return module
 
@@ -297,22 +304,24 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         for number, micro_batch in enumerate(micro_batches, start=1):
             if backward:
                 with self._gradient_sync_context(is_last_micro_batch=number == len(micro_batches)):
-                    losses += self._forward(micro_batch, num_tasks, backward=True)
+                    response = self._forward(micro_batch, backward=True)
             else:
                 with torch.no_grad():
-                    losses += self._forward(micro_batch, num_tasks, backward=False)
+                    response = self._forward(micro_batch, backward=False)
+            losses.index_add_(0, response.tasks, response.nll * response.weights * self.get_data_parallel_size())
         return losses
 
-    def _forward(self, micro_batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
-        """Forward, and backward, of one micro-batch; its part of each task's loss, [T]."""
+    def _forward(self, micro_batch: Any, *, backward: bool) -> _Response:
+        """Forward, and backward, of one micro-batch; its response tokens with the loss of each."""
         device = get_device_id()
-        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+        packed = self.layout.rows != "padded"
+        tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
         micro_batch = self._grouped_by_task(micro_batch)
         # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
         lengths = micro_batch["input_ids"].offsets().diff()
         response = self._response_of(micro_batch, lengths, packed)
         rows = None
-        if packed and self._shares_prefixes is not None:
+        if self.layout.rows == "shared":
             rows = self._packed_rows(micro_batch, response, device)
         if self._is_task_batched:
             counts = (
@@ -328,7 +337,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         else:
             model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
         autocast = self._autocast_dtype != torch.float32
-        self._response = response if self.response_only_logits else None
+        self._response = response
         try:
             with packed_attention.rows_are(rows):
                 with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
@@ -340,8 +349,13 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
                     (response.loss * self.get_data_parallel_size()).backward()
         finally:
             self._response = None
-        terms = response.nll * response.weights * self.get_data_parallel_size()
-        return torch.zeros(num_tasks, device=device).index_add_(0, response.tasks, terms)
+        if not backward:
+            # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
+            # computing with them when the shards have changed.
+            for part in self.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+        return response
 
     def _grouped_by_task(self, micro_batch: Any) -> Any:
         """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""
@@ -373,7 +387,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             list(zip(slots, sequences, strict=True)),
             self.task_batch.num_tasks if batched else 1,
             torch.device(device),
-            share=self._shares_prefixes,
+            share=not self._drops_out,  # sequences that share states would share random masks, too
         )
         entry = torch.tensor([node for path in rows.paths for node in path.nodes])
         response.index = entry[response.index]
@@ -383,6 +397,125 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """Rows of each task's stacked adapter: tokens when packed, examples when padded."""
         rows = torch.zeros(self.task_batch.num_tasks, dtype=torch.long)
         return rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths).tolist()
+
+    # ---- how examples are laid out ----------------------------------------------------------------------------------
+
+    def choose_layout(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[str]:
+        """Choose :attr:`output` and :attr:`layout`: the fastest of each with the losses of the model's own forward.
+
+        Every rank computes the same, so that all come to the same choice.
+
+        Args:
+            examples: two or more, some of one task and alike at their beginning, among them the longest of the run.
+            settings: veRL's batch settings; ``use_remove_padding`` false asks for padded rows.
+
+        Returns:
+            What was not chosen, and why.
+
+        Raises:
+            ValueError: the model predicts a token from what comes after it, or its losses in a padded batch are not
+                those of its own forward.
+        """
+        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+
+        def alone(example: Example) -> torch.Tensor:
+            return self._token_losses([example], settings)[0]
+
+        self.module.eval()
+        try:
+            self._use_layout(Layout("padded", "own"))
+            self.output = "logits"
+            short = min(examples, key=lambda example: len(example.tensors["input_ids"]))
+            model = f"model.path={self.model_config.path} ({base_model(self.module).config.model_type})"
+            try:
+                ahead = looks_ahead(alone, short, dtype)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{model} cannot compute the loss of an example ({type(error).__name__}: {reason(error)}); use "
+                    "another model, or name fewer modules in model.target_modules"
+                ) from error
+            if ahead:
+                raise ValueError(
+                    f"{model} with {self._own_attention} attention predicts a token from the tokens after it, so that "
+                    "its loss says nothing; use a causal language model (an encoder may need is_decoder=true in its "
+                    "config.json, a decoder +model.override_config.attn_implementation=eager)"
+                )
+            expected = [alone(example) for example in examples]
+            reasons = []
+            for output in OUTPUTS:
+                self.output = output
+                if not (why := why_wrong(lambda e: [alone(e[0])], expected[:1], examples[:1], dtype)):
+                    break
+                reasons.append(f"output layer with {output}: {why}")
+            wanted = [Layout("packed", "own"), Layout("padded", "own")]
+            if self._own_attention == "sdpa":
+                wanted = [Layout("shared", "packed"), Layout("packed", "own")]
+                wanted += [Layout("padded", "packed"), Layout("padded", "own")]
+            if not settings["use_remove_padding"]:
+                wanted = [layout for layout in wanted if layout.rows == "padded"]
+
+            def why_not(layout: Layout) -> str:
+                def losses(together: Sequence[Example]) -> list[torch.Tensor]:
+                    self._use_layout(layout)
+                    return self._token_losses(together, settings)
+
+                return why_wrong(losses, expected, examples, dtype)
+
+            layout, of_layouts = first_right(wanted, why_not)
+            if layout is None:
+                raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
+            self._use_layout(layout)
+            return [*reasons, *of_layouts]
+        finally:
+            self.module.train()
+
+    def why_not_stacked(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> str:
+        """What is wrong with several tasks in one pass over this model; empty where nothing is.
+
+        Compares two tasks, whose adapters are drawn at random, with each of them loaded into the model alone.
+
+        Args:
+            examples, settings: as of :meth:`choose_layout`, which has to come first.
+        """
+        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+
+        def stacked(compute: Callable[[TaskBatchedLoRA], Any]) -> Any:
+            with self.task_batch.adapting(2) as adaptation:
+                adaptation.draw(torch.Generator().manual_seed(0))
+                return compute(adaptation)
+
+        own = [parameter.data for parameter in self.task_batch.parameters]
+        theta = [tensor.clone() for tensor in own]
+        self.module.eval()
+        try:
+            adapted = stacked(lambda batch: [[part.clone() for part in batch.task_tensors(task)] for task in (0, 1)])
+            expected = []
+            for example in examples:
+                torch._foreach_copy_(own, adapted[example.task])
+                expected += self._token_losses([example], settings)
+            torch._foreach_copy_(own, theta)
+            return stacked(lambda _: why_wrong(lambda e: self._token_losses(e, settings), expected, examples, dtype))
+        finally:
+            torch._foreach_copy_(own, theta)
+            self.module.train()
+
+    def _use_layout(self, layout: Layout) -> None:
+        base, self.layout = base_model(self.module), layout
+        if layout.attention == "packed":
+            packed_attention.use_packed_attention(base)
+        elif base.config._attn_implementation != self._own_attention:
+            base.set_attn_implementation(self._own_attention)
+
+    @torch.no_grad()
+    def _token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The loss of each response token of each example, computed together; fp32 on the device."""
+        tasks = [example.task for example in examples]
+        response = self._forward(
+            make_batch([example.tensors for example in examples], tasks, [1.0] * len(examples), settings),
+            backward=False,
+        )
+        lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
+        return list(response.nll.float().split(lengths))
 
     # ---- the output layer -------------------------------------------------------------------------------------------
 
@@ -394,29 +527,22 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         afterwards, it returns the loss itself, and the logits never exist as a whole.
         """
         layer = module.get_output_embeddings()
-        config = module.config.get_text_config()
-        plain = (
-            isinstance(layer, torch.nn.Linear)
-            and layer.bias is None
-            and not any(
-                getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            )
-        )
-        if not plain:
-            layer.register_forward_pre_hook(self._select_response)
+        if layer is None:
+            return
+        layer.register_forward_pre_hook(self._select_response)
+        if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
             return
         original = layer.forward
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             response = self._response
-            if response is None:
+            if response is None or self.output != "loss":
                 return original(hidden)
-            (rows,) = self._select_response(layer, (hidden,))
             weight = layer.weight
-            if torch.is_autocast_enabled(rows.device.type):
-                dtype = torch.get_autocast_dtype(rows.device.type)
-                rows, weight = rows.to(dtype), weight.to(dtype)
-            response.loss, response.nll = response_loss(rows, weight, response.labels, response.weights)
+            if torch.is_autocast_enabled(hidden.device.type):
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
+            response.loss, response.nll = response_loss(hidden, weight, response.labels, response.weights)
             return response.loss
 
         layer.forward = forward
@@ -424,17 +550,42 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
     def _select_response(
         self, _layer: torch.nn.Module, args: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        if self._response is None:
+        if self._response is None or self.output == "logits":
             return None
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._response.index), *args[1:])
 
     def _loss_from_logits(self, logits: torch.Tensor, response: _Response) -> None:
         logits = logits.reshape(-1, logits.shape[-1])
-        if self._response is None:  # the logits of all positions
+        if self.output == "logits":  # of all positions
             logits = logits.index_select(0, response.index)
         nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
         response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
+
+
+# veRL would load GPT-2 and its relatives, whose classes are called ...LMHeadModel, without their output layer.
+_architecture_to_auto_class.setdefault("LMHeadModel", AutoModelForCausalLM)
+
+
+@contextmanager
+def _as_verl_reads(config: Any) -> Iterator[None]:
+    """What veRL's loader asks of every configuration, and older models do not have.
+
+    Numbers of heads are lent while the model is loaded; models without ``sdpa`` get transformers' ``eager``.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    lent = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(text, name)]
+    for name in lent:
+        setattr(text, name, heads)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if config._attn_implementation == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for name in lent:
+            delattr(text, name)
 
 
 @contextmanager
@@ -534,24 +685,9 @@ def check_shardable(module: torch.nn.Module) -> None:
         )
 
 
-def use_packed_attention(module: torch.nn.Module) -> bool:
-    """Switch a model from ``sdpa`` to attention over packed rows, where its layers are all plainly causal.
-
-    Returns:
-        Whether it did.
-    """
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    config = base.config.get_text_config()
-    plain = (
-        base.config._attn_implementation == "sdpa"
-        and base.config is config  # no towers of other modalities
-        and not getattr(config, "is_encoder_decoder", False)
-        and not getattr(config, "use_bidirectional_attention", None)
-        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-    )
-    if plain:
-        packed_attention.use_packed_attention(base)
-    return plain
+def base_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside an adapter, or the model itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def _drops_out(module: torch.nn.Module) -> bool:

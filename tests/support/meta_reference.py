@@ -67,7 +67,8 @@ class Reference:
     def gradient(self, theta, examples):
         leaves = {n: t.detach().clone().requires_grad_(True) for n, t in theta.items()}
         loss = response_loss(self.model, leaves, examples)
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        # Experts that no token of the batch was routed to have no gradient.
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
     def adapt(self, theta, task, support_batches, lr, optimizer="sgd"):

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from metasft.adaptation import InnerLoop
 from metasft.lora_batch import Blocks, TaskBatchedLoRA, add_block_products, add_rows_times, choose_strategy, rows_times
-from metasft.packed_attention import PackedSequences, rows_are
-from metasft.verl_backend import check_shardable, use_packed_attention
+from metasft.packed_attention import PackedSequences, rows_are, use_packed_attention
+from metasft.verl_backend import check_shardable
 
 TOLERANCE = 1e-5
 LR = 0.02  # larger rates make these random models chaotic, and rounding grows with every inner step

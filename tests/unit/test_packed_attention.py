@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from metasft import packed_attention
 from metasft.packed_attention import PackedSequences, packed_sdpa, rows_are
 
 LAYER = SimpleNamespace(layer_idx=0)
@@ -100,22 +99,3 @@ def test_bf16_keeps_its_dtype_and_agrees_with_fp32():
         found, _ = packed_sdpa(LAYER, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, scaling=0.3)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
-
-
-def test_models_with_another_kind_of_attention_keep_theirs():
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from metasft.verl_backend import use_packed_attention
-
-    shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **heads))
-    chunked = AutoConfig.for_model("llama", **shape, **heads)
-    chunked.layer_types = ["full_attention", "chunked_attention"]
-    other = AutoModelForCausalLM.from_config(chunked)
-    eager = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **shape, **heads), attn_implementation="eager"
-    )
-    for model, name in ((plain, packed_attention.NAME), (other, "sdpa"), (eager, "eager")):
-        assert use_packed_attention(model) is (name == packed_attention.NAME)
-        assert model.config._attn_implementation == name
