@@ -52,6 +52,7 @@ from metasft.verl_backend import (
     check_adapter,
     check_optimizer,
     copy_to_hdfs,
+    count_micro_batches,
     full_state_dict_on_rank_0,
     make_batch,
     reading_model,
@@ -499,7 +500,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 record.contribution_norm = norm
         table = to_table(
             records,
-            self.inner_loop.parameters[0].device,
+            torch.device(get_device_id()),  # not that of theta, which engine.offload_policy keeps on the host
             first=self.engine.task_group_index * len(records),
             rows=self.meta.meta_batch_size,
             stopping=self._preemption.requested,
@@ -525,7 +526,10 @@ class EpisodicSFTTrainer(SFTTrainer):
         examples: list[Any] = []
         tasks: list[int] = []
         weights: list[float] = []
+        lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
         for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
+            for other, lengths in enumerate(lengths_of_ranks):
+                lengths += [task_set.tokens([index]) for index in chosen[other::size]]
             share = task_set.batch(chosen[rank::size])
             examples += share
             tasks += [task] * len(share)
@@ -536,7 +540,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             for task, length in zip(tasks, lengths, strict=True):
                 records[task].tokens += length
                 records[task].padding += max(width - length, 0)
-        return make_batch(examples, tasks, weights, self._batch_settings)
+        least = count_micro_batches(lengths_of_ranks, self._batch_settings["max_token_len_per_gpu"])
+        return make_batch(examples, tasks, weights, {**self._batch_settings, "least_micro_batches": least})
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 
