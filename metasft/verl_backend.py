@@ -216,9 +216,11 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         full_state = module.state_dict()
         apply_fsdp2(module, kwargs, self.engine_config)
         fsdp2_load_full_state_dict(module, full_state, self.device_mesh, offload_policy)
-        # veRL moves everything to the host with offload_policy; FSDP brings its own parameters back, not these.
-        for parameter in kwargs.get("ignored_params", ()):
-            parameter.data = parameter.data.to(get_device_id())
+        if self._is_lora and offload_policy is not None:
+            # veRL has moved everything to the host; FSDP brings back what it shards, when it is needed, and no adapter.
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(get_device_id())
         return module
 
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
