@@ -41,7 +41,7 @@ from metasft.preemption import Preemption
 from metasft.refusal import user_path
 from metasft.result_files import SUMMARY_FILE
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
-from metasft.run_summary import write_summary
+from metasft.run_summary import peaks_of_ranks, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
 from metasft.tracking import start_tracking, track
 from metasft.untrusted import check_chat_template, sha256_of
@@ -288,9 +288,10 @@ class EpisodicSFTTrainer(SFTTrainer):
                         print(f"stopped by SIGTERM: meta-step {step} is saved, the same command goes on from there")
                         tracking.finish()
                     return
+        seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
         with writing("the summary of the run", self.run_dir):
             if is_logging:
-                write_summary(self, checkpoint, log.costs, time.perf_counter() - start + earlier_seconds)
+                write_summary(self, checkpoint, log.costs, seconds, peaks)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
         if is_logging:
             tracking.finish()

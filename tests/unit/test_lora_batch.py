@@ -330,8 +330,10 @@ def test_products_over_blocks(counts, strategy):
 
 @pytest.mark.parametrize(
     ("capability", "in_bf16"),
-    [((7, 5), "masked"), ((8, 0), "masked"), ((8, 9), "masked"), ((9, 0), "grouped"), ((10, 3), "grouped")]
-    + [((11, 0), "masked"), ((12, 0), "masked")],
+    [
+        *(((major, 0), "masked") for major in (7, 8, 11, 12)),
+        *(((major, 0), "grouped") for major in (9, 10)),
+    ],
 )
 def test_the_strategy_follows_the_device(monkeypatch, capability, in_bf16):
     """Where torch has no kernel for groups, its ``grouped_mm`` reads the offsets on the host at every call."""
