@@ -18,6 +18,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor``, of the host, on ``device`` without waiting for what the device still has to do.
+
+    From ordinary memory CUDA may first wait for the stream; from pinned memory it never does.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Joint L2 norm of the local parts of ``tensors``, 0-dim fp32 on their device; NaN or infinite where they are."""
@@ -124,6 +132,7 @@ def clip_grad_norm(parameters: Sequence[torch.nn.Parameter], max_norm: float) ->
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+        # With engine.offload_policy the shards lie on the host, and ranks communicate from the device.
+        norm = norm.to(norm.device_mesh.device_type).full_tensor()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

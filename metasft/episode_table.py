@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from metasft.adaptation import upload
+
 
 @dataclass
 class EpisodeRecord:
@@ -61,7 +63,7 @@ def to_table(
 
     Args:
         records: of this rank's episodes, the ``first`` of which is that row of the meta-batch.
-        device: of theta.
+        device: that ranks communicate from.
         rows: episodes of the whole meta-batch.
         stopping: whether this rank was asked to stop.
     """
@@ -71,7 +73,7 @@ def to_table(
         values = [*record.support_losses, record.query_loss_before, record.query_loss_after, record.contribution_norm]
         table[index, :-COUNTS] = torch.stack([zero if value is None else value.to(device) for value in values])
     counts = torch.tensor([[float(record.tokens), float(record.padding)] for record in records])
-    table[first : first + len(records), -COUNTS:] = counts.to(device)
+    table[first : first + len(records), -COUNTS:] = upload(counts, device)
     table[-1, 0] = float(stopping)
     return table
 

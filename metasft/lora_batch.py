@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from metasft.adaptation import make_inner_optimizer
+from metasft.adaptation import make_inner_optimizer, upload
 
 REMEDY = "set meta.task_batching=false to adapt one task at a time"
 
@@ -68,17 +68,19 @@ class Blocks:
         return _foreign(self.counts, width, device)
 
 
-# The layers of a pass ask for the same few tensors hundreds of times; on a GPU each would be a copy from the host.
+# The layers of a pass ask for the same few tensors hundreds of times.
 @lru_cache(maxsize=32)
 def _ends(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(counts).cumsum(0).to(device, torch.int32)
+    return upload(torch.tensor(counts).cumsum(0).to(torch.int32), device)
 
 
 @lru_cache(maxsize=32)
 def _foreign(counts: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
-    task = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    column = torch.arange(len(counts)).repeat_interleave(width)
-    return (task[:, None] != column[None, :]).to(device)
+    # From the ends, of which there are few: the mask itself would be megabytes to move.
+    row = torch.arange(sum(counts), dtype=torch.int32, device=device)
+    task = torch.searchsorted(_ends(counts, device), row, right=True)
+    column = torch.arange(len(counts) * width, device=device) // width
+    return task[:, None] != column[None, :]
 
 
 def choose_strategy(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str:
@@ -86,9 +88,20 @@ def choose_strategy(device: torch.device, dtype: torch.dtype, widths: Sequence[i
     if device.type == "cpu":
         return "loop"
     aligned = all(width % 8 == 0 for width in widths)  # grouped GEMM wants rows of 16 bytes
-    if dtype == torch.bfloat16 and aligned and hasattr(torch.nn.functional, "grouped_mm"):
+    if dtype == torch.bfloat16 and aligned and _has_grouped_kernel(device):
         return "grouped"
     return "masked"
+
+
+def _has_grouped_kernel(device: torch.device) -> bool:
+    """Whether torch multiplies groups in one kernel here.
+
+    It has one for compute capabilities 9 and 10 (Hopper, B200); anywhere else ``grouped_mm`` brings the ends to the
+    host, at every call, and loops over the groups (``_grouped_mm_cuda`` of ATen's GroupedBlas.cpp, torch 2.10 to 2.13).
+    """
+    if device.type != "cuda" or torch.version.hip or not hasattr(torch.nn.functional, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def rows_times(x: torch.Tensor, weight: torch.Tensor, blocks: Blocks) -> torch.Tensor:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from metasft.adaptation import upload
+
 NAME = "packed_sdpa"
 MAX_WASTE = 1.25
 """Largest ratio of computed to needed attention scores within one group of sequences."""
@@ -111,8 +113,8 @@ class PackedSequences:
             self.paths.append(Path(path, shared))
         self.nodes = len(tokens)
         self.tokens = sum(len(sequence.nodes) for sequence in self.paths)
-        self.input_ids = torch.tensor([tokens]).to(device, non_blocking=True)
-        self.position_ids = torch.tensor([depths]).to(device, non_blocking=True)
+        self.input_ids = upload(torch.tensor([tokens]), device)
+        self.position_ids = upload(torch.tensor([depths]), device)
         self._groups = [self._group(members, device) for members in _similar(self.paths)]
         # Results come group by group; every node is some sequence's own exactly once.
         order = torch.cat([group.queries.flatten()[group.inside] for group in self._groups])
@@ -137,8 +139,8 @@ class PackedSequences:
         inside = (column[None] < torch.tensor(own)[:, None]).flatten().nonzero().squeeze(-1)
         depth = None
         if any(m.shared for m in members):
-            depth = (torch.tensor([m.shared for m in members])[:, None] + column[None]).to(device)
-        return _Group(queries.to(device), keys.to(device), depth, inside.to(device))
+            depth = upload(torch.tensor([m.shared for m in members])[:, None] + column[None], device)
+        return _Group(upload(queries, device), upload(keys, device), depth, upload(inside, device))
 
     def attend(
         self,

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_file, read_results, read_settings, read_summary
+from metasft.result_files import (
+    RESULTS_SUFFIX,
+    SUMMARY_FILE,
+    find_file,
+    model_memory,
+    read_results,
+    read_settings,
+    read_summary,
+)
 
 ALL_TASKS = "all"
 PREFERRED_TASK = "calculus"
@@ -370,7 +378,7 @@ def _plot_costs(axis: Any, measured: Sequence[Method], unmeasured: Sequence[str]
         _nothing_measured(axis, unmeasured)
         return
     seconds = [method.summary["seconds_total"] for method in measured]
-    memory = [method.summary["peak_memory_bytes"] for method in measured]
+    memory = [model_memory(method.summary) for method in measured]
     (time_name, time_size), (memory_name, memory_size) = (
         _unit(max(seconds), TIME_UNITS),
         _unit(max(memory), MEMORY_UNITS),
@@ -506,7 +514,7 @@ def _row(method: Method, task: str, shots: Sequence[int]) -> list[str]:
         *row,
         f"{summary['seconds_total']:.1f}",
         f"{summary['seconds_per_step_median']:.3g}",
-        f"{summary['peak_memory_bytes'] / 1e6:.0f}",
+        f"{model_memory(summary) / 1e6:.0f}",
         f"{summary['checkpoint_bytes'] / 1e6:.2f}",
     ]
 
@@ -521,12 +529,13 @@ def _machine_notes(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         if method.summary:
             s = method.summary
-            kind = {"rss": "resident memory of the process", "device": "device memory"}.get(
-                s.get("peak_memory_kind"), ""
-            )
+            kind = {"rss": "resident memory", "device": "device memory"}.get(s.get("peak_memory_kind"), "unknown kind")
+            sharing = s.get("task_group_size") or s.get("world_size") or 1
+            whose = "the process" if sharing == 1 else f"the {sharing} processes that hold one model, together"
             notes.append(
                 f"Training of {method.label}: {s.get('meta_steps')} steps, {s.get('tokens')} tokens, "
-                f"{s.get('world_size')} process(es) on {s.get('device_name')}; peak memory: {kind or 'unknown kind'}."
+                f"{s.get('world_size')} process(es) on {s.get('device_name')}; peak memory: {kind} of "
+                f"{whose}."
             )
         if method.settings.get("adapts"):
             s = method.settings

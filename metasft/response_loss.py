@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 SLICE_BYTES = 32 * 2**20
-"""Bytes of fp32 logits held at a time."""
+"""Bytes of fp32 logits held at a time; with a trained matrix up to those of its gradient."""
 
 
 class _ResponseLoss(torch.autograd.Function):
@@ -18,11 +18,14 @@ class _ResponseLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, token_weights, with_gradient):
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         slice_size = max(1, SLICE_BYTES // (4 * vocabulary))
+        trained = with_gradient and ctx.needs_input_grad[1]
+        if trained:
+            # Every slice adds to the whole gradient of the matrix. Slices as long as the matrix is wide keep that below
+            # what the softmax moves, and their logits are no larger than the gradient itself.
+            slice_size = max(slice_size, weight.shape[1])
         nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = None
-        if with_gradient and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, tokens, slice_size):
             part = slice(start, start + slice_size)
             # A bf16 product is widened before the softmax, as the whole-logits path does.
@@ -38,7 +41,15 @@ class _ResponseLoss(torch.autograd.Function):
             probabilities.mul_(token_weights[part, None])
             grad_logits = probabilities.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:
+            if not trained:
+                continue
+            if grad_weight is None:
+                grad_weight = grad_logits.t() @ hidden[part]
+                if tokens > slice_size:  # sums of bf16 products are fp32
+                    grad_weight = grad_weight.float()
+            elif grad_weight.dtype == grad_logits.dtype:
+                grad_weight.addmm_(grad_logits.t(), hidden[part])
+            else:
                 grad_weight.add_(grad_logits.t() @ hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -52,14 +63,16 @@ class _ResponseLoss(torch.autograd.Function):
         if grad_hidden is None:
             return None, None, None, None, None
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_loss).to(
+                ctx.weight_dtype
+            )  # no second one: it is as large as the matrix
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None, None
 
 
 def response_loss(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the response tokens' negative log-likelihoods.
+    """Weighted sum of the response tokens' negative log-likelihoods. One backward: it uses up what the forward kept.
 
     Args:
         hidden: [tokens, features], the output layer's input.

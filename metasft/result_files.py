@@ -6,6 +6,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def read_summary(path: Path) -> dict[str, Any]:
     return read_checked(path, _SUMMARY, writer="a finished training", remedy="run it again")
 
 
+def model_memory(summary: Mapping[str, Any]) -> float | None:
+    """Peak bytes of all processes that hold one copy of the model together: what methods can be compared on.
+
+    A process of a task group of 4 holds a quarter of the model, one of a group of 1 all of it. Where only one process
+    was measured (older summaries; veRL's trainer, which shards over all its processes), the others count as much.
+    """
+    measured = summary.get("model_memory_bytes")
+    if measured is not None:
+        return measured
+    peak, processes = summary.get("peak_memory_bytes"), summary.get("task_group_size") or summary.get("world_size") or 1
+    return None if peak is None else peak * processes
+
+
 # ---- what must be what ----------------------------------------------------------------------------------------------
 
 # What is read, beside what is there for people alone.
@@ -139,9 +153,9 @@ _EVALUATION = "evaluate_few_shot.py"
 _COSTS = ("seconds_total", "seconds_per_step_median", "peak_memory_bytes", "checkpoint_bytes")
 _SUMMARY = fields(
     {
-        **dict.fromkeys(_COSTS, number),
+        **dict.fromkeys((*_COSTS, "model_memory_bytes"), number),
         **dict.fromkeys(("method", "base_model", "device_name", "peak_memory_kind"), line),
-        **dict.fromkeys(("meta_steps", "tokens", "world_size"), count),
+        **dict.fromkeys(("meta_steps", "tokens", "world_size", "task_group_size"), count),
     },
     needed=_COSTS,
 )

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 PACKAGES = ("metasft", "verl", "torch", "transformers", "peft", "numpy")
 
 
-def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence[StepCost], seconds: float) -> None:
+def peaks_of_ranks() -> list[int]:
+    """Peak bytes of memory of every rank since it began to train; called by all of them."""
+    peaks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, get_torch_device().max_memory_allocated())
+    return peaks
+
+
+def write_summary(
+    trainer: EpisodicSFTTrainer,
+    checkpoint: Path,
+    costs: Sequence[StepCost],
+    seconds: float,
+    peaks: Sequence[int] | None = None,
+) -> None:
     """Write the summary of a finished run.
 
     Args:
@@ -30,10 +43,17 @@ def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence
         checkpoint: the last export.
         costs: of all meta-steps.
         seconds: of the whole run, loading left out.
+        peaks: from :func:`peaks_of_ranks`; None where this start has trained nothing.
     """
     from importlib.metadata import version
 
     on_cpu = trainer.device_name == "cpu"
+    group = trainer.engine.get_data_parallel_size()
+    peak = max([get_torch_device().max_memory_allocated(), *(cost.peak_bytes for cost in costs)])
+    if peaks is None:
+        model_peak = None if group > 1 else peak
+    else:
+        model_peak = max(peak, *(sum(peaks[first : first + group]) for first in range(0, len(peaks), group)))
     write_json(
         trainer.run_dir / SUMMARY_FILE,
         {
@@ -43,14 +63,16 @@ def write_summary(trainer: EpisodicSFTTrainer, checkpoint: Path, costs: Sequence
             "tasks": [task.task for task in trainer.task_files],
             "support_samples": trainer.meta.support_samples,
             "world_size": dist.get_world_size(),
-            "task_group_size": trainer.engine.get_data_parallel_size(),
+            "task_group_size": group,
             "device_name": _device_name(on_cpu),
             "meta_steps": trainer.total_training_steps,
             "skipped_meta_steps": trainer.skipped_steps,
             "tokens": sum(cost.tokens for cost in costs),
             "seconds_total": seconds,
             "seconds_per_step_median": statistics.median(cost.seconds for cost in costs) if costs else None,
-            "peak_memory_bytes": max([get_torch_device().max_memory_allocated(), *(cost.peak_bytes for cost in costs)]),
+            # Of this process, and of all processes that hold one copy of the model together.
+            "peak_memory_bytes": peak,
+            "model_memory_bytes": model_peak,
             "peak_memory_kind": "rss" if on_cpu else "device",
             "checkpoint": checkpoint.name,
             "checkpoint_bytes": size_bytes(checkpoint),

@@ -42,7 +42,7 @@ from metasft.preemption import Preemption
 from metasft.refusal import user_path
 from metasft.result_files import SUMMARY_FILE
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
-from metasft.run_summary import write_summary
+from metasft.run_summary import peaks_of_ranks, write_summary
 from metasft.task_data import TaskFiles, TokenizedSet
 from metasft.tracking import start_tracking, track
 from metasft.untrusted import check_chat_template, sha256_of
@@ -53,6 +53,7 @@ from metasft.verl_backend import (
     check_adapter,
     check_optimizer,
     copy_to_hdfs,
+    count_micro_batches,
     full_state_dict_on_rank_0,
     make_batch,
     reading_model,
@@ -321,9 +322,10 @@ class EpisodicSFTTrainer(SFTTrainer):
                         print(f"stopped by SIGTERM: meta-step {step} is saved, the same command goes on from there")
                         tracking.finish()
                     return
+        seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
         with writing("the summary of the run", self.run_dir):
             if is_logging:
-                write_summary(self, checkpoint, log.costs, time.perf_counter() - start + earlier_seconds)
+                write_summary(self, checkpoint, log.costs, seconds, peaks)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
         if is_logging:
             tracking.finish()
@@ -533,7 +535,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 record.contribution_norm = norm
         table = to_table(
             records,
-            self.inner_loop.parameters[0].device,
+            torch.device(get_device_id()),  # not that of theta, which engine.offload_policy keeps on the host
             first=self.engine.task_group_index * len(records),
             rows=self.meta.meta_batch_size,
             stopping=self._preemption.requested,
@@ -559,7 +561,10 @@ class EpisodicSFTTrainer(SFTTrainer):
         examples: list[Any] = []
         tasks: list[int] = []
         weights: list[float] = []
+        lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
         for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
+            for other, lengths in enumerate(lengths_of_ranks):
+                lengths += [task_set.tokens([index]) for index in chosen[other::size]]
             share = task_set.batch(chosen[rank::size])
             examples += share
             tasks += [task] * len(share)
@@ -570,7 +575,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             for task, length in zip(tasks, lengths, strict=True):
                 records[task].tokens += length
                 records[task].padding += max(width - length, 0)
-        return make_batch(examples, tasks, weights, self._batch_settings)
+        least = count_micro_batches(lengths_of_ranks, self._batch_settings["max_token_len_per_gpu"])
+        return make_batch(examples, tasks, weights, {**self._batch_settings, "least_micro_batches": least})
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import TrainingWorker
 
 from metasft import packed_attention
-from metasft.adaptation import local_tensor
+from metasft.adaptation import local_tensor, upload
 from metasft.checkpoint import load_adapter_folder, with_adapter_of
 from metasft.layouts import Example, Layout, first_right, looks_ahead, why_wrong
 from metasft.lora_batch import TaskBatchedLoRA
@@ -223,6 +223,11 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         full_state = module.state_dict()
         apply_fsdp2(module, kwargs, self.engine_config)
         fsdp2_load_full_state_dict(module, full_state, self.device_mesh, offload_policy)
+        if self._is_lora and offload_policy is not None:
+            # veRL has moved everything to the host; FSDP brings back what it shards, when it is needed, and no adapter.
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(get_device_id())
         return module
 
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -294,12 +299,12 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """veRL's ``forward_backward_batch`` with one loss per task, and without its waits for the device.
 
         veRL divides a batch by the token count over the data-parallel group; the weights of :func:`make_batch` do that
-        for each task by itself.
+        for each task by itself. It also asks the ranks of the group which needs most micro-batches, so that all run as
+        many; here the batch says so (:func:`count_micro_batches`).
         """
         tu.assign_non_tensor(batch, sp_size=1)
-        micro_batches, _ = prepare_micro_batches(
-            batch, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
-        )
+        least = tu.get_non_tensor_data(data=batch, key="least_micro_batches", default=None)
+        micro_batches, _ = prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)
         losses = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
         for number, micro_batch in enumerate(micro_batches, start=1):
             if backward:
@@ -313,7 +318,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     def _forward(self, micro_batch: Any, *, backward: bool) -> _Response:
         """Forward, and backward, of one micro-batch; its response tokens with the loss of each."""
-        device = get_device_id()
+        device = torch.device(get_device_id())
         packed = self.layout.rows != "padded"
         tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
         micro_batch = self._grouped_by_task(micro_batch)
@@ -330,10 +335,14 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             outputs = torch.bincount(response.tasks, minlength=self.task_batch.num_tasks).tolist()
             self.task_batch.route(counts, outputs)
         for name in ("index", "labels", "weights", "tasks"):
-            setattr(response, name, getattr(response, name).to(device, non_blocking=True))
+            setattr(response, name, upload(getattr(response, name), device))
 
         if rows is None:
-            model_inputs, _ = super().prepare_model_inputs(micro_batch.to(device))
+            model_inputs, _ = super().prepare_model_inputs(micro_batch)
+            model_inputs = {
+                name: upload(value, device) if isinstance(value, torch.Tensor) else value
+                for name, value in model_inputs.items()
+            }
         else:
             model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
         autocast = self._autocast_dtype != torch.float32
@@ -377,7 +386,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             tasks=micro_batch["task"][row],
         )
 
-    def _packed_rows(self, micro_batch: Any, response: _Response, device: Any) -> PackedSequences:
+    def _packed_rows(self, micro_batch: Any, response: _Response, device: torch.device) -> PackedSequences:
         """All sequences in one row; moves the index of ``response`` to it."""
         batched = self._is_task_batched
         # Without stacked adapters all examples meet the same parameters, whatever their task.
@@ -386,7 +395,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         rows = PackedSequences(
             list(zip(slots, sequences, strict=True)),
             self.task_batch.num_tasks if batched else 1,
-            torch.device(device),
+            device,
             share=not self._drops_out,  # sequences that share states would share random masks, too
         )
         entry = torch.tensor([node for path in rows.paths for node in path.nodes])
@@ -715,7 +724,7 @@ def make_batch(
         examples: this rank's share, dicts of 1-D tensors.
         tasks: which task of the pass each example belongs to.
         weights: of each response token of an example in its task's loss: 1 / response tokens of the task's whole batch.
-        settings: veRL's batch settings.
+        settings: veRL's batch settings, and ``least_micro_batches`` from :func:`count_micro_batches`.
     """
     collate = SFTTensorCollator(settings["pad_mode"])
     tensors = {
@@ -726,18 +735,32 @@ def make_batch(
     return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=dict(settings))
 
 
+def count_micro_batches(shares: Iterable[Sequence[int]], most_tokens: int) -> int:
+    """Micro-batches of the rank that needs most: under FSDP all ranks of a group have to run as many.
+
+    All of them know all the examples, so that none has to ask, and to wait for its device, as veRL would.
+
+    Args:
+        shares: of each rank of a task group, the tokens of its examples.
+        most_tokens: of a micro-batch, ``data.max_token_len_per_gpu``.
+    """
+    return max(min(len(lengths), -(-sum(lengths) // most_tokens)) for lengths in shares)
+
+
 def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *, bucket_elements: int = 2**26) -> None:
     """Sum ``tensors`` (fp32, local shards where distributed) over ``group`` in place, flattened into few collectives.
 
-    One collective as long as everything fits a bucket (256 MiB of fp32), which LoRA adapters practically always do.
+    One collective as long as everything fits a bucket (256 MiB of fp32), which LoRA adapters practically always do. It
+    takes place on the accelerator, also for tensors that lie on the host.
     """
+    device = torch.device(get_device_id())
     bucket: list[torch.Tensor] = []
     size = 0
 
     def flush() -> None:
         if not bucket:
             return
-        flat = torch.cat([tensor.reshape(-1).to(torch.float32) for tensor in bucket])
+        flat = torch.cat([tensor.reshape(-1).to(device, torch.float32) for tensor in bucket])
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))

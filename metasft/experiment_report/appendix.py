@@ -84,7 +84,8 @@ def method_blocks(analysis: Analysis) -> list[Block]:
                 f"between {far} and 0 on 100 samples, below {near} on 300. Otherwise undecided. A success is hollow "
                 "when FOMAML itself is not shown to be above the base model adapted on the same shots.",
                 "Costs are those that each training recorded (run_summary.json): seconds of the training loop, of "
-                "veRL's own trainer those of its whole process; peak memory of a process.",
+                "veRL's own trainer those of its whole process; peak memory of the processes that hold one copy of the "
+                "model, together: all of a task group.",
             ]
         )
     ]

@@ -153,7 +153,8 @@ def _monitoring(evidence: Evidence) -> list[Finding]:
             "Memory markedly below FOMAML",
             "GPU内存: 应该显著低于FOMAML",
             *_factor(evidence.ratios, "peak memory"),
-            f"FOMAML's peak memory over META-LORA's is at least {MARKEDLY:g}.",
+            f"FOMAML's peak memory over META-LORA's, each of the processes that hold one model together, is at least "
+            f"{MARKEDLY:g}.",
         ),
         Finding(
             "Time per step markedly below FOMAML",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.experiment_report.results import Arm, Run, number
-from metasft.result_files import read_json
+from metasft.result_files import model_memory, read_json
 
 PERFORMANCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "performance.json"
 FACTORS = {
@@ -39,7 +39,7 @@ class Cost:
     Attributes:
         seconds: of the training loop; ``process_seconds``: of the whole process, imports and loading included.
         step_seconds: median of a (meta-)step.
-        memory: peak bytes of a process; ``memory_kind`` is ``rss`` or ``device``.
+        memory: peak bytes of all processes that hold one copy of the model; ``memory_kind`` is ``rss`` or ``device``.
         checkpoint: bytes of one export.
         steps: meta-steps, of veRL's trainer update steps; ``tokens``: trained on.
     """
@@ -70,7 +70,7 @@ def cost(arm: Arm) -> Cost:
     return Cost(
         seconds=figure("seconds_total"),
         step_seconds=figure("seconds_per_step_median"),
-        memory=figure("peak_memory_bytes"),
+        memory=_figure([memory for s in summaries if (memory := _model_memory(s)) is not None]),
         checkpoint=figure("checkpoint_bytes"),
         steps=figure("meta_steps", "steps"),
         tokens=figure("tokens"),
@@ -78,6 +78,11 @@ def cost(arm: Arm) -> Cost:
         memory_kind=agreed("peak_memory_kind"),
         device=agreed("device_name"),
     )
+
+
+def _model_memory(summary: Mapping[str, Any]) -> float | None:
+    keys = ("model_memory_bytes", "peak_memory_bytes", "task_group_size", "world_size")
+    return model_memory({key: number(summary, key) for key in keys})
 
 
 def _figure(values: Sequence[float]) -> Figure | None:

@@ -14,6 +14,7 @@ from script_runner import ROOT, must_run
 
 TOLERANCE = 1e-5
 CHOSEN = ["q_proj", "down_proj", "lm_head"]  # an adapter on the output layer, too
+OFFLOAD_POLICY = "engine.offload_policy=true"  # FSDP2 keeps shards on the host between uses
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 COMMON = [
     "meta.support_samples=24",
@@ -126,6 +127,11 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                     {**c, "name": f"chosen-{c['name']}", "overrides": [*c["overrides"], targets]}
                     for c in cases
                     if c["name"] == "meta_lora-group1-packed"  # veRL cannot shard an adapted output layer
+                ]
+                cases += [
+                    {**c, "name": f"kept-on-the-host-{c['name']}", "overrides": [*c["overrides"], OFFLOAD_POLICY]}
+                    for c in cases
+                    if c["name"] in ("meta_lora-group2-packed", "fomaml-group2-packed")
                 ]
             if world == 1:
                 broken = next(c for c in cases if c["name"] == "meta_lora-group1-one_at_a_time_checkpointed_padded")
@@ -362,6 +368,15 @@ def test_packed_batches_have_no_padding_and_padded_ones_say_how_much(outcomes):
     for case in cases.values():
         fraction = load(out, case)["metrics"]["perf/padding_fraction"]
         assert 0 < fraction < 1 if case["variant"].endswith("padded") else fraction == 0, case["name"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_do_not_ask_each_other_for_single_numbers(world, outcomes):
+    """Each answer would be a wait for the device; what a rank can count itself it does."""
+    cases, out, _ = outcomes(world)
+    for case in cases.values():
+        for rank in range(world):
+            assert not [c for c in load(out, case, rank)["collectives"] if c[0] == "all_reduce" and c[2] == 1], case
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -73,6 +73,7 @@ def test_the_export_is_a_plain_hugging_face_folder(fomaml, tiny_model):
 def test_summary_names_the_export_and_its_bytes(fomaml):
     summary = json.loads((fomaml / "run_summary.json").read_text())
     assert (summary["method"], summary["world_size"], summary["task_group_size"]) == ("fomaml", 4, 4)
+    assert 3 < summary["model_memory_bytes"] / summary["peak_memory_bytes"] < 4.5  # all four, of similar size
     files = [file for file in (fomaml / summary["checkpoint"]).rglob("*") if file.is_file()]
     assert summary["checkpoint_bytes"] == sum(file.stat().st_size for file in files)
 

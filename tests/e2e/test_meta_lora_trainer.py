@@ -128,7 +128,10 @@ def test_run_summary_is_measured(run, tiny_model):
     assert summary["tokens"] == sum(r["perf/tokens"] for r in records) > 0
     assert summary["seconds_total"] >= sum(r["perf/step_seconds"] for r in records)
     assert summary["checkpoint_bytes"] == (folder / summary["checkpoint"]).stat().st_size
-    assert summary["peak_memory_bytes"] > 50e6 and summary["peak_memory_kind"] in ("rss", "device")
+    assert summary["model_memory_bytes"] == summary["peak_memory_bytes"] > 50e6 and summary["peak_memory_kind"] in (
+        "rss",
+        "device",
+    )
     assert summary["versions"]["verl"] == "0.9.0"
 
 

@@ -1,4 +1,4 @@
-"""One meta-step on a GPU against the same independent reference that the CPU tiers use."""
+"""One meta-step on GPUs against the same independent reference that the CPU tiers use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from meta_reference import Reference, relative_error
 from script_runner import ROOT, must_run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, none is visible")
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a CUDA GPU, none is visible")
+needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA GPUs, {GPUS} visible")
 
 # name -> script, configuration, inner learning rate, overrides, largest relative error. TF32 is off by default, but
 # kernels sum in other orders; bf16 has 8 bits of mantissa.
@@ -21,25 +23,51 @@ BF16 = [
     "engine.model_dtype=bf16",
     "engine.mixed_precision.param_dtype=bf16",
 ]
+FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05)
 METHODS = {
     "meta_lora": (*LORA, RANK_4, 1e-4),  # ragged blocks: masked products
     "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
-    "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM
-    "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05, [], 1e-4),
+    "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM where there is a kernel for it
+    "fomaml": (*FOMAML, [], 1e-4),
+}
+# Passes of several micro-batches; one rank's shards, or the base under its adapters, on the host between uses.
+GROUP = ["meta.task_group_size=2", "data.max_token_len_per_gpu=160"]
+ON_HOST = [*GROUP, "engine.offload_policy=true"]
+TWO = {
+    "task_groups": (*LORA, [*RANK_4, "meta.task_group_size=1"], 1e-4),
+    "meta_lora": (*LORA, [*RANK_4, *GROUP], 1e-4),
+    "fomaml": (*FOMAML, GROUP, 1e-4),
+    "meta_lora_on_host": (*LORA, [*RANK_4, *ON_HOST], 1e-4),
+    "fomaml_on_host": (*FOMAML, [*ON_HOST, "meta.inner_clip_grad=1e9"], 1e-4),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("padding", ["packed", "padded"])
 def test_meta_gradient_on_the_gpu_matches_the_reference(method, padding, tiny_model, task_dir, tmp_path):
+    """And torch raises where a pass of the second meta-step waits for the GPU."""
     script, config, lr, overrides, tolerance = METHODS[method]
-    case = {
-        "name": method,
+    more = [f"model.use_remove_padding={'true' if padding == 'packed' else 'false'}"]
+    case = case_of(method, script, config, lr, [*overrides, *more], tiny_model, task_dir)
+    assert error_of({**case, "no_waits": True}, lr, tiny_model, task_dir, tmp_path, processes=1) < tolerance
+
+
+@needs_two
+@pytest.mark.parametrize("layout", TWO)
+def test_two_gpus_match_the_reference(layout, tiny_model, task_dir, tmp_path):
+    script, config, lr, overrides, tolerance = TWO[layout]
+    case = case_of(layout, script, config, lr, overrides, tiny_model, task_dir)
+    assert error_of(case, lr, tiny_model, task_dir, tmp_path, processes=2) < tolerance
+
+
+def case_of(name, script, config, lr, overrides, model, task_dir):
+    return {
+        "name": name,
         "script": script,
         "config": config,
         "steps": 2,
         "overrides": [
-            f"model.path={tiny_model}",
+            f"model.path={model}",
             f"meta.task_dir={task_dir}",
             "meta.support_samples=24",
             "meta.num_inner_steps=3",
@@ -48,15 +76,20 @@ def test_meta_gradient_on_the_gpu_matches_the_reference(method, padding, tiny_mo
             "trainer.resume_mode=disable",
             "trainer.logger=[]",
             "optim.clip_grad=1e9",
-            f"model.use_remove_padding={'true' if padding == 'packed' else 'false'}",
             *overrides,
         ],
     }
-    (tmp_path / "cases.json").write_text(json.dumps([case]))
-    must_run(ROOT / "tests/support/meta_step_worker.py", tmp_path / "cases.json", tmp_path, processes=1)
-    result = torch.load(tmp_path / f"{method}_rank0.pt", weights_only=False)
-    rank = 8 if method == "bf16" else 4
-    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
-    reference = Reference(tiny_model, task_dir, settings if overrides else None)
+
+
+def error_of(case, lr, model, task_dir, folder, *, processes):
+    """The relative error of the meta-gradient that the case's second meta-step hands to the optimizer."""
+    (folder / "cases.json").write_text(json.dumps([case]))
+    must_run(ROOT / "tests/support/meta_step_worker.py", folder / "cases.json", folder, processes=processes)
+    result = torch.load(folder / f"{case['name']}_rank0.pt", weights_only=False)
+    lora = None
+    if case["script"].startswith("meta_lora"):
+        rank = next(int(o.partition("=")[2]) for o in case["overrides"] if o.startswith("model.lora_rank"))
+        lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    reference = Reference(model, task_dir, lora)
     expected = reference.first_order_gradient(result["theta_before"], result["episodes"], lr)
-    assert relative_error(result["gradient"], expected) < tolerance
+    return relative_error(result["gradient"], expected)

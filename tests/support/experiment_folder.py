@@ -33,7 +33,8 @@ class FakeArm:
     Attributes:
         zero, few: right answers at 0 shots and above, of the folder's items; ``answers`` gives them one by one instead.
         loss: at 0 shots; with shots it is ``few_loss``, 0.02 more for each further shot set.
-        seconds: of the training; ``memory`` and ``checkpoint`` in bytes; None writes null.
+        seconds: of the training; ``memory`` (of a process) and ``checkpoint`` in bytes; None writes null.
+        sizes: further keys of the summary.
         queries: query loss after adaptation, one per meta-step; ``gains`` likewise.
         speed: update steps -> right answers, of the speed curve.
     """
@@ -51,6 +52,7 @@ class FakeArm:
     step_seconds: float | None = 30.0
     memory: float | None = 2e9
     checkpoint: float | None = 20e6
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1,)
     queries: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     gains: tuple[float, ...] = (0.3, 0.3, 0.3, 0.2, 0.1, 0.1)
@@ -205,6 +207,7 @@ def _write_training(folder: Path, arm: FakeArm, seed: int, exports: bool) -> Non
         "peak_memory_kind": "rss",
         "checkpoint_bytes": arm.checkpoint,
         "seed": seed,
+        **arm.sizes,
     }
     (folder / "run_summary.json").write_text(json.dumps(summary))
     if not meta_learned:

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=N tests/support/meta_step_worker.py cases.json OUT
 
-A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null}. For each, rank r writes
+A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null, "no_waits": false}; the last ends
+the process where a pass of the last step waits for a GPU. For each, rank r writes
 ``OUT/<name>_rank<r>.pt`` with theta before and after, the meta-gradient that reached the optimizer, the episodes of the
 whole meta-batch, the metrics, and the collectives counted during the last step.
 """
@@ -99,6 +100,23 @@ def restore_before_the_backward(trainer):
     trainer.query_backward = query_backward
 
 
+def end_where_the_host_waits(trainer):
+    """Let torch raise where the host waits for the GPU inside the passes of a meta-step."""
+
+    def without_waits(function):
+        def watched(*args, **kwargs):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return watched
+
+    for name in ("measure_before", "adapt", "query_backward"):
+        setattr(trainer, name, without_waits(getattr(trainer, name)))
+
+
 def run_case(case, out):
     trainer = build_trainer(case["script"], case["config"], case["overrides"])
     if case.get("break") == "restore_before_backward":
@@ -122,7 +140,10 @@ def run_case(case, out):
     trainer.engine.optimizer_step = optimizer_step
     trainer.train_dataloader.next_meta_batch = next_meta_batch
     result = {}
-    for step in range(1, case.get("steps", 1) + 1):
+    steps = case.get("steps", 1)
+    for step in range(1, steps + 1):
+        if case.get("no_waits") and step == steps:  # the first loads libraries
+            end_where_the_host_waits(trainer)
         result["theta_before"] = theta_of(trainer)
         with CollectiveCounter() as counter:
             result["metrics"] = trainer.train_step(step)

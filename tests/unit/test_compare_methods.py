@@ -384,6 +384,19 @@ def test_task_and_shots_that_everything_has(work):
         choose_tasks([Method("a", "base", {"x": {}}), short], None)
 
 
+def test_memory_is_that_of_all_processes_that_hold_one_model(work):
+    """A quarter of a model in each of 4 processes against a whole one."""
+    sharded = {"world_size": 4, "task_group_size": 4}
+    write_summary(work / "checkpoints" / "fomaml", "fomaml", 600.0, 5e8, **sharded)
+    table = markdown_table(methods_of(work, "fomaml", "meta_lora"))
+    cells = {row.split("|")[1].strip(): row for row in table.splitlines() if "| calculus |" in row}
+    assert "| 2000 |" in cells["fomaml"] and "| 2000 |" in cells["meta_lora"]
+    assert (
+        "Training of fomaml: 60 steps, 12345 tokens, 4 process(es) on a CPU; peak memory: resident memory of the 4 "
+        in table
+    )
+
+
 def test_table_by_hand(work):
     lines = markdown_table(methods_of(work, "base", "meta_lora")).splitlines()
     rows = {tuple(cells[1:3]): cells for line in lines if (cells := [c.strip() for c in line.split("|")])[1:3]}

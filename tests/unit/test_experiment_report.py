@@ -92,6 +92,22 @@ def test_ratios_are_those_of_the_summaries(tmp_path):
     }
 
 
+def test_memory_is_compared_model_by_model(tmp_path):
+    """FOMAML over 4 processes holds a quarter of the model in each, META-LORA over 4 all of it in each."""
+    memory = {"fomaml_300": (2e9, {"world_size": 4, "task_group_size": 4})}
+    memory["meta_lora_100"] = (4e9, {"world_size": 4, "task_group_size": 1})
+    arms = {name: arm(name, memory=of_process, sizes=sizes)[name] for name, (of_process, sizes) in memory.items()}
+    analysis = analysis_of(tmp_path, matrix_arms(**arms))
+    assert {ratio.name: ratio.value for ratio in analysis.ratios}["peak memory"] == 2.0
+    assert analysis.costs["fomaml_300"].memory.mean == 8e9
+
+
+def test_the_memory_of_a_model_is_what_was_measured_where_it_was(tmp_path):
+    sizes = {"world_size": 4, "task_group_size": 4, "model_memory_bytes": 7e9}
+    analysis = analysis_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=2e9, sizes=sizes)))
+    assert analysis.costs["fomaml_300"].memory.mean == 7e9
+
+
 def test_unmeasured_costs_are_none_and_not_zero(tmp_path):
     analysis = analysis_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=None, step_seconds=None)))
     values = {ratio.name: ratio.value for ratio in analysis.ratios}

@@ -328,12 +328,22 @@ def test_products_over_blocks(counts, strategy):
         torch.testing.assert_close(found, total, **tolerance)
 
 
-def test_the_strategy_follows_the_device():
+@pytest.mark.parametrize(
+    ("capability", "in_bf16"),
+    [
+        *(((major, 0), "masked") for major in (7, 8, 11, 12)),
+        *(((major, 0), "grouped") for major in (9, 10)),
+    ],
+)
+def test_the_strategy_follows_the_device(monkeypatch, capability, in_bf16):
+    """Where torch has no kernel for groups, its ``grouped_mm`` reads the offsets on the host at every call."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cuda = torch.device("cuda")
     assert choose_strategy(torch.device("cpu"), torch.bfloat16, [16, 64]) == "loop"
     assert choose_strategy(cuda, torch.float32, [16, 64]) == "masked"
-    assert choose_strategy(cuda, torch.bfloat16, [16, 64]) == "grouped"
+    assert choose_strategy(cuda, torch.bfloat16, [16, 64]) == in_bf16
     assert choose_strategy(cuda, torch.bfloat16, [4, 64]) == "masked"
+    assert choose_strategy(torch.device("xpu"), torch.bfloat16, [16, 64]) == "masked"
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metasft import response_loss as module
 from metasft.response_loss import response_loss
@@ -19,10 +20,10 @@ def whole(hidden, weight, labels, token_weights):
 def test_equals_whole_logits(monkeypatch, slice_bytes, trained):
     monkeypatch.setattr(module, "SLICE_BYTES", slice_bytes)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(10, 8, generator=generator, requires_grad=True)
+    hidden = torch.randn(20, 8, generator=generator, requires_grad=True)
     weight = torch.randn(50, 8, generator=generator, requires_grad=trained)
-    labels = torch.randint(0, 50, (10,), generator=generator)
-    token_weights = torch.rand(10, generator=generator)
+    labels = torch.randint(0, 50, (20,), generator=generator)
+    token_weights = torch.rand(20, generator=generator)
     results = {}
     for function in (response_loss, whole):
         hidden.grad = weight.grad = None
@@ -58,24 +59,54 @@ def test_without_gradient_only_the_loss_is_computed():
     assert nll.shape == (5,)
 
 
-def test_memory_does_not_grow_with_the_number_of_tokens(monkeypatch):
+class Results(TorchDispatchMode):
+    """The shapes of what operators give or write to, views aside."""
+
+    def __enter__(self):
+        self.shapes = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            results = result if isinstance(result, list | tuple) else [result]
+            self.shapes += [tuple(tensor.shape) for tensor in results if isinstance(tensor, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_memory_does_not_grow_with_the_number_of_tokens(monkeypatch, trained):
     """No tensor of [tokens, vocabulary] is ever allocated."""
     monkeypatch.setattr(module, "SLICE_BYTES", 4 * 1000 * 8)
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, list | tuple) else [result]:
-                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (1000,):
-                    largest = max(largest, tensor.numel())
-            return result
-
-    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4)
-    with Sizes():
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=trained)
+    with Results() as results:
         loss, _ = response_loss(hidden, weight, torch.zeros(64, dtype=torch.long), torch.ones(64))
         loss.backward()
-    assert 0 < largest <= 8 * 1000
+    assert 0 < max(tokens for tokens, *rest in filter(None, results.shapes) if rest == [1000]) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_trained_matrix_is_written_once_per_as_many_tokens_as_it_has_columns(monkeypatch, dtype):
+    """The matrix is the largest of the model: adding to its gradient at every small slice would cost more than the
+    products."""
+    monkeypatch.setattr(module, "SLICE_BYTES", 4 * 1000 * 8)  # 8 tokens
+    tokens, features = 256, 64
+    hidden = torch.randn(tokens, features, dtype=dtype, requires_grad=True)
+    weight = torch.randn(1000, features, dtype=dtype, requires_grad=True)
+    with Results() as results:
+        loss, _ = response_loss(hidden, weight, torch.zeros(tokens, dtype=torch.long), torch.ones(tokens))
+        loss.backward()
+    slices = tokens // features
+    written = results.shapes.count((1000, features))
+    # Per slice a product and, in another dtype than the sum's, its addition; then the scale and the dtype once each.
+    assert slices <= written <= (1 if dtype == torch.float32 else 2) * slices + 3
+
+
+def test_one_slice_needs_no_sum():
+    """A batch of few tokens: the gradient of the matrix is one product, in the matrix's own dtype."""
+    hidden = torch.randn(10, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1000, 64, dtype=torch.bfloat16, requires_grad=True)
+    with Results() as results:
+        loss, _ = response_loss(hidden, weight, torch.zeros(10, dtype=torch.long), torch.ones(10))
+        loss.backward()
+    assert results.shapes.count((1000, 64)) <= 2
