@@ -38,6 +38,7 @@ from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
 from metasft.model_folder import check_language_model, check_vocabulary, fingerprint
 from metasft.preemption import Preemption
+from metasft.prompts import Prompts, check_arguments, given_arguments
 from metasft.refusal import user_path
 from metasft.result_files import SUMMARY_FILE
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
@@ -122,8 +123,11 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "model.custom_chat_template"
             )
         model = f"model.path={self.config.model.path}"
-        check_chat_template(processor or tokenizer, model)
-        check_vocabulary(tokenizer, self.model_config.hf_config, model)
+        self._prompts = Prompts.of(processor or tokenizer, self.config.data)
+        given = given_arguments(self.config.data)
+        check_arguments(self._prompts.template, given, "data.apply_chat_template_kwargs")
+        check_chat_template(processor or tokenizer, model, self._prompts.keywords)
+        check_vocabulary(tokenizer, self.model_config.hf_config, model, self._prompts.keywords)
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
         self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
         self.query_sets = {
@@ -211,6 +215,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             "lora_alpha": self.config.model.lora_alpha if self.lora else None,
             "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
             "seed": self.config.trainer.seed,
+            "custom_chat_template": self.config.model.custom_chat_template,
+            "chat_template_kwargs": given_arguments(self.config.data),
             **self._fingerprints,
         }
 
@@ -602,6 +608,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "inner_optimizer": self.meta.inner_optimizer,
             "num_inner_steps": self.meta.num_inner_steps,
             "inner_batch_size": self.meta.inner_batch_size,
+            "chat_template_kwargs": self._prompts.arguments,
         }
         if self.lora:
             from peft import get_peft_model_state_dict
@@ -620,6 +627,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                     adaptation=adaptation,
                     tensors=tensors,
                     method=self.method,
+                    chat_template=self._prompts.template,
                 )
             elif self.rank == 0:
                 processor = self.model_config.get_processor()
