@@ -215,6 +215,8 @@ class TokenizedSet:
                 f"veRL's dataset cannot take {path} with this chat template ({reason(error)}); correct the file, or "
                 "data.apply_chat_template_kwargs"
             ) from error
+        if self._dataset.ignore_input_ids_mismatch:
+            self._dataset.sanity_check = lambda *_: None  # all that it would do is warn, after rendering once more
         self._check_columns()
         self._cache: dict[int, _Packed] = {}
 
@@ -321,8 +323,8 @@ class TokenizedSet:
             indices: of the examples in use; None = all.
 
         Raises:
-            ValueError: the turns of one do not add up to the conversation, its response does not open as the prompt
-                ends, or it cannot be tokenised.
+            ValueError: the turns of one do not add up to the conversation, or do not open with its prompt, or it cannot
+                be tokenised.
         """
         seen = set()
         for index in range(len(self)) if indices is None else indices:
@@ -333,8 +335,8 @@ class TokenizedSet:
                     self._check_prompt(index, self._tokenize(index))
 
     def _check_prompt(self, index: int, example: Mapping[str, Any]) -> None:
-        """veRL's dataset keeps as many tokens of a response out of the loss as the template adds to a prompt: where
-        the response opens with others, what is learned begins too late, and prompts at test time end otherwise."""
+        """Prompts at test time open the turns of training. veRL's dataset relies on it too: it keeps as many tokens of
+        a response out of the loss as the template adds to a prompt, whatever they are."""
         prompt, tokens = self.prompt_ids(index), example["input_ids"].tolist()
         if len(tokens) >= self._dataset.max_length:  # it may have been cut
             return
@@ -343,9 +345,9 @@ class TokenizedSet:
         is_learned = example["loss_mask"][len(prompt) : len(prompt) + 1].all()
         if not decode(tokens).startswith(decode(prompt)) or not is_learned:
             raise ValueError(
-                f"the prompt of {self._path} row {index} ends otherwise than its response opens when the chat template "
-                f"renders it ({decode(prompt)[-40:]!r}); give another template (--chat-template, in training "
-                "model.custom_chat_template), or other arguments"
+                f"the chat template renders the prompt of {self._path} row {index} (...{decode(prompt)[-40:]!r}) "
+                "otherwise than its turns one by one, as in training; give another template (--chat-template, in "
+                "training model.custom_chat_template), or other arguments"
             )
 
     def _thinking(self, index: int) -> bool | None:

@@ -66,23 +66,9 @@ def test_evaluation_asks_as_training_did(method, bare_model, task_dir, tmp_path)
             )
             assert item.prompt == tokenizer(text)["input_ids"] == item.ids[: len(item.prompt)]
             assert "26 Jul 2024" in text and text.endswith("<think></think>")
-        flags = [
-            "--eval-tasks",
-            "calculus",
-            "--n-shots",
-            "0",
-            "2",
-            "--n-runs",
-            "1",
-            "--limit",
-            "2",
-            "--max-new-tokens",
-            "2",
-            "--adaptation-steps",
-            "1",
-        ]
-        flags += ["--model-type", method, "--model-path", path, "--data-dir", data, "--output-dir", results]
-        assert evaluate_few_shot.main(list(map(str, flags))) == 0
+        flags = {"model-type": method, "model-path": path, "data-dir": data, "output-dir": results, "n-shots": 2}
+        flags |= {"n-runs": 1, "limit": 2, "max-new-tokens": 2, "adaptation-steps": 1}
+        assert evaluate_few_shot.main([f"--{flag}={value}" for flag, value in flags.items()]) == 0
         assert json.loads((results / f"{method}_settings.json").read_text())["chat_template_kwargs"] == ARGUMENTS
 
     if method == "meta_lora":  # half a run on other prompts would be recorded as a whole one

@@ -154,7 +154,7 @@ def test_a_template_whose_answers_open_otherwise_when_asked_for(tiny_model, data
         return TokenizedSet(path, 6, tokenizer_with(tiny_model, QWEN3), settings)
 
     with pytest.raises(
-        ValueError, match=r"the prompt of .* row 0 ends otherwise.*--chat-template.*custom_chat_template"
+        ValueError, match=r"the prompt of .* row 0 .* otherwise than its turns.*--chat-template.*custom_chat"
     ):
         examples(**NO_THINKING).check_template()
     thinking = examples()
@@ -172,6 +172,9 @@ def test_rows_may_say_whether_to_think(tiny_model, tmp_path):
         prompt = examples.prompt_ids(index)
         assert examples[index]["input_ids"][: len(prompt)].tolist() == prompt
         assert decode(prompt).endswith("assistant\n" if index % 2 == 0 else "assistant\n<think></think>")
+    # veRL's dataset would keep the length of an empty thought out of the loss of row 0, which has none.
+    with pytest.raises(ValueError, match=r"the prompt of .* row 0 .* otherwise than its turns"):
+        training_set(tmp_path / "a.parquet", tiny_model, THINKING, samples=4, **NO_THINKING).check_template()
 
 
 # ---- exports --------------------------------------------------------------------------------------------------------

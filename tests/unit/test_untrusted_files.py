@@ -443,7 +443,9 @@ def test_one_row_of_every_order_of_roles_is_tokenised(tmp_path, tiny_model, monk
     with refused(f"{tmp_path / 'a.parquet'} row 50", "one by one", "model.custom_chat_template"):
         settings = {**UNLIMITED, "ignore_input_ids_mismatch": False}
         TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, settings).check_template()
-    with refused(f"{tmp_path / 'a.parquet'} row 50", "ends otherwise", "--chat-template"):
+    with refused(
+        f"{tmp_path / 'a.parquet'} row 50", "the prompt of", "otherwise than its turns one by one", "--chat-template"
+    ):
         TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, UNLIMITED).check_template()
 
 
