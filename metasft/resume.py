@@ -43,7 +43,7 @@ LAYOUT_KEYS = {
     "lora_alpha": "model.lora_alpha",
     "optimizer": "optim.optimizer",
     "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
-    "custom_chat_template": "model.custom_chat_template",
+    "custom_chat_template": "model.custom_chat_template (SHA-256)",
     "chat_template_kwargs": "data.apply_chat_template_kwargs",
     "base_model": "the files of model.path (SHA-256 of their ends)",
     "data": "the files of the tasks (SHA-256)",

@@ -207,6 +207,7 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _layout(self) -> dict[str, Any]:
         """What the files of the resume state depend on, besides the model itself."""
+        template = self.config.model.custom_chat_template
         return {
             "method": self.method,
             "world_size": dist.get_world_size(),
@@ -215,7 +216,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "lora_alpha": self.config.model.lora_alpha if self.lora else None,
             "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
             "seed": self.config.trainer.seed,
-            "custom_chat_template": self.config.model.custom_chat_template,
+            "custom_chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
             "chat_template_kwargs": given_arguments(self.config.data),
             **self._fingerprints,
         }

@@ -272,7 +272,7 @@ def load_settings(name: str) -> Any:
 def load_transformers(
     name: str, dtype: torch.dtype, chat_template: str | None = None, arguments: Mapping[str, Any] | None = None
 ) -> tuple[Any, Any]:
-    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens.
+    """(tokenizer, model) with greedy decoding set up: ends at the end tokens of tokenizer, model and chat template.
 
     ``chat_template`` and ``arguments`` are those of :func:`load_tokenizer`.
     """
@@ -288,6 +288,7 @@ def load_transformers(
     settings = model.generation_config
     own = settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ends |= _end_of_turn(tokenizer, Prompts.of(tokenizer, {"apply_chat_template_kwargs": arguments}))
     settings.eos_token_id = sorted(ends)
     settings.pad_token_id = tokenizer.pad_token_id
     # Settings of sampling: greedy decoding does not read them, and would warn about every one.
@@ -297,6 +298,15 @@ def load_transformers(
     settings.repetition_penalty = None
     settings.max_length = None
     return tokenizer, model
+
+
+def _end_of_turn(tokenizer: Any, prompts: Prompts) -> set[int]:
+    """The special token that the chat template ends a response with, if it is one: a base model's own is another."""
+    word = "forty-nine"
+    turns = [{"role": "user", "content": "Which word comes before fifty?"}, {"role": "assistant", "content": word}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **prompts.keywords)
+    after = tokenizer(text.rpartition(word)[2], add_special_tokens=False)["input_ids"]
+    return set(after[:1]) & set(tokenizer.added_tokens_decoder)
 
 
 @contextlib.contextmanager

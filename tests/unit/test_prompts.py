@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,17 @@ def test_a_template_whose_answers_open_otherwise_when_asked_for(tiny_model, data
     assert thinking.prompt_ids(0) == prompt_of_training(thinking[0])
 
 
+@pytest.mark.parametrize("page", ["experiments.md", "experiments.zh-CN.md"])
+def test_the_documented_template_answers_without_thinking(page, tiny_model, data_dir):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    template = re.search(r"```jinja\n\s*(.*?)\n\s*```", text, re.DOTALL)[1]
+    examples = training_set(data_dir / "meta_test/calculus_test.parquet", tiny_model, template)
+    examples.check_template()
+    prompt = examples.prompt_ids(0)
+    assert prompt == prompt_of_training(examples[0])
+    assert AutoTokenizer.from_pretrained(tiny_model).decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
 def test_rows_may_say_whether_to_think(tiny_model, tmp_path):
     rows = [{**row, "enable_thinking": i % 2 == 0} for i, row in enumerate(sum_rows("calculus", range(4)))]
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
@@ -260,6 +272,20 @@ def test_a_base_model_without_a_template_takes_one(config, bare_model, tmp_path)
         evaluate(dataclasses.replace(changed, chat_template=THINKING))
     with pytest.raises(ValueError, match=r"made with other settings .*chat_template_kwargs"):
         evaluate(dataclasses.replace(changed, chat_template_kwargs=None))
+
+
+def test_answers_end_where_the_template_ends_a_turn(config, bare_model):
+    """A base model's own end token is another one, and it would go on talking after the answer."""
+    template = THINKING.replace("<|im_end|>", "<|endoftext|>")
+    model, _ = load(dataclasses.replace(config, model_path=str(bare_model), chat_template=template))
+    ends = model.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert set(model.runner.stop) == set(model.model.generation_config.eos_token_id) == set(ends)
+    model, _ = load(
+        dataclasses.replace(
+            config, model_path=str(bare_model), chat_template="{% for m in messages %}{{ m.content }};{% endfor %}"
+        )
+    )
+    assert set(model.runner.stop) == {ends[1]}  # a character may also be a part of an answer
 
 
 @pytest.mark.parametrize(
