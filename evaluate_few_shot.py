@@ -116,6 +116,16 @@ def _parser() -> ArgumentParser:
     add(
         "--max-length", type=int, default=default["max_length"], help="longest example in tokens (default: %(default)s)"
     )
+    add(
+        "--chat-template",
+        metavar="FILE",
+        help="file with a Jinja text, or the text (default: what the checkpoint records, else the model's own)",
+    )
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the template, such as '{\"enable_thinking\": false}' (default: what the checkpoint records)",
+    )
     add("--lora-rank", type=int, help="rank of the fresh LoRA that --model-type base adapts (default: 16)")
     add("--lora-alpha", type=float, help="scale of that LoRA (default: 32)")
     add("--overwrite", action="store_true", help="drop earlier results of this model type in the output folder")

@@ -40,6 +40,7 @@ from typing import Any
 from metasft import tasks as task_source
 from metasft.durable import check_place, sole_user
 from metasft.installed import require
+from metasft.prompts import DEFAULT_DATE
 from metasft.refusal import ArgumentParser, refuse
 from metasft.sources import answers, commands
 from metasft.sources.build import Built, build
@@ -322,6 +323,11 @@ data:
   use_dynamic_bsz: false
   max_length: 1024
   truncation: error
+  # As the meta-learners and evaluations render: a fixed date where the chat template reads one, and thinking as the
+  # template has it (veRL's own default, the text none, counts as true).
+  apply_chat_template_kwargs:
+    date_string: {DEFAULT_DATE}
+  enable_thinking_default: null
   num_workers: 0
 
 trainer:

@@ -16,13 +16,16 @@ from typing import Any
 
 from metasft.config import INNER_OPTIMIZERS
 from metasft.durable import replacing_file, replacing_folder, write_json
+from metasft.prompts import are_arguments
 from metasft.shapes import is_number
-from metasft.untrusted import check_sums, printable, read_json, read_tensors, reason, write_sums
+from metasft.untrusted import check_sums, printable, read_json, read_template, read_tensors, reason, write_sums
 from metasft.verl_settings import LARGEST_RATE
 
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
+TEMPLATE_FILE = "chat_template.jinja"
+"""Of a tokenizer, as transformers calls it."""
 LARGEST_ALPHA = 1e6
 """Of an adapter from a file; what trainers take has no use beyond hundreds, and far larger ones overflow."""
 # Peft would warn of the base model's name, which differs where the folder lies elsewhere: whether it fits is checked.
@@ -38,8 +41,10 @@ class AdapterCheckpoint:
         adapter_config: the keyword arguments of ``peft.LoraConfig``, plain values.
         base_model: path or hub name of the base model it was trained on.
         adaptation: the inner-loop settings it was meta-trained for (empty when unknown), keys ``inner_lr``,
-            ``inner_optimizer``, ``num_inner_steps``, ``inner_batch_size``.
+            ``inner_optimizer``, ``num_inner_steps``, ``inner_batch_size``; and ``chat_template_kwargs``, the arguments
+            of the chat template.
         step: meta-steps done (None when unknown).
+        chat_template: that it was trained with (None when unknown: the base model's own).
     """
 
     tensors: Mapping[str, Any]
@@ -47,6 +52,7 @@ class AdapterCheckpoint:
     base_model: str
     adaptation: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    chat_template: str | None = None
 
 
 def plain_adapter_config(config: Any) -> dict[str, Any]:
@@ -88,6 +94,7 @@ def save_meta_lora(
     adaptation: Mapping[str, Any],
     tensors: Mapping[str, Any],
     method: str = "meta_lora",
+    chat_template: str | None = None,
 ) -> Path:
     """Write ``<method>_checkpoint_step_<N>.pt`` and the PEFT folder ``adapter_step_<N>/`` under ``folder``.
 
@@ -96,9 +103,10 @@ def save_meta_lora(
         step: N, meta-steps done.
         peft_model: the ``peft.PeftModel``; gives the adapter configuration and writes the folder.
         base_model: path or hub name of the base model.
-        adaptation: inner-loop settings of the run.
+        adaptation: inner-loop settings of the run, and ``chat_template_kwargs``.
         tensors: full (unsharded) LoRA tensors by PEFT state-dict name, as ``peft.get_peft_model_state_dict`` gives.
         method: which meta-learner wrote it; names the file.
+        chat_template: that the run rendered its examples with; ``chat_template.jinja`` of the folder.
 
     Returns:
         The path of the ``.pt`` file.
@@ -118,6 +126,7 @@ def save_meta_lora(
                 "adapter_config": plain_adapter_config(config),
                 "adaptation": dict(adaptation),
                 "lora": on_cpu,
+                **({} if chat_template is None else {"chat_template": chat_template}),
             },
             temporary,
         )
@@ -130,6 +139,8 @@ def save_meta_lora(
             )
         finally:
             config.base_model_name_or_path = config_base
+        if chat_template is not None:
+            (temporary / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
         write_sums(temporary)
     return pt_path
@@ -149,8 +160,8 @@ def save_hf_model(
         folder: ``trainer.default_local_dir``.
         state_dict: full (unsharded) tensors on the CPU, by the names inside the model.
         config: the transformers model configuration.
-        tokenizer: saved beside the weights.
-        adaptation: inner-loop settings of the run, saved as ``adaptation.json``.
+        tokenizer: saved beside the weights, with its chat template.
+        adaptation: inner-loop settings of the run and ``chat_template_kwargs``, saved as ``adaptation.json``.
         step: N, meta-steps done.
     """
     import torch
@@ -201,6 +212,7 @@ def load_meta_lora(path: Path) -> AdapterCheckpoint:
         base_model=content.get("base_model"),
         adaptation=content.get("adaptation"),
         step=content.get("step"),
+        chat_template=content.get("chat_template"),
     )
 
 
@@ -228,6 +240,7 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
         "the base model's name": isinstance(values["base_model"], str),
         "the inner-loop settings": isinstance(adaptation, dict),
         "the meta-step": values["step"] is None or type(values["step"]) is int,
+        "its chat template": isinstance(values["chat_template"], str | None),
     }
     if wrong := [name for name, right in found.items() if not right]:
         raise ValueError(f"{path}: {wrong[0]} cannot be what a trainer has written; export the adapter again")
@@ -267,15 +280,17 @@ def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_recorded(path: Path, adaptation: Mapping[str, Any]) -> None:
-    """Check the inner-loop settings that a trainer left beside a model or an adapter.
+    """Check the inner-loop settings and template arguments that a trainer left beside a model or an adapter.
 
     Raises:
-        ValueError: optimizer or learning rate are none that a trainer takes.
+        ValueError: one of them is none that a trainer takes.
     """
     optimizer, lr = adaptation.get("inner_optimizer"), adaptation.get("inner_lr")
+    arguments = adaptation.get("chat_template_kwargs", {})
     for key, value, right in (
         ("inner_optimizer", optimizer, optimizer in (None, *INNER_OPTIMIZERS)),
         ("inner_lr", lr, lr is None or (is_number(lr) and 0 < lr <= LARGEST_RATE)),
+        ("chat_template_kwargs", arguments, are_arguments(arguments)),
     ):
         if not right:
             raise ValueError(
@@ -317,6 +332,8 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
     adaptation_path = path / ADAPTATION_FILE
     adaptation = read_json(adaptation_path, "export the adapter again") if adaptation_path.is_file() else {}
     step = adaptation.pop("step", None)
+    template_path = path / TEMPLATE_FILE
+    template = read_template(template_path, "export the adapter again") if template_path.is_file() else None
     try:
         tensors = load_file(weights_path)
     except Exception as error:  # the reader has an exception of its own, and the bytes may lead it into any other
@@ -329,6 +346,7 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
         base_model=config.get("base_model_name_or_path") or "",
         adaptation=adaptation,
         step=step,
+        chat_template=template,
     )
 
 

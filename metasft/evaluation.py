@@ -27,6 +27,7 @@ from metasft.few_shot.protocol import (
 from metasft.few_shot.source import Adaptation, ModelSource, find_model_source
 from metasft.few_shot.statistics import accuracy_interval, format_table, summarise_cells
 from metasft.few_shot.store import ResultStore
+from metasft.prompts import Prompts
 from metasft.untrusted import reason, sha256_of
 
 __all__ = [
@@ -88,8 +89,8 @@ def _evaluate(
     opened = open_model(config, source)
     by_name = {task.name: task for task in tasks}
     largest = plan_cells(list(by_name), [config.largest_n], config.n_runs)  # the shots of smaller N are among its
-    check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
-    settings = _settings(config, tasks, source, opened)
+    prompts = check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
+    settings = _settings(config, tasks, source, opened, prompts)
     loaded = _LoadedOnce(config, opened)
     if searching:
         chosen = _search(config, settings, training_tasks, loaded)
@@ -288,7 +289,9 @@ def _adaptation_settings(adaptation: Adaptation) -> dict[str, Any]:
     }
 
 
-def _settings(config: EvaluationConfig, tasks: Sequence[TestTask], source: ModelSource, opened: Any) -> dict[str, Any]:
+def _settings(
+    config: EvaluationConfig, tasks: Sequence[TestTask], source: ModelSource, opened: Any, prompts: Prompts
+) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -314,6 +317,8 @@ def _settings(config: EvaluationConfig, tasks: Sequence[TestTask], source: Model
         "backend": config.backend,
         "max_new_tokens": config.max_new_tokens,
         "max_length": config.max_length,
+        "chat_template_sha256": prompts.sha256,
+        "chat_template_kwargs": prompts.arguments,
         "batch_size": config.batch_size,
         "device": opened.device_name,
         "dtype": config.dtype,

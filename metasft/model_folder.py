@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def check_language_model(config: Any, model: str) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, config: Any, model: str) -> None:
+def check_vocabulary(tokenizer: Any, config: Any, model: str, keywords: Mapping[str, Any]) -> None:
     """Compare the ids that a tokenizer gives with what the model knows, before one is looked up in vain.
 
     Special tokens beyond the vocabulary are let be where no conversation has them: some models ship with such.
@@ -111,6 +111,7 @@ def check_vocabulary(tokenizer: Any, config: Any, model: str) -> None:
         tokenizer: with its chat template.
         config: the transformers configuration of the model.
         model: what they belong to, for the message.
+        keywords: arguments of the template.
 
     Raises:
         ValueError: the tokenizer gives larger ids.
@@ -118,7 +119,7 @@ def check_vocabulary(tokenizer: Any, config: Any, model: str) -> None:
     size = _vocabulary_size(config.to_dict())
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-    rendered = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    rendered = tokenizer.apply_chat_template(turns, return_dict=True, **keywords)["input_ids"]
     used = ({*tokenizer.get_vocab().values()} - special) | {*rendered, tokenizer.eos_token_id, tokenizer.pad_token_id}
     largest = max(used - {None}, default=0)
     if largest >= size:

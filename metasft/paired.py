@@ -41,7 +41,10 @@ ALL_SHOTS = "all > 0"
 # What of the settings is the protocol: every key that begins like this, and these. Where the optimizer and its rate
 # come from does not matter once they are equal.
 _PROTOCOL_PREFIX = "adaptation_"
-_PROTOCOL_KEYS = ("protocol", "decoding", "max_new_tokens", "max_length", "dtype")
+_PROTOCOL_KEYS = (
+    *("protocol", "decoding", "max_new_tokens", "max_length", "dtype", "chat_template_sha256"),
+    "chat_template_kwargs",
+)
 _NOT_PROTOCOL = ("adaptation_origin",)
 
 Place = tuple[str, int]
@@ -257,7 +260,8 @@ def check_pairing(a: Evaluation, b: Evaluation, *, allow_different_protocol: boo
     if different and not allow_different_protocol:
         raise ValueError(
             f"the adaptation protocol of {a.label} and {b.label} differs ({'; '.join(different)}): evaluate both "
-            "with the same --adaptation-* flags, or pass --allow-different-protocol to compare them all the same"
+            "with the same --adaptation-* and --chat-template* flags, or pass --allow-different-protocol to compare "
+            "them all the same"
         )
     if different:
         notes.append(f"The adaptation protocol differs between {a.label} and {b.label}: {'; '.join(different)}.")

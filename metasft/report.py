@@ -37,6 +37,8 @@ _COMPARABLE = {
     "adaptation_steps": "the update steps of an adaptation",
     "adaptation_batch_size": "the examples per update step",
     "max_new_tokens": "the longest generation",
+    "chat_template_sha256": "the chat template",
+    "chat_template_kwargs": "the arguments of the chat template",
     "base_model": "the base model",
 }
 

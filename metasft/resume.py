@@ -43,12 +43,14 @@ LAYOUT_KEYS = {
     "lora_alpha": "model.lora_alpha",
     "optimizer": "optim.optimizer",
     "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
+    "custom_chat_template": "model.custom_chat_template (SHA-256)",
+    "chat_template_kwargs": "data.apply_chat_template_kwargs",
     "base_model": "the files of model.path (SHA-256 of their ends)",
     "data": "the files of the tasks (SHA-256)",
 }
 """What has to be equal on a resume, and what a user calls it."""
 
-LATER_KEYS = ("lora_alpha", "optimizer", "seed", "base_model", "data")
+LATER_KEYS = ("lora_alpha", "optimizer", "seed", "custom_chat_template", "chat_template_kwargs", "base_model", "data")
 """Those that states of earlier releases do not hold."""
 
 logger = logging.getLogger(__name__)

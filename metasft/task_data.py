@@ -7,10 +7,12 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.config import MetaConfig
+from metasft.prompts import Prompts
 from metasft.refusal import user_path
 from metasft.untrusted import printable, read_columns, reason
 
@@ -192,6 +194,7 @@ class TokenizedSet:
         from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
         self._path = path
+        prompts = Prompts.of(processor or tokenizer, data_config)
         # transformers would warn of examples beyond the model's own limit; data.max_length is what counts here.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         try:
@@ -199,7 +202,11 @@ class TokenizedSet:
                 self._dataset = MultiTurnSFTDataset(
                     parquet_files=str(path),
                     tokenizer=tokenizer,
-                    config=data_config,
+                    config={
+                        **data_config,
+                        "apply_chat_template_kwargs": prompts.keywords,
+                        "enable_thinking_default": None,  # among the arguments
+                    },
                     processor=processor,
                     max_samples=samples,
                 )
@@ -208,6 +215,8 @@ class TokenizedSet:
                 f"veRL's dataset cannot take {path} with this chat template ({reason(error)}); correct the file, or "
                 "data.apply_chat_template_kwargs"
             ) from error
+        if self._dataset.ignore_input_ids_mismatch:
+            self._dataset.sanity_check = lambda *_: None  # all that it would do is warn, after rendering once more
         self._check_columns()
         self._cache: dict[int, _Packed] = {}
 
@@ -314,15 +323,61 @@ class TokenizedSet:
             indices: of the examples in use; None = all.
 
         Raises:
-            ValueError: the turns of one do not add up to the conversation, or it cannot be tokenised.
+            ValueError: the turns of one do not add up to the conversation, or do not open with its prompt, or it cannot
+                be tokenised.
         """
         seen = set()
         for index in range(len(self)) if indices is None else indices:
-            roles = tuple(turn["role"] for turn in self._dataset.messages[index])
-            if roles not in seen:
-                seen.add(roles)
+            kind = (*(turn["role"] for turn in self._dataset.messages[index]), self._thinking(index))
+            if kind not in seen:
+                seen.add(kind)
                 with contextlib.suppress(_TooLong):  # check() speaks of that
-                    self._tokenize(index)
+                    self._check_prompt(index, self._tokenize(index))
+
+    def _check_prompt(self, index: int, example: Mapping[str, Any]) -> None:
+        """Prompts at test time open the turns of training. veRL's dataset relies on it too: it keeps as many tokens of
+        a response out of the loss as the template adds to a prompt, whatever they are."""
+        prompt, tokens = self.prompt_ids(index), example["input_ids"].tolist()
+        if len(tokens) >= self._dataset.max_length:  # it may have been cut
+            return
+        # As texts: a tokenizer may join the end of a prompt with what follows.
+        decode = partial(self._dataset.tokenizer.decode, clean_up_tokenization_spaces=False)
+        is_learned = example["loss_mask"][len(prompt) : len(prompt) + 1].all()
+        if not decode(tokens).startswith(decode(prompt)) or not is_learned:
+            raise ValueError(
+                f"the chat template renders the prompt of {self._path} row {index} (...{decode(prompt)[-40:]!r}) "
+                "otherwise than its turns one by one, as in training; give another template (--chat-template, in "
+                "training model.custom_chat_template), or other arguments"
+            )
+
+    def _thinking(self, index: int) -> bool | None:
+        column = self._dataset.enable_thinking
+        return None if column is None else bool(column[index])
+
+    def prompt_ids(self, index: int, messages: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a prompt, up to where a response starts.
+
+        Args:
+            index: of the example.
+            messages: what the prompt says; None = the example up to its last response.
+        """
+        from verl.utils.tokenizer import normalize_token_ids
+
+        dataset = self._dataset
+        if messages is None:
+            messages = dataset._build_messages(dataset.dataframe.iloc[index].to_dict())
+            last = max(place for place, turn in enumerate(messages) if turn["role"] == "assistant")
+            messages = messages[:last]
+        thinking = self._thinking(index)
+        encoded = (dataset.processor or dataset.tokenizer).apply_chat_template(
+            messages,
+            tools=None if dataset.tools is None else dataset.tools[index],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **dataset.apply_chat_template_kwargs | ({} if thinking is None else {"enable_thinking": thinking}),
+        )
+        return normalize_token_ids(encoded)
 
     def by_length(self) -> list[int]:
         """Indices of the examples, from the conversation with the fewest characters to that with the most."""

@@ -39,6 +39,7 @@ from metasft.lora_batch import TaskBatchedLoRA
 from metasft.meta_gradient import MetaGradient
 from metasft.model_folder import check_language_model, check_vocabulary, fingerprint
 from metasft.preemption import Preemption
+from metasft.prompts import Prompts, check_arguments, given_arguments
 from metasft.refusal import user_path
 from metasft.result_files import SUMMARY_FILE
 from metasft.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
@@ -119,8 +120,11 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "model.custom_chat_template"
             )
         model = f"model.path={self.config.model.path}"
-        check_chat_template(processor or tokenizer, model)
-        check_vocabulary(tokenizer, self.model_config.hf_config, model)
+        self._prompts = Prompts.of(processor or tokenizer, self.config.data)
+        given = given_arguments(self.config.data)
+        check_arguments(self._prompts.template, given, "data.apply_chat_template_kwargs")
+        check_chat_template(processor or tokenizer, model, self._prompts.keywords)
+        check_vocabulary(tokenizer, self.model_config.hf_config, model, self._prompts.keywords)
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
         self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
         self.query_sets = {
@@ -238,6 +242,7 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _layout(self) -> dict[str, Any]:
         """What the files of the resume state depend on, besides the model itself."""
+        template = self.config.model.custom_chat_template
         return {
             "method": self.method,
             "world_size": dist.get_world_size(),
@@ -246,6 +251,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             "lora_alpha": self.config.model.lora_alpha if self.lora else None,
             "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
             "seed": self.config.trainer.seed,
+            "custom_chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
+            "chat_template_kwargs": given_arguments(self.config.data),
             **self._fingerprints,
         }
 
@@ -642,6 +649,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "inner_optimizer": self.meta.inner_optimizer,
             "num_inner_steps": self.meta.num_inner_steps,
             "inner_batch_size": self.meta.inner_batch_size,
+            "chat_template_kwargs": self._prompts.arguments,
         }
         if self.lora:
             from peft import get_peft_model_state_dict
@@ -660,6 +668,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                     adaptation=adaptation,
                     tensors=tensors,
                     method=self.method,
+                    chat_template=self._prompts.template,
                 )
             elif self.rank == 0:
                 processor = self.model_config.get_processor()

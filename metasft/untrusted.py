@@ -12,7 +12,7 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,9 @@ MAX_JSON_BYTES = 64 * 1024**2
 
 MAX_YAML_BYTES, MAX_YAML_NODES = 2 * 1024**2, 100_000
 """Of a suite or a mapping; the nodes with aliases written out, where ten short lines of aliases stand for a billion."""
+
+MAX_TEMPLATE_BYTES = 1024**2
+"""Of a chat template."""
 
 DATA_LIMITS = {"METASFT_MAX_FILE_ROWS": 10_000_000, "METASFT_MAX_FILE_BYTES": 8 * 1024**3}
 """Of a data file: rows (parquet), and bytes (on the disk and, of parquet, unpacked). The environment changes them."""
@@ -142,18 +145,35 @@ def read_tensors(path: Path) -> Any:
 # ---- chat templates -------------------------------------------------------------------------------------------------
 
 
-def check_chat_template(tokenizer: Any, model: str) -> None:
+def read_template(path: Path, remedy: str) -> str:
+    """The Jinja text in a file.
+
+    Args:
+        path: the file.
+        remedy: ends the message, without a full stop.
+
+    Raises:
+        ValueError: it cannot be read as text, or is larger than :data:`MAX_TEMPLATE_BYTES`.
+    """
+    try:
+        return _read_text(path, MAX_TEMPLATE_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as a chat template ({reason(error)}): {remedy}") from error
+
+
+def check_chat_template(tokenizer: Any, model: str, keywords: Mapping[str, Any]) -> None:
     """Render with the template that came with a model; it is a program, which transformers sandboxes.
 
     Args:
         tokenizer: or a processor, which takes the turns in parts.
         model: what it belongs to, for the message.
+        keywords: arguments of the template.
 
     Raises:
         ValueError: the template fails, reaches for what the sandbox forbids, leaves out what a turn says, or does not
             render two prompts in a row, from which veRL's dataset learns what stands around a turn.
     """
-    remedy = "use another model, or give it another template (chat_template.jinja, or model.custom_chat_template)"
+    remedy = "use another model, or give it another template (--chat-template, in training model.custom_chat_template)"
     texts = {"user": "Which word comes before fifty?", "assistant": "forty-nine"}
     inner = getattr(tokenizer, "tokenizer", None)  # of a processor
     turns = [
@@ -161,7 +181,7 @@ def check_chat_template(tokenizer: Any, model: str) -> None:
         for role, text in texts.items()
     ]
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, **keywords)
     except Exception as error:  # the template's own: of Jinja, of its sandbox, of Python
         raise ValueError(
             f"the chat template of {model} cannot be rendered ({reason(error)}); use a tokenizer with another one"
@@ -170,7 +190,7 @@ def check_chat_template(tokenizer: Any, model: str) -> None:
         if text not in rendered:
             raise ValueError(f"the chat template of {model} leaves out what the turn of the {role} says; {remedy}")
     try:
-        (inner or tokenizer).apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)
+        (inner or tokenizer).apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False, **keywords)
     except Exception as error:
         raise ValueError(
             f"the chat template of {model} does not render two prompts in a row ({reason(error)}), as veRL's dataset "

@@ -100,9 +100,9 @@ FLAGS = {
 }
 TEMPLATE_ARGUMENTS = (
     *("conversation", "messages", "processor", "tokenizer", "tools", "add_generation_prompt", "tokenize"),
-    *("return_dict", "return_tensors"),
+    *("return_dict", "return_tensors", "chat_template", "strftime_now"),
 )
-"""What veRL itself gives to a chat template."""
+"""What a chat template gets from elsewhere: veRL, ``model.custom_chat_template``, and the date of its arguments."""
 
 RULES: dict[str, Rule] = {
     **{f"{group}.{key}": _FLAG for group, keys in FLAGS.items() for key in keys},
@@ -158,6 +158,9 @@ RULES: dict[str, Rule] = {
     "data.apply_chat_template_kwargs": Rule(
         lambda value: isinstance(value, Mapping) and not set(value) & set(TEMPLATE_ARGUMENTS),
         f"a mapping of variables of the chat template, none of which is {', '.join(TEMPLATE_ARGUMENTS)}",
+    ),
+    "data.enable_thinking_default": Rule(
+        lambda value: value in (None, "none") or isinstance(value, bool), "true, false, or null for the template's own"
     ),
     "data.tools_key": _TEXT,
     "data.enable_thinking_key": _TEXT,

@@ -10,7 +10,7 @@ from typing import Any
 
 from metasft.checkpoint import load_meta_lora
 
-_OTHER_FIELDS = frozenset({"format", "version", "step", "base_model", "adapter_config", "adaptation"})
+_OTHER_FIELDS = frozenset({"format", "version", "step", "base_model", "adapter_config", "adaptation", "chat_template"})
 
 
 @dataclass(frozen=True)

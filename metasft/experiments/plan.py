@@ -6,6 +6,7 @@ ablation does not repeat the arm of the matrix that is one of its points.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -33,6 +34,7 @@ from metasft.experiments.flags import (
 )
 from metasft.experiments.search import Search, choose_searches, placeholders
 from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
+from metasft.prompts import DATE_ARGUMENT, DEFAULT_DATE, given_arguments
 
 CONFIG_DIR = "data/math_science_meta"
 SCRIPTS = {
@@ -370,6 +372,7 @@ class _Planner:
             "model_path": self.model if train is None else str(self._export(arm, self.folder(train), config)),
             "data_dir": str(self.data_dir),
             "output_dir": str(self.folder(name)),
+            **self._prompts(arm, config),
             **self.scale.evaluate["all"],
             **self.scale.evaluate["lora" if adapts_lora else "full"],
             "seed": of["seed"],
@@ -401,6 +404,23 @@ class _Planner:
         command = evaluation_command({**settings, **placeholders(search.run)})
         needs = (*needs, search.run)
         return self._add(name, "evaluate", command, "evaluate", needs=needs, searched_by=search.run, **of)
+
+    def _prompts(self, arm: Arm, config: Mapping[str, Any]) -> dict[str, str]:
+        """Flags for prompts as in training, where the model does not record them: a base model gets those of the
+        scale's meta-learners."""
+        if arm.method in META_LEARNERS:
+            return {}
+        if not config:
+            overrides = overrides_of(self.scale.train["meta_learners"], {}, arm.name)
+            config = compose(ROOT / CONFIG_DIR, SCRIPTS["meta_lora"][1], overrides, arm.name)
+        arguments = given_arguments(config["data"])
+        if arguments.get(DATE_ARGUMENT) == DEFAULT_DATE:
+            del arguments[DATE_ARGUMENT]
+        template = config["model"]["custom_chat_template"]
+        return {
+            **({} if template is None else {"chat_template": template}),
+            **({"chat_template_kwargs": json.dumps(arguments)} if arguments else {}),
+        }
 
     @staticmethod
     def _export(arm: Arm, folder: Path, config: Mapping[str, Any]) -> Path:

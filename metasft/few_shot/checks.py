@@ -11,15 +11,13 @@ from metasft.checkpoint import with_adapter_of
 from metasft.few_shot.open import OpenedModel, load_settings, load_tokenizer
 from metasft.few_shot.protocol import EvaluationConfig, TestTask
 from metasft.model_folder import check_model_files, check_vocabulary
+from metasft.prompts import Prompts, check_arguments
 from metasft.task_data import TokenizedSet
-
-# The dataset would cut or refuse long examples in words of the training configuration.
-UNLIMITED = {"pad_mode": "no_padding", "truncation": "error", "max_length": 2**31}
 
 
 def check_before_loading(
     config: EvaluationConfig, opened: OpenedModel, tasks: Sequence[TestTask], shots: Mapping[str, Sequence[int]]
-) -> None:
+) -> Prompts:
     """Check the files of the model, its chat template, the adapter over it, and the length of every example in use.
 
     Args:
@@ -28,19 +26,25 @@ def check_before_loading(
         tasks: all that it reads.
         shots: task -> indices of the examples that are adapted on.
 
+    Returns:
+        How conversations are rendered.
+
     Raises:
         ValueError: naming the file, or the example, and the remedy.
     """
     check_model_files(opened.load_from, "--model-path" if opened.adapter is None else "--base-model")
-    tokenizer = load_tokenizer(opened.load_from)
+    tokenizer = load_tokenizer(opened.load_from, opened.chat_template, opened.chat_template_kwargs)
+    prompts = Prompts.of(tokenizer, opened.data_config)
+    if config.chat_template_kwargs is not None:
+        check_arguments(prompts.template, opened.chat_template_kwargs, "--chat-template-kwargs")
     settings = load_settings(opened.load_from)
-    check_vocabulary(tokenizer, settings, f"the model {opened.load_from}")
+    check_vocabulary(tokenizer, settings, f"the model {opened.load_from}", prompts.keywords)
     for task in tasks:
         for path, rows, used in (
             (task.pool_path, task.pool, set(shots[task.name])),
             (task.test_path, task.test, range(len(task.test))),
         ):
-            examples = TokenizedSet(path, len(rows), tokenizer, UNLIMITED)
+            examples = TokenizedSet(path, len(rows), tokenizer, opened.data_config)
             for index in examples.possibly_longer(config.max_length):
                 if index in used and (length := examples.tokens([index])) > config.max_length:
                     raise ValueError(
@@ -49,6 +53,7 @@ def check_before_loading(
             examples.check_template(sorted(used))
     if opened.adapter is not None:
         _check_adapter(opened, settings)
+    return prompts
 
 
 def _check_adapter(opened: OpenedModel, settings: Any) -> None:

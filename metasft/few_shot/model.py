@@ -17,7 +17,6 @@ import torch
 from metasft.adaptation import InnerLoop
 from metasft.checkpoint import attach_adapter
 from metasft.episodes import ShuffledStream
-from metasft.few_shot.checks import UNLIMITED
 from metasft.few_shot.open import OpenedModel, attach_fresh_lora, load_transformers
 from metasft.few_shot.packed import Example, PackedRunner, Tested, TestItem, response_targets
 from metasft.few_shot.packing import why_not_packed
@@ -25,6 +24,7 @@ from metasft.few_shot.padded import PaddedRunner
 from metasft.few_shot.protocol import EvaluationConfig, TestTask, in_context
 from metasft.few_shot.source import Adaptation
 from metasft.lora_batch import TaskBatchedLoRA
+from metasft.task_data import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +79,15 @@ class FewShotModel:
         all_parameters = opened.adapter is None and opened.fresh_lora is None
         # Steps of 1e-5 vanish in bf16 (8 bits of mantissa): parameters that are adapted stay in fp32.
         dtype = torch.float32 if all_parameters else getattr(torch, config.dtype)
-        self.tokenizer, model = load_transformers(opened.load_from, dtype)
+        prompts = opened.chat_template, opened.chat_template_kwargs
+        self.tokenizer, model = load_transformers(opened.load_from, dtype, *prompts)
+        self._data_config = opened.data_config
         model = model.to(self.device).eval()
         autocast = all_parameters and config.dtype == "bfloat16"
         self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
         stop = model.generation_config.eos_token_id
         samples = tuple(
-            self.prompt_ids([{"role": "user", "content": f"Which number comes after {number}? Answer with one word."}])
+            self.tokenizer(f"Which number comes after {number}? Answer with one word.")["input_ids"]
             for number in ("seven", "twenty-nine")
         )
         unpacked = why_not_packed(model, self._precision, samples, config.max_length + config.max_new_tokens)
@@ -115,6 +117,7 @@ class FewShotModel:
         self._shots: dict[str, dict[int, Example]] = {}
         self._tests: dict[str, list[TestItem]] = {}
         self._tasks: dict[str, TestTask] = {}
+        self._test_sets: dict[str, TokenizedSet] = {}
 
         self._vllm = self._start_vllm(opened, stop) if config.backend == "vllm" else None
 
@@ -174,8 +177,6 @@ class FewShotModel:
         Raises:
             ValueError: an example is longer than ``--max-length``, naming it.
         """
-        from metasft.task_data import TokenizedSet
-
         limit = self._config.max_length
 
         def checked(example: Example, path: Path, row: int) -> Example:
@@ -186,22 +187,17 @@ class FewShotModel:
             return example
 
         for task in tasks:
-            pool = TokenizedSet(task.pool_path, len(task.pool), self.tokenizer, UNLIMITED)
-            test = TokenizedSet(task.test_path, len(task.test), self.tokenizer, UNLIMITED)
+            pool = TokenizedSet(task.pool_path, len(task.pool), self.tokenizer, self._data_config)
+            test = TokenizedSet(task.test_path, len(task.test), self.tokenizer, self._data_config)
+            self._test_sets[task.name] = test
             self._shots[task.name] = {i: checked(pool[i], task.pool_path, i) for i in shots[task.name]}
             self._tasks[task.name] = task
             self._tests[task.name] = []
-            for i, row in enumerate(task.test):
+            for i in range(len(task.test)):
                 example = checked(test[i], task.test_path, i)
-                prompt = self.prompt_ids(row["messages"][:-1])
                 self._tests[task.name].append(
-                    TestItem(prompt, example["input_ids"].tolist(), response_targets(example))
+                    TestItem(test.prompt_ids(i), example["input_ids"].tolist(), response_targets(example))
                 )
-
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the model's answer starts."""
-        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
 
     def _items(self, job: Job) -> list[TestItem]:
         """The test items as this job sees them: behind its shots, where these come in the prompt."""
@@ -212,8 +208,9 @@ class FewShotModel:
         shots = [task.pool[index]["messages"] for index in job.shots]
         limit = _longest_context(self.model) - self._config.max_new_tokens
         longer = []
-        for item, row in zip(items, task.test, strict=True):
-            prompt = self.prompt_ids(in_context(shots, row["messages"][:-1]))
+        for number, (item, row) in enumerate(zip(items, task.test, strict=True)):
+            messages = in_context(shots, row["messages"][:-1])
+            prompt = self._test_sets[job.task].prompt_ids(number, messages)
             response = item.ids[item.targets[0] :]
             first = len(prompt) - item.targets[0]
             longer.append(TestItem(prompt, prompt + response, [first + target for target in item.targets]))

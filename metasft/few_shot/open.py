@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metasft.checkpoint import (
+    TEMPLATE_FILE,
     AdapterCheckpoint,
     checked_adapter,
     first_not_finite,
@@ -28,7 +29,12 @@ from metasft.few_shot.source import (
     resolve_adaptation,
 )
 from metasft.model_folder import why_not_loaded
-from metasft.untrusted import check_chat_template, read_json, read_tensors
+from metasft.prompts import Prompts, chosen_arguments, chosen_template
+from metasft.untrusted import check_chat_template, read_json, read_template, read_tensors
+
+# Lengths are checked in words of the evaluation, not of a training's configuration. Turns are tokenised one by one, as
+# in training, whether or not that is how the template renders them together: prompts have to agree with that.
+UNLIMITED = {"pad_mode": "no_padding", "truncation": "error", "max_length": 2**31, "ignore_input_ids_mismatch": True}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class OpenedModel:
         adaptation: optimizer and learning rate.
         adapts: in words, what an adaptation changes.
         device: where it will run.
+        chat_template: in place of the tokenizer's own; None: that one.
+        chat_template_kwargs: its arguments, as recorded or given.
     """
 
     load_from: str
@@ -52,6 +60,13 @@ class OpenedModel:
     adaptation: Adaptation
     adapts: str
     device: torch.device
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """Settings for :class:`~metasft.task_data.TokenizedSet`."""
+        return {**UNLIMITED, "apply_chat_template_kwargs": self.chat_template_kwargs}
 
     @property
     def device_name(self) -> str:
@@ -80,7 +95,9 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             adaptation=resolve_adaptation(config, adapter.adaptation, lora=True),
             adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}",
             device=device,
+            **_prompts(config, adapter.chat_template, adapter.adaptation),
         )
+    recorded = recorded_adaptation(source)
     if config.model_type == "base":
         rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
         return OpenedModel(
@@ -91,16 +108,28 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             adaptation=resolve_adaptation(config, {}, lora=True),
             adapts=f"fresh LoRA r={rank} alpha={alpha:g}",
             device=device,
+            **_prompts(config, None, recorded),
         )
     return OpenedModel(
         load_from=source.path,
         base_model=None,
         adapter=None,
         fresh_lora=None,
-        adaptation=resolve_adaptation(config, recorded_adaptation(source), lora=False),
+        adaptation=resolve_adaptation(config, recorded, lora=False),
         adapts="all parameters",
         device=device,
+        **_prompts(config, None, recorded),
     )
+
+
+def _prompts(config: EvaluationConfig, template: str | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Chat template and its arguments: flags over what the checkpoint records."""
+    arguments = recorded.get("chat_template_kwargs", {})
+    if config.chat_template is not None:
+        template = chosen_template(config.chat_template, "--chat-template")
+    if config.chat_template_kwargs is not None:
+        arguments = chosen_arguments(config.chat_template_kwargs, "--chat-template-kwargs")
+    return {"chat_template": template, "chat_template_kwargs": arguments}
 
 
 def _device(name: str) -> torch.device:
@@ -181,6 +210,7 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
     }
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     step = re.fullmatch(r"global_step_(\d+)", folder.name)
+    template = folder / "huggingface" / TEMPLATE_FILE  # of the tokenizer that veRL trained with
     return checked_adapter(
         folder,
         tensors=tensors,
@@ -193,6 +223,7 @@ def load_verl_lora(folder: Path) -> AdapterCheckpoint:
         base_model="",
         adaptation={},
         step=int(step.group(1)) if step else None,
+        chat_template=read_template(template, "copy the whole folder again") if template.is_file() else None,
     )
 
 
@@ -206,16 +237,25 @@ def _loading(what: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model; ValueError where it cannot be read or has no usable chat template."""
+def load_tokenizer(name: str, chat_template: str | None = None, arguments: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of a model, with ``chat_template`` in place of its own.
+
+    Raises:
+        ValueError: it cannot be read, or the chat template cannot be used with these arguments.
+    """
     from transformers import AutoTokenizer
 
     with _loading(f"the tokenizer of the model {name}"):
         # False, not the default: by default transformers asks on the terminal whether to run a folder's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model")
-    check_chat_template(tokenizer, name)
+        raise ValueError(
+            f"the tokenizer of {name} has no chat template, which prompts need: use an instruction model, or give a "
+            "template with --chat-template"
+        )
+    check_chat_template(tokenizer, name, Prompts.of(tokenizer, {"apply_chat_template_kwargs": arguments}).keywords)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -229,11 +269,16 @@ def load_settings(name: str) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(tokenizer, model) with greedy decoding set up: ends at the tokenizer's and at the model's own end tokens."""
+def load_transformers(
+    name: str, dtype: torch.dtype, chat_template: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """(tokenizer, model) with greedy decoding set up: ends at the end tokens of tokenizer, model and chat template.
+
+    ``chat_template`` and ``arguments`` are those of :func:`load_tokenizer`.
+    """
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, chat_template, arguments)
     with _without_progress_bar(), _loading(f"the model {name}"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     if (weights := first_not_finite(dict(model.named_parameters()))) is not None:
@@ -243,6 +288,7 @@ def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     settings = model.generation_config
     own = settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ends |= _end_of_turn(tokenizer, Prompts.of(tokenizer, {"apply_chat_template_kwargs": arguments}))
     settings.eos_token_id = sorted(ends)
     settings.pad_token_id = tokenizer.pad_token_id
     # Settings of sampling: greedy decoding does not read them, and would warn about every one.
@@ -252,6 +298,15 @@ def load_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     settings.repetition_penalty = None
     settings.max_length = None
     return tokenizer, model
+
+
+def _end_of_turn(tokenizer: Any, prompts: Prompts) -> set[int]:
+    """The special token that the chat template ends a response with, if it is one: a base model's own is another."""
+    word = "forty-nine"
+    turns = [{"role": "user", "content": "Which word comes before fifty?"}, {"role": "assistant", "content": word}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **prompts.keywords)
+    after = tokenizer(text.rpartition(word)[2], add_special_tokens=False)["input_ids"]
+    return set(after[:1]) & set(tokenizer.added_tokens_decoder)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from metasft.config import INNER_OPTIMIZERS
 from metasft.durable import check_place
+from metasft.prompts import chosen_arguments, chosen_template
 from metasft.task_data import check_turns
 from metasft.untrusted import printable, read_columns
 from metasft.verl_settings import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
@@ -63,6 +64,8 @@ class EvaluationConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: of the frozen weights. With all parameters adapted they stay in float32 and this is the autocast dtype.
         max_length: longest example in tokens; longer ones are an error.
+        chat_template: a Jinja text, or a file with one; None means what the checkpoint records, else the model's own.
+        chat_template_kwargs: arguments of the template as a JSON object; None means what the checkpoint records.
         lora_rank: rank of the fresh LoRA that ``base`` adapts; None means 16.
         lora_alpha: scale of the fresh LoRA; None means 32.
         cells_per_batch: adaptations done and tested together where the adapter allows; None means automatic.
@@ -95,6 +98,8 @@ class EvaluationConfig:
     device: str = "auto"
     dtype: str = "float32"
     max_length: int = 1024
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     cells_per_batch: int | None = None
@@ -169,6 +174,10 @@ class EvaluationConfig:
                         f"{flag} is {value}, but only --model-type base adapts a fresh LoRA: leave it out for "
                         f"{self.model_type}"
                     )
+        if self.chat_template is not None:
+            chosen_template(self.chat_template, "--chat-template")
+        if self.chat_template_kwargs is not None:
+            chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
         self._check_combinations()
         check_place(self.output_dir, "--output-dir")
 

@@ -39,7 +39,7 @@ def search_settings(
     """
     shared = (
         "model_type", "weights_sha256", "base_model", "adapts", "adaptation_steps", "adaptation_batch_size", "seed",
-        "max_length", "device", "dtype",
+        "max_length", "chat_template_sha256", "chat_template_kwargs", "device", "dtype",
     )  # fmt: skip
     return {
         **{key: evaluation[key] for key in shared},

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from script_runner import ROOT, must_run, script_environment
+from tiny_model import CHAT_TEMPLATE
 
 import verl
+from metasft.few_shot.open import load_verl_lora
 
 TINY = (
     "data.train_max_samples=16 trainer.total_training_steps=2 trainer.resume_mode=disable model.lora_rank=4 "
@@ -92,6 +94,7 @@ def check_run(run):
     assert state and all("lora_" in name for name in state)  # nothing of the base model
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)  # it was trained
     assert len(losses_of(run)) == 2
+    assert load_verl_lora(folder).chat_template == CHAT_TEMPLATE
 
 
 def test_single_task_runs_leave_one_checkpoint_per_task(single):

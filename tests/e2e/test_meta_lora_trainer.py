@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from script_runner import must_run, run_script
+from tiny_model import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM
 
 SCRIPT = (
@@ -62,13 +63,15 @@ def largest_difference(a, b):
 def test_checkpoint_holds_lora_and_nothing_else(run, tiny_model):
     folder, _ = run
     checkpoint = adapter(folder)
-    assert set(checkpoint) == {"format", "version", "step", "base_model", "adapter_config", "adaptation", "lora"}
+    keys = {"format", "version", "step", "base_model", "adapter_config", "adaptation", "lora", "chat_template"}
+    assert set(checkpoint) == keys
     assert checkpoint["step"] == STEPS and checkpoint["base_model"] == str(tiny_model)
     assert all("lora_A" in n or "lora_B" in n for n in checkpoint["lora"])
     assert all(t.dtype == torch.float32 for t in checkpoint["lora"].values())
     assert any(t.abs().max() > 0 for n, t in checkpoint["lora"].items() if "lora_B" in n), "B has left its zero start"
     assert checkpoint["adaptation"]["inner_lr"] == 0.3 and checkpoint["adaptation"]["inner_optimizer"] == "sgd"
     assert checkpoint["adapter_config"]["r"] == 4
+    assert checkpoint["chat_template"] == CHAT_TEMPLATE and checkpoint["adaptation"]["chat_template_kwargs"] == {}
 
 
 def test_adapter_folder_is_the_same_adapter_for_peft(run, tiny_model):

@@ -80,6 +80,8 @@ DELETED = [
     *(BadInput("meta_lora", f"{GOOD} {argument}", words) for argument, words in [
         ("data.apply_chat_template_kwargs=abc", ("data.apply_chat_template_kwargs='abc'", "variables of the chat")),
         ("+data.apply_chat_template_kwargs.tokenize=true", ("data.apply_chat_template_kwargs", "tokenize")),
+        ("+data.apply_chat_template_kwargs.think=false", ("data.apply_chat_template_kwargs", "correct the name")),
+        ("data.enable_thinking_default=never", ("data.enable_thinking_default='never'", "true, false, or null")),
         ("model.override_config=abc", ("model.override_config='abc'", "config.json")),
         ("model.external_lib=nowhere_lib", ("model.external_lib='nowhere_lib'", "can be imported")),
         ("data.custom_cls.path=mine.py", ("data.custom_cls", "no effect")),

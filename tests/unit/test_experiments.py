@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from experiment_files import (
     META_LORA,
     MIXED,
     SINGLE,
+    flag,
     model_folder,
     plan_of,
 )
@@ -264,6 +266,33 @@ def test_full_and_lora_arms_are_adapted_with_their_own_settings(tmp_path):
     rates = {name: words[words.index("--adaptation-lr") + 1] for name, words in commands.items()}
     assert rates == {"a": "0.001", "f": "1e-05", "base": "0.001", "m": "0.001"}
     assert "--base-model" in commands["m"] and not any("--base-model" in commands[name] for name in ("a", "f", "base"))
+
+
+def test_arms_without_a_record_of_their_prompts_are_told_them(tmp_path):
+    """veRL's trainer records no template arguments, a base model neither those nor a template that it was given."""
+    template = "{% for m in messages %}{{ m.content + eos_token + '\\n' }}{% endfor %}"
+    shaped = {"model.custom_chat_template": template, "+data.apply_chat_template_kwargs.enable_thinking": False}
+    changes = {f"train/{group}/{key}": value for group in ("meta_learners", "lora") for key, value in shaped.items()}
+    plan = plan_of(tmp_path, {"a": META_LORA, "base": BASE, "m": MIXED}, changes)
+    commands = {name: plan.runs[f"evaluate-{name}-seed1"].command for name in plan.arms}
+    for name in ("base", "m"):
+        assert flag(commands[name], "--chat-template") == template
+        assert json.loads(flag(commands[name], "--chat-template-kwargs")) == {"enable_thinking": False}
+    assert not any(word.startswith("--chat-template") for word in commands["a"])
+    # What a scale says of evaluations holds for all of them.
+    changes["evaluate/all/chat_template_kwargs"] = '{"enable_thinking": true}'
+    plan = plan_of(tmp_path, {"a": META_LORA, "base": BASE, "m": MIXED}, changes)
+    for run in ("evaluate-a-seed1", "evaluate-base-seed1", "evaluate-m-seed1"):
+        assert flag(plan.runs[run].command, "--chat-template-kwargs") == '{"enable_thinking": true}'
+
+
+def test_without_settings_of_the_prompts_there_are_no_flags(tmp_path):
+    """The date of the standard LoRA's configuration is the one that evaluations take by themselves."""
+    plan = plan_of(tmp_path, {"base": BASE, "m": MIXED})
+    assert plan.arms["m"].config["data"]["apply_chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
+    assert plan.arms["m"].config["data"]["enable_thinking_default"] is None
+    for run in ("evaluate-base-seed1", "evaluate-m-seed1"):
+        assert not any(word.startswith("--chat-template") for word in plan.runs[run].command)
 
 
 @given(

@@ -326,6 +326,19 @@ def test_another_protocol_is_refused_unless_allowed(tmp_path):
     assert "adaptation_lr: 0.05 and 0.001" in note
 
 
+@pytest.mark.parametrize(
+    "changes", [{"chat_template_sha256": "ab"}, {"chat_template_kwargs": {"enable_thinking": False}}], ids=str
+)
+def test_other_prompts_are_another_protocol(changes, tmp_path):
+    prompts = {"chat_template_sha256": "aa", "chat_template_kwargs": {}}
+    a = read_evaluation("a", write_evaluation(tmp_path / "a", "meta_lora", CORRECT, changes=prompts))
+    b = read_evaluation("b", write_evaluation(tmp_path / "b", "base", CORRECT, changes={**prompts, **changes}))
+    with pytest.raises(ValueError, match=f"adaptation protocol of a and b differs .*{min(changes)}"):
+        check_pairing(a, b)
+    (note,) = check_pairing(a, b, allow_different_protocol=True)
+    assert min(changes) in note
+
+
 def test_what_only_one_side_has_is_left_out_and_said(tmp_path):
     one = write_evaluation(tmp_path / "one", "base", {**CORRECT, ("logic", 0): [[1, 0]]})
     two = write_evaluation(tmp_path / "two", "base", CORRECT, changes={"base_model": "models/other"})

@@ -15,7 +15,15 @@ from metasft.lineage import Lineage, Start
 from metasft.resume import MetricsLog, _find_state, check_layout, prune, read_metrics, take_charge
 
 EARLIEST = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0}
-LATER = {"seed": 1, "lora_alpha": None, "optimizer": "torch.optim.AdamW", "base_model": None, "data": "ab12"}
+LATER = {
+    "seed": 1,
+    "lora_alpha": None,
+    "optimizer": "torch.optim.AdamW",
+    "base_model": None,
+    "data": "ab12",
+    "custom_chat_template": None,
+    "chat_template_kwargs": {},
+}
 LAYOUT = {**EARLIEST, **LATER}
 MODEL = "model_world_size_1_rank_0.pt"
 FILES = (MODEL, "optim_world_size_1_rank_0.pt", "extra_state_world_size_1_rank_0.pt", "data_0.pt")
@@ -101,6 +109,8 @@ def test_a_path_to_resume_from_is_checked(tmp_path):
         ("optimizer", r"optim\.optimizer"),
         ("base_model", r"the files of model\.path \(SHA-256 of their ends\)"),
         ("data", r"the files of the tasks \(SHA-256\)"),
+        ("custom_chat_template", r"model\.custom_chat_template \(SHA-256\)"),
+        ("chat_template_kwargs", r"data\.apply_chat_template_kwargs"),
     ],
 )
 def test_another_layout_is_refused(key, words, tmp_path):

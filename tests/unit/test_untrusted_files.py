@@ -24,8 +24,7 @@ import evaluate_few_shot
 from metasft.checkpoint import attach_adapter, load_adapter_folder, load_meta_lora
 from metasft.config import MetaConfig
 from metasft.experiment_report.exports import read_export
-from metasft.few_shot.checks import UNLIMITED
-from metasft.few_shot.open import load_tokenizer, load_transformers, load_verl_lora
+from metasft.few_shot.open import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
 from metasft.model_folder import check_model_files, check_vocabulary
 from metasft.resume import _find_state
 from metasft.task_data import TokenizedSet, find_task_files
@@ -433,15 +432,20 @@ def test_one_row_of_every_order_of_roles_is_tokenised(tmp_path, tiny_model, monk
     tokenise = examples._tokenize
     monkeypatch.setattr(examples, "_tokenize", lambda index: tokenised.append(index) or tokenise(index))
     examples.check_template()
-    assert tokenised == [0, 50]
+    assert tokenised == [0, 1, 50, 51]  # the two ways to set enable_thinking
     examples.check_template([3, 4, 7])
-    assert tokenised == [0, 50, 3]
+    assert tokenised[4:] == [3, 4]
     # Neighbours of one role are rendered as one turn.
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}"
         "{{ m.role }}: {% endif %}{{ m.content }}{% endfor %}"
     )
     with refused(f"{tmp_path / 'a.parquet'} row 50", "one by one", "model.custom_chat_template"):
+        settings = {**UNLIMITED, "ignore_input_ids_mismatch": False}
+        TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, settings).check_template()
+    with refused(
+        f"{tmp_path / 'a.parquet'} row 50", "the prompt of", "otherwise than its turns one by one", "--chat-template"
+    ):
         TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, UNLIMITED).check_template()
 
 
@@ -468,13 +472,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers(tiny_model):
     tokenizer, config = AutoTokenizer.from_pretrained(tiny_model), AutoConfig.from_pretrained(tiny_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|in no conversation|>"]})
     assert len(tokenizer) == config.vocab_size + 1
-    check_vocabulary(tokenizer, config, "it")
+    check_vocabulary(tokenizer, config, "it", {})
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|in no conversation|>")
     with refused("it has vocab_size=", f"ids up to {config.vocab_size};"):
-        check_vocabulary(tokenizer, config, "it")
+        check_vocabulary(tokenizer, config, "it", {})
     config.vocab_size = 40
     with refused("vocab_size=40", "use the tokenizer that belongs to the model"):
-        check_vocabulary(AutoTokenizer.from_pretrained(tiny_model), config, "it")
+        check_vocabulary(AutoTokenizer.from_pretrained(tiny_model), config, "it", {})
 
 
 def test_a_tracker_file_leads_nowhere_else(tmp_path, evaluate):
