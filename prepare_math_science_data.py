@@ -44,6 +44,7 @@ from metasft.installed import require
 from metasft.refusal import ArgumentParser, refuse
 from metasft.sources import answers, commands
 from metasft.sources.build import Built, build
+from metasft.sources.local import OWN_DATA
 from metasft.sources.suite import SIZES, shipped_suites
 from metasft.tasks import Example
 from metasft.untrusted import read_json, sha256_of
@@ -262,6 +263,7 @@ def baseline_config(
     *,
     tasks: int = 1,
     checkpoints: str = "checkpoints",
+    conversations: bool = False,
 ) -> str:
     """A Hydra config that trains one LoRA with veRL's own SFT trainer.
 
@@ -273,6 +275,7 @@ def baseline_config(
         config_name: its file name without ``.yaml``.
         tasks: how many tasks the files are of.
         checkpoints: folder for the run's own folder.
+        conversations: whether the assistant has several turns in some example.
     """
     where = shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"'
     files = "\n".join(f"    - {json.dumps(file)}" for file in train_files)
@@ -289,6 +292,14 @@ def baseline_config(
 """
     else:
         what, data = f"{samples} examples", ""
+    custom = ""
+    if conversations:
+        custom = """
+  # veRL's dataset would learn from every turn of the assistant. As in META-LORA and in the evaluation, the last one is
+  # the response, and what comes before it is the prompt.
+  custom_cls:
+    path: pkg://metasft.sft_dataset
+    name: LastResponseDataset"""
     return f"""\
 # Standard LoRA without meta-learning, {what}: veRL's own trainer, unchanged. Run from the folder that
 # prepare_math_science_data.py ran in:
@@ -363,7 +374,7 @@ data:
   use_dynamic_bsz: false
   max_length: 1024
   truncation: error
-  num_workers: 0
+  num_workers: 0{custom}
 
 trainer:
   device: cpu                # veRL takes the accelerator instead where there is one
@@ -391,7 +402,7 @@ def support_sizes(settings: dict[str, Any]) -> dict[str, int]:
     return dict.fromkeys(train_tasks, settings["support_samples"])
 
 
-def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[str, str]:
+def make_baseline_configs(output_dir: Path, settings: dict[str, Any], *, conversations: bool = False) -> dict[str, str]:
     """Texts of the baseline configs: path relative to ``output_dir`` -> YAML.
 
     They lie in the folder with the data. The embedded tasks in the default folder have theirs beside it, where the
@@ -399,26 +410,29 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[st
     """
     default = output_dir.resolve() == DEFAULT_OUTPUT.resolve() and settings["source"] == "reasoning_gym"
     if default:
-        shipped = _baseline_configs(output_dir, settings, "..", "checkpoints", full=True)
+        shipped = _baseline_configs(output_dir, settings, "..", full=True)
         there = {name: path for name in shipped if (path := output_dir / name).exists()}
         if all(path.read_text(encoding="utf-8") == shipped[name] for name, path in there.items()):
             return shipped
     # A run of its own for every folder: veRL would resume from the checkpoint of another one's data.
-    checkpoints = f"checkpoints/{output_dir.resolve().name}"
-    return _baseline_configs(output_dir, settings, ".", checkpoints, full=settings["full_samples"] is not None)
+    own = {"checkpoints": f"checkpoints/{output_dir.resolve().name}", "conversations": conversations}
+    return _baseline_configs(output_dir, settings, ".", full=settings["full_samples"] is not None, **own)
 
 
 def _baseline_configs(
-    output_dir: Path, settings: dict[str, Any], place: str, checkpoints: str, *, full: bool
+    output_dir: Path, settings: dict[str, Any], place: str, *, full: bool, **more: Any
 ) -> dict[str, str]:
-    """The configs in the folder ``place``, relative to ``output_dir``, with or without those of the full data."""
+    """The configs in the folder ``place``, relative to ``output_dir``, with or without those of the full data.
+
+    ``more``: see :func:`baseline_config`.
+    """
     sizes = support_sizes(settings)
     output = os.path.normpath(output_dir)
 
     def config(path: str, name: str, tasks: list[str], part: str, samples: int | None) -> tuple[str, str]:
         folder, config_name = os.path.split(os.path.normpath(os.path.join(output, place, path)))
         files = [os.path.join(output, "meta_train", f"{task}_{part}.parquet") for task in tasks]
-        text = baseline_config(name, files, samples, folder, config_name, tasks=len(tasks), checkpoints=checkpoints)
+        text = baseline_config(name, files, samples, folder, config_name, tasks=len(tasks), **more)
         return os.path.normpath(os.path.join(place, f"{path}.yaml")), text
 
     configs = [config(f"meta_train/{name}_train", name, [name], "support", size) for name, size in sizes.items()]
@@ -619,7 +633,9 @@ def _make_files(
             files = built.files
         for name, members in files.items():
             write_parquet(members, temporary / "data" / name)
-        configs = make_baseline_configs(output_dir, settings)
+        turns = (turn for members in files.values() for example in members for turn in example.turns)
+        conversations = any(turn["role"] == "assistant" for turn in turns)
+        configs = make_baseline_configs(output_dir, settings, conversations=conversations)
         for name, text in configs.items():
             path = temporary / "data" / name  # the leading ".." leads to the temporary folder itself
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -660,6 +676,12 @@ def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
     for name, task in manifest["tasks"].items():
         if kept_out := sum(task.get("contamination", {}).values()):
             print(f"{name}: {kept_out} examples kept out of training and shot pools for resembling test items")
+        asked_for = ("read", "left over", "test items left over", "of other levels")
+        if lost := [f"{count} {why}" for why, count in task.get("counts", {}).items() if why not in asked_for]:
+            print(f"{name}: not used: {', '.join(lost)}")
+    for name, source in manifest.get("sources", {}).items():
+        if source["caveats"][:1] == [OWN_DATA]:
+            print(f"{name}, {source['caveats'][1]}")
     for name in manifest["baseline_configs"]:
         print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
     print(f"source, settings and SHA-256 of each file: {os.path.join(output_dir, 'manifest.json')}")
