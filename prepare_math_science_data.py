@@ -670,9 +670,11 @@ def _make_files(
 
 
 def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
-    """Print the number of examples in every file, and where to read more."""
+    """Print the number of examples in every file, what became of the others, and where to read more."""
     for name, entry in manifest["files"].items():
         print(f"{os.path.join(output_dir, name)}: {entry['rows']} samples")
+    for name in manifest["baseline_configs"]:
+        print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
     for name, task in manifest["tasks"].items():
         if kept_out := sum(task.get("contamination", {}).values()):
             print(f"{name}: {kept_out} examples kept out of training and shot pools for resembling test items")
@@ -681,9 +683,7 @@ def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
             print(f"{name}: not used: {', '.join(lost)}")
     for name, source in manifest.get("sources", {}).items():
         if source["caveats"][:1] == [OWN_DATA]:
-            print(f"{name}, {source['caveats'][1]}")
-    for name in manifest["baseline_configs"]:
-        print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
+            print(f"{name}: {source['caveats'][1]}")
     print(f"source, settings and SHA-256 of each file: {os.path.join(output_dir, 'manifest.json')}")
 
 

@@ -346,7 +346,7 @@ def test_only_a_scorer_changes_texts_and_the_command_says_so(run_here, tmp_path,
                      unseen=None)  # fmt: skip
     assert run_here(values) == 0
     assert (
-        "steps, scorer number reads the answer in a form of its own: prompts get the line 'End with \"Answer: "
+        "steps: scorer number reads the answer in a form of its own: prompts get the line 'End with \"Answer: "
         "<answer>\".', and responses that do not end so the line 'Answer: <answer>'" in capsys.readouterr().out
     )
     given = {row["messages"][-2]["content"].removesuffix(' End with "Answer: <answer>".'): row for row in content}
