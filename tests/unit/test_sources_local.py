@@ -415,6 +415,26 @@ def test_a_file_per_task(run_here, tmp_path, suffix):
         assert frame["prompt"].str.startswith(f"{frame['task'][0]} of ").all()
 
 
+@pytest.mark.parametrize("turns", [turns_of, long_turns_of])
+def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_path, tiny_model):
+    """veRL's trainer makes its dataset by the configuration; its own would learn from every turn of the assistant."""
+    from hydra import compose, initialize_config_dir
+    from transformers import AutoTokenizer
+    from verl.trainer.sft_trainer import create_sft_dataset
+
+    write(tmp_path / "data.jsonl", [{"messages": turns(i)} for i in range(20)])
+    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
+    assert run_here(values) == 0
+    with initialize_config_dir(str(tmp_path / "x"), version_base=None):
+        config = compose("baseline_lora_mixed", overrides=["data.pad_mode=no_padding"])
+    assert (config.data.custom_cls.path is None) == (turns is turns_of)  # veRL's own where it is the same
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    data = create_sft_dataset(config.data.train_files, config.data, tokenizer, None)
+    rows = pd.read_parquet(config.data.train_files[0])
+    for row, example in zip(rows["response"], data, strict=True):
+        assert tokenizer.decode(example["input_ids"][example["loss_mask"].bool()]) == f"{row}<|im_end|>\n"
+
+
 WRONG = {
     "a list that is no conversation": (
         {"fields": {"prompt": "list", "answer": "result", "task": "topic"}},
