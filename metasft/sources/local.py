@@ -81,10 +81,9 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
     ]
     files = _check_files(values.get("files"), path.parent, where)
     splits = tuple(files)
-    task_per_file = "task" not in fields and all(
-        set(names) <= {Path(name).stem for name in files[split]} for split in splits
-    )
-    if "task" not in fields and len(set(names)) > 1 and not task_per_file:
+    several = "task" not in fields and len(set(names)) > 1
+    task_per_file = several and all(set(names) <= {Path(name).stem for name in files[split]} for split in splits)
+    if several and not task_per_file:
         raise ValueError(
             f"{where} names {len(set(names))} tasks but no field for them: add task: <column> to fields, or name every "
             "file after its task"
@@ -238,9 +237,10 @@ def _remark(scorer: str, values: Mapping[str, Any]) -> str:
         added = "with the instruction of the mapping added to prompts" if values.get("instruction") else "word for word"
         return f"no scorer: texts are used {added}; evaluation measures the loss and exact matches of the response"
     instruction, ending = _FORMS.get(scorer, _FORM)
+    options = "the options and " if scorer == "choice" else ""
     return (
-        f"scorer {scorer} reads the answer in a form of its own: prompts get the line '{instruction}', and responses "
-        f"that do not end so the line '{ending % '<answer>'}'"
+        f"scorer {scorer} reads the answer in a form of its own: prompts get {options}the line '{instruction}', and "
+        f"responses that do not end so the line '{ending % '<answer>'}'"
     )
 
 

@@ -151,16 +151,16 @@ def _json_rows(paths: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of JSON lines, or of one list, as written: the library makes a time of every text that looks like a date."""
     for path in paths:
         with open(path, encoding="utf-8") as stream:
-            if path.endswith(".jsonl") or not stream.read(1024).lstrip().startswith("["):
-                stream.seek(0)
-                rows: Iterable[Any] = (json.loads(line) for line in stream if line.strip())
-            else:
-                stream.seek(0)
-                rows = json.load(stream)
+            listed = path.endswith(".json") and stream.read(1024).lstrip().startswith("[")
+            stream.seek(0)
+            rows = json.load(stream) if listed else (json.loads(line) if line.strip() else {} for line in stream)
             for number, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
-                    raise ValueError(f"row {number} is {str(row)[:20]}, no object with columns")
-                yield row
+                    raise ValueError(
+                        f"{'entry' if listed else 'line'} {number} holds {json.dumps(row)[:20]}, no object with columns"
+                    )
+                if row:
+                    yield row
 
 
 def _without_rows(path: str | Path, location: Location) -> ValueError:
