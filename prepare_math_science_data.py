@@ -9,10 +9,11 @@ writes, from the verifiable problem generators of reasoning-gym (nothing is down
     meta_test/<task>_support.parquet   <task>_test.parquet                          unseen tasks: shot pool, test set
     manifest.json                                                                   source, settings, SHA-256 of files
 
-and, beside the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
-``baseline_lora_mixed.yaml``, and those of the full-data yardstick, ``<task>_full.yaml`` and
-``baseline_lora_mixed_full.yaml``. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45
-gives 300. The same flags give the same bytes.
+and, in the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
+``baseline_lora_mixed.yaml``, with --full-samples also those of the full-data yardstick, ``<task>_full.yaml`` and
+``baseline_lora_mixed_full.yaml``. The default folder has those that come with the project beside it; they are never
+rewritten. The ratios are shares of --samples-per-task: 0.15 gives 100 support examples, 0.45 gives 300. The same flags
+give the same bytes.
 
 Public benchmarks and own data make the same files (docs/sources.md):
 
@@ -44,12 +45,17 @@ from metasft.prompts import DEFAULT_DATE
 from metasft.refusal import ArgumentParser, refuse
 from metasft.sources import answers, commands
 from metasft.sources.build import Built, build
+from metasft.sources.local import OWN_DATA
 from metasft.sources.suite import SIZES, shipped_suites
 from metasft.tasks import Example
 from metasft.untrusted import read_json, sha256_of
 
-MIXED_SAMPLES = 600  # the guide's Exp 5: one LoRA trained on this many examples of all tasks together
+DEFAULT_OUTPUT = Path("data/math_science_meta")
+MIXED_SAMPLES, MIXED_PER_TASK = 600, 100
+"""The guide's Exp 5: one LoRA trained on 600 examples of all its tasks, which is about META-LORA's 100 of each."""
 TASK_BATCH = 4  # examples of one task per update step, as in an inner step of META-LORA
+LARGEST_BATCH, LEAST_STEPS = 32, 25
+"""Of the mixed baseline: examples per update step, and steps per epoch; one task's 100 examples make 25 steps too."""
 EPOCHS = 2
 MODEL = "models/SmolLM2-135M-Instruct"
 
@@ -58,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag that cannot be read ends the process with exit code 2."""
     parser = ArgumentParser(prog="prepare_math_science_data.py", description=__doc__)
     add = parser.add_argument
-    add("--output-dir", type=Path, default=Path("data/math_science_meta"), help="folder to write (%(default)s)")
+    add("--output-dir", type=Path, default=DEFAULT_OUTPUT, help="folder to write (%(default)s)")
     add("--support-ratio", type=float, help=f"support set's share of --samples-per-task ({SIZES['support_ratio']})")
     add("--query-ratio", type=float, help=f"query set's share; the rest is the test set ({SIZES['query_ratio']})")
     add(
@@ -224,8 +230,41 @@ def write_parquet(examples: Sequence[Example], path: Path) -> None:
     pq.write_table(table, path)
 
 
+def mixed_samples(sizes: Sequence[int]) -> int:
+    """How many examples the mixed baseline trains on: 100 per task and never fewer than the guide's 600, if there are.
+
+    Args:
+        sizes: of the tasks' support sets.
+    """
+    return min(sum(sizes), max(MIXED_SAMPLES, MIXED_PER_TASK * len(sizes)))
+
+
+def batch_size(tasks: int, samples: int | None) -> int:
+    """Examples per update step of a baseline: 4 of each task, where that leaves enough update steps.
+
+    Many tasks would otherwise leave few steps, and fewer steps over the same examples learn less (the measurement in
+    :func:`baseline_config`). A multiple of 4, the micro-batch, where there are as many examples.
+
+    Args:
+        tasks: how many the examples are of.
+        samples: how many examples are trained on; None: many.
+    """
+    if samples is None:
+        return min(TASK_BATCH * tasks, LARGEST_BATCH)
+    enough_steps = max(TASK_BATCH, samples // LEAST_STEPS // TASK_BATCH * TASK_BATCH)
+    return min(TASK_BATCH * tasks, LARGEST_BATCH, enough_steps, samples)
+
+
 def baseline_config(
-    name: str, train_files: list[str], samples: int | None, folder: str, config_name: str, *, tasks: int = 1
+    name: str,
+    train_files: list[str],
+    samples: int | None,
+    folder: str,
+    config_name: str,
+    *,
+    tasks: int = 1,
+    checkpoints: str = "checkpoints",
+    conversations: bool = False,
 ) -> str:
     """A Hydra config that trains one LoRA with veRL's own SFT trainer.
 
@@ -236,10 +275,15 @@ def baseline_config(
         folder: where the config will lie; Hydra's --config-path.
         config_name: its file name without ``.yaml``.
         tasks: how many tasks the files are of.
+        checkpoints: folder for the run's own folder.
+        conversations: whether the assistant has several turns in some example.
     """
     where = shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"'
     files = "\n".join(f"    - {json.dumps(file)}" for file in train_files)
-    batch = TASK_BATCH * tasks if samples is None else min(TASK_BATCH * tasks, samples)
+    batch = batch_size(tasks, samples)
+    per_step = f"{TASK_BATCH} examples of each task per update step"
+    if batch < TASK_BATCH * tasks:
+        per_step = f"examples per update step as far as {tasks} tasks allow: {batch}, not {TASK_BATCH} of each"
     if samples is None:
         what = "all of the full data"
         data = """\
@@ -249,9 +293,17 @@ def baseline_config(
 """
     else:
         what, data = f"{samples} examples", ""
+    custom = ""
+    if conversations:
+        custom = """
+  # veRL's dataset would learn from every turn of the assistant. As in META-LORA and in the evaluation, the last one is
+  # the response, and what comes before it is the prompt.
+  custom_cls:
+    path: pkg://metasft.sft_dataset
+    name: LastResponseDataset"""
     return f"""\
 # Standard LoRA without meta-learning, {what}: veRL's own trainer, unchanged. Run from the folder that
-# prepare_math_science_data.py ran in (it writes this file, and writes it again on its next run):
+# prepare_math_science_data.py ran in:
 #
 #   torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \\
 #       --config-path {where} --config-name {config_name}
@@ -259,7 +311,7 @@ def baseline_config(
 {data}# Why these settings:
 #
 # * What can be equal to META-LORA is: rank, alpha and modules of the LoRA, precision, attention, learning rate (its
-#   meta learning rate), gradient clipping, and {TASK_BATCH} examples of each task per update step.
+#   meta learning rate), gradient clipping, and {per_step}.
 # * {EPOCHS} epochs: on algebra (100 examples, SmolLM2-135M-Instruct, bf16 base, seed 1) the loss on 48 query examples
 #   is 1.80 nats per response token before, 0.76, 0.73, 0.78, 0.87 after 1, 2, 3, 4 epochs: more would overfit. Spending
 #   the 100,000 examples per task that META-LORA's 3000 meta-steps pass over would only harm this baseline.
@@ -319,7 +371,7 @@ data:
   train_batch_size: {batch}
   # Rows are packed, and sdpa's work on a packed row grows with the square of its length: short rows. With flash
   # attention it does not, and use_dynamic_bsz=true makes one pass per step.
-  micro_batch_size_per_gpu: {TASK_BATCH}
+  micro_batch_size_per_gpu: {min(TASK_BATCH, batch)}
   use_dynamic_bsz: false
   max_length: 1024
   truncation: error
@@ -328,7 +380,7 @@ data:
   apply_chat_template_kwargs:
     date_string: {DEFAULT_DATE}
   enable_thinking_default: null
-  num_workers: 0
+  num_workers: 0{custom}
 
 trainer:
   device: cpu                # veRL takes the accelerator instead where there is one
@@ -336,9 +388,9 @@ trainer:
   save_freq: -1              # only the final checkpoint
   test_freq: -1
   max_ckpt_to_keep: 1
-  default_local_dir: checkpoints/std_lora_{name}
+  default_local_dir: {checkpoints}/std_lora_{name}
   # veRL's file logger writes ./<project_name>/<experiment_name>.jsonl: beside the checkpoint.
-  project_name: checkpoints/std_lora_{name}
+  project_name: {checkpoints}/std_lora_{name}
   experiment_name: metrics
   logger: [console, file]
   seed: 1
@@ -356,34 +408,48 @@ def support_sizes(settings: dict[str, Any]) -> dict[str, int]:
     return dict.fromkeys(train_tasks, settings["support_samples"])
 
 
-def make_baseline_configs(output_dir: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Texts of the baseline configs: path relative to ``output_dir`` -> YAML."""
-    train_tasks = support_sizes(settings)
+def make_baseline_configs(output_dir: Path, settings: dict[str, Any], *, conversations: bool = False) -> dict[str, str]:
+    """Texts of the baseline configs: path relative to ``output_dir`` -> YAML.
+
+    They lie in the folder with the data. The embedded tasks in the default folder have theirs beside it, where the
+    project ships them; when the flags make other data than those are for, theirs lie in the folder too.
+    """
+    default = output_dir.resolve() == DEFAULT_OUTPUT.resolve() and settings["source"] == "reasoning_gym"
+    if default:
+        shipped = _baseline_configs(output_dir, settings, "..", full=True)
+        there = {name: path for name in shipped if (path := output_dir / name).exists()}
+        if all(path.read_text(encoding="utf-8") == shipped[name] for name, path in there.items()):
+            return shipped
+    # A run of its own for every folder: veRL would resume from the checkpoint of another one's data.
+    own = {"checkpoints": f"checkpoints/{output_dir.resolve().name}", "conversations": conversations}
+    return _baseline_configs(output_dir, settings, ".", full=settings["full_samples"] is not None, **own)
+
+
+def _baseline_configs(
+    output_dir: Path, settings: dict[str, Any], place: str, *, full: bool, **more: Any
+) -> dict[str, str]:
+    """The configs in the folder ``place``, relative to ``output_dir``, with or without those of the full data.
+
+    ``more``: see :func:`baseline_config`.
+    """
+    sizes = support_sizes(settings)
     output = os.path.normpath(output_dir)
-    beside = os.path.normpath(os.path.join(output, ".."))
-    folder = os.path.normpath(os.path.join(beside, "meta_train"))
 
-    def files(part: str) -> dict[str, str]:
-        return {name: os.path.join(output, "meta_train", f"{name}_{part}.parquet") for name in train_tasks}
+    def config(path: str, name: str, tasks: list[str], part: str, samples: int | None) -> tuple[str, str]:
+        folder, config_name = os.path.split(os.path.normpath(os.path.join(output, place, path)))
+        files = [os.path.join(output, "meta_train", f"{task}_{part}.parquet") for task in tasks]
+        text = baseline_config(name, files, samples, folder, config_name, tasks=len(tasks), **more)
+        return os.path.normpath(os.path.join(place, f"{path}.yaml")), text
 
-    support, full = files("support"), files("full")
-    configs = {}
-    for name, count in train_tasks.items():
-        configs[f"../meta_train/{name}_train.yaml"] = baseline_config(
-            name, [support[name]], count, folder, f"{name}_train"
-        )
-        configs[f"../meta_train/{name}_full.yaml"] = baseline_config(
-            f"{name}_full", [full[name]], None, folder, f"{name}_full"
-        )
-    if train_tasks:
-        tasks, samples = len(train_tasks), min(MIXED_SAMPLES, sum(train_tasks.values()))
-        configs["../baseline_lora_mixed.yaml"] = baseline_config(
-            "mixed", list(support.values()), samples, beside, "baseline_lora_mixed", tasks=tasks
-        )
-        configs["../baseline_lora_mixed_full.yaml"] = baseline_config(
-            "mixed_full", list(full.values()), None, beside, "baseline_lora_mixed_full", tasks=tasks
-        )
-    return configs
+    configs = [config(f"meta_train/{name}_train", name, [name], "support", size) for name, size in sizes.items()]
+    if full:
+        configs += [config(f"meta_train/{name}_full", f"{name}_full", [name], "full", None) for name in sizes]
+    if sizes:
+        samples = mixed_samples(list(sizes.values()))
+        configs.append(config("baseline_lora_mixed", "mixed", list(sizes), "support", samples))
+        if full:
+            configs.append(config("baseline_lora_mixed_full", "mixed_full", list(sizes), "full", None))
+    return dict(configs)
 
 
 def code_sha256(source: str) -> str:
@@ -479,6 +545,15 @@ def read_manifest(output_dir: Path) -> dict[str, Any] | None:
     return manifest if usable and isinstance(manifest.get("baseline_configs", []), list) else None
 
 
+def _files_of(manifest: dict[str, Any] | None) -> set[str]:
+    """The data files and configs in the folder itself that a manifest of :func:`read_manifest` names."""
+    if manifest is None:
+        return set()
+    ours = re.compile(r"(meta_train/[\w-]+_(train|full)|baseline_lora_mixed(_full)?)\.yaml")
+    configs = {name for name in manifest.get("baseline_configs", []) if ours.fullmatch(str(name))}
+    return {name for name in manifest["files"] if name.endswith(".parquet")} | configs
+
+
 def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings: dict[str, Any]) -> str | None:
     """Why the files in ``output_dir`` are not the ones these settings would make; None when they are."""
     if manifest is None:
@@ -564,7 +639,9 @@ def _make_files(
             files = built.files
         for name, members in files.items():
             write_parquet(members, temporary / "data" / name)
-        configs = make_baseline_configs(output_dir, settings)
+        turns = (turn for members in files.values() for example in members for turn in example.turns)
+        conversations = any(turn["role"] == "assistant" for turn in turns)
+        configs = make_baseline_configs(output_dir, settings, conversations=conversations)
         for name, text in configs.items():
             path = temporary / "data" / name  # the leading ".." leads to the temporary folder itself
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -580,11 +657,12 @@ def _make_files(
 
         for name in [*files, *configs]:
             target = output_dir / name
+            if name.startswith("../") and target.exists():
+                continue  # it comes with the project, and reads the same
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / "data" / name, target)
-        for name in set(previous["files"] if previous else ()) - set(files):
-            if name.endswith(".parquet"):  # of earlier flags: this manifest would not describe it
-                (output_dir / name).unlink(missing_ok=True)
+        for name in _files_of(previous) - {*files, *configs}:  # of earlier flags: this manifest would not describe it
+            (output_dir / name).unlink(missing_ok=True)
         os.replace(temporary / "data" / "manifest.json", output_dir / "manifest.json")
     except OSError as error:
         raise ValueError(
@@ -598,14 +676,20 @@ def _make_files(
 
 
 def print_summary(manifest: dict[str, Any], output_dir: Path) -> None:
-    """Print the number of examples in every file, and where to read more."""
+    """Print the number of examples in every file, what became of the others, and where to read more."""
     for name, entry in manifest["files"].items():
         print(f"{os.path.join(output_dir, name)}: {entry['rows']} samples")
+    for name in manifest["baseline_configs"]:
+        print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
     for name, task in manifest["tasks"].items():
         if kept_out := sum(task.get("contamination", {}).values()):
             print(f"{name}: {kept_out} examples kept out of training and shot pools for resembling test items")
-    for name in manifest["baseline_configs"]:
-        print(f"{os.path.normpath(os.path.join(output_dir, name))}: standard-LoRA baseline")
+        asked_for = ("read", "left over", "test items left over", "of other levels")
+        if lost := [f"{count} {why}" for why, count in task.get("counts", {}).items() if why not in asked_for]:
+            print(f"{name}: not used: {', '.join(lost)}")
+    for name, source in manifest.get("sources", {}).items():
+        if source["caveats"][:1] == [OWN_DATA]:
+            print(f"{name}: {source['caveats'][1]}")
     print(f"source, settings and SHA-256 of each file: {os.path.join(output_dir, 'manifest.json')}")
 
 

@@ -182,7 +182,7 @@ class _TooLong(ValueError):
 
 
 class TokenizedSet:
-    """A support or query set, tokenised by veRL's ``MultiTurnSFTDataset`` when an example is first drawn, then cached.
+    """A support or query set, tokenised by ``LastResponseDataset`` when an example is first drawn, then cached.
 
     Items are dicts of 1-D tensors: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens].
 
@@ -191,7 +191,7 @@ class TokenizedSet:
     """
 
     def __init__(self, path: Path, samples: int, tokenizer: Any, data_config: Any, processor: Any = None) -> None:
-        from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+        from metasft.sft_dataset import LastResponseDataset
 
         self._path = path
         prompts = Prompts.of(processor or tokenizer, data_config)
@@ -199,7 +199,7 @@ class TokenizedSet:
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
-                self._dataset = MultiTurnSFTDataset(
+                self._dataset = LastResponseDataset(
                     parquet_files=str(path),
                     tokenizer=tokenizer,
                     config={

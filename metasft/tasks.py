@@ -256,9 +256,11 @@ class Example:
         data_source: where it comes from, such as ``reasoning_gym/gcd``; decides how an answer is scored.
         example_id: unique among all examples of all tasks.
         prompt: question and instruction line, the content of the user turn.
-        response: the content of the assistant turn, ending with the answer (here ``Answer: <answer>``).
+        response: the content of the last assistant turn (here ``Answer: <answer>``).
         answer: the gold answer.
         extra_info: what the scorer needs besides the answer, JSON-able.
+        turns: what comes before the response, where that is more than ``prompt`` as one user turn: a system turn, or
+            earlier turns of a conversation; ``prompt`` is their text then.
     """
 
     task: str
@@ -268,6 +270,7 @@ class Example:
     response: str
     answer: str
     extra_info: dict[str, Any]
+    turns: tuple[Mapping[str, str], ...] = ()
 
 
 def all_tasks() -> dict[str, tuple[str, ...]]:
@@ -276,8 +279,9 @@ def all_tasks() -> dict[str, tuple[str, ...]]:
 
 
 def messages_for(example: Example) -> list[dict[str, str]]:
-    """The example as a conversation of one user and one assistant turn, in veRL's chat format."""
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
+    """The example as a conversation in veRL's chat format: the prompt's turns, then the response."""
+    before = map(dict, example.turns or ({"role": "user", "content": example.prompt},))
+    return [*before, {"role": "assistant", "content": example.response}]
 
 
 def row_for(example: Example) -> dict[str, Any]:
@@ -616,7 +620,7 @@ def score(text: str, row: Mapping[str, Any] | Example) -> Score:
 
 
 def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
-    """Accuracy (a fraction) of always giving the most frequent gold answer, scored like any other answer.
+    """Accuracy (a fraction) of always giving the most frequent gold answer, in the form asked for.
 
     Among equally frequent answers the alphabetically first counts.
 
@@ -628,7 +632,15 @@ def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
         raise ValueError("the majority baseline needs at least one row: the test set is empty")
     counts = Counter(str(_read(row, "answer")) for row in rows)
     constant = min(counts, key=lambda answer: (-counts[answer], answer))
-    return sum(score(f"Answer: {constant}", row).correct for row in rows) / len(rows)
+    return sum(score(_stating(constant, row), row).correct for row in rows) / len(rows)
+
+
+def _stating(answer: str, row: Mapping[str, Any] | Example) -> str:
+    """A text that gives this answer in the form that the row's scorer reads."""
+    from metasft.sources.scoring import EXACT_MATCH
+
+    exact = _has(row, "extra_info") and _extra_info(row).get("scorer") == EXACT_MATCH
+    return answer if exact else f"Answer: {answer}"
 
 
 def package_version() -> str:

@@ -29,6 +29,8 @@ DATA_LIMITS = {"METASFT_MAX_FILE_ROWS": 10_000_000, "METASFT_MAX_FILE_BYTES": 8 
 """Of a data file: rows (parquet), and bytes (on the disk and, of parquet, unpacked). The environment changes them."""
 
 SUMS_FILE = "SHA256SUMS"
+SUMMED = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".txt", ".model")
+"""Endings of the files that a model is read from: weights, configuration, tokenizer, chat template."""
 
 _DIRECTORY_BIT = 0x10  # of the attributes that MS-DOS kept
 
@@ -210,14 +212,16 @@ def sha256_of(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """Write ``SHA256SUMS`` over all files in ``folder``, in the form that ``sha256sum -c`` reads."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    """Write ``SHA256SUMS`` over weights and configuration in ``folder``, in the form that ``sha256sum -c`` reads."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in SUMMED)
     lines = [f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path) -> None:
-    """Compare the files of ``folder`` with its ``SHA256SUMS``, where it has one.
+    """Compare weights and configuration in ``folder`` with its ``SHA256SUMS``, where it has one.
+
+    Other files that it lists, such as the model card, may have been edited: nothing is read from them.
 
     Raises:
         ValueError: a file is missing, or not the one that was written.
@@ -237,6 +241,8 @@ def check_sums(folder: Path) -> None:
         if not is_inside(name):
             raise ValueError(f"{sums} names {printable(name)}, which is outside its folder: {remedy}")
         file = folder / name
+        if file.suffix not in SUMMED:
+            continue
         if not file.is_file():
             raise ValueError(f"{printable(str(file))} is missing, which {SUMS_FILE} names: {remedy}")
         if sha256_of(file) != digest:

@@ -345,7 +345,7 @@ class _Planner:
         overrides = overrides_of({**self.scale.train["lora"], **arm.overrides}, own, arm.name)
         shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANY_TASK
         config = config or compose(ROOT / "data" / place, shipped, overrides, arm.name)
-        config_dir = os.path.normpath(self.data_dir.parent / place)
+        config_dir = os.path.normpath(self.data_dir / place)
         command = [
             *_torchrun(self.scale.runs["train_lora"].processes),
             *("-m", "verl.trainer.sft_trainer", "--config-dir", config_dir, "--config-name", config_name),

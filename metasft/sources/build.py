@@ -355,6 +355,7 @@ def _example(task: str, candidate: Candidate) -> Example:
         response=item.response,
         answer=item.answer,
         extra_info={**item.scoring, "level": item.level},
+        turns=item.turns,
     )
 
 

@@ -83,7 +83,7 @@ def locate(source: Source, wanted: Iterable[tuple[str, str]], access: Access) ->
     if source.generate is not None:
         return Location(source, revision, {}, folder=Path())
     if source.local_files:
-        files = {key: tuple(File(path, os.path.getsize(path)) for path in source.local_files[key[0]]) for key in wanted}
+        files = {key: tuple(File(path, os.path.getsize(path)) for path in source.own_files(*key)) for key in wanted}
         return Location(source, revision, files, folder=Path())
     if access.local_dir is not None:
         folder = access.local_dir / source.repository

@@ -1,14 +1,14 @@
-"""Own data: JSONL, CSV or parquet files, and a YAML file that says which column is what.
+"""Own data: JSONL, CSV or parquet files, and a YAML file that says what they are.
 
     title: Exercises of our course
     licence: internal
     files: {train: [train.jsonl], test: [test.jsonl]}   # or a list: one pool, cut by a hash; relative to this file
     fields: {prompt: question, answer: result, response: solution, task: chapter, level: difficulty}
-    scorer: number                                      # boxed, gsm8k, choice, number, boolean, text
-    instruction: Give the result in metres.             # optional; the form of the answer is asked for anyway
+    scorer: number                                      # boxed, gsm8k, choice, number, boolean, text; or none
+    instruction: Give the result in metres.             # optional; a scorer's form is asked for anyway
     relative_tolerance: 0.01                            # of scorer number
     unit: m                                             # of scorer number
-    train: [kinematics, optics]                         # values of the task column
+    train: [kinematics, optics]                         # values of the task column, or names of files
     unseen: [thermodynamics]
     sizes: {samples_per_task: 200, test_samples: 50, shot_pool: 50}
 
@@ -19,9 +19,15 @@ sources:
       kinematics: {sources: {my: [kinematics]}}
       algebra: {sources: {reasoning_gym: [algebra]}}
 
-Fields: ``prompt`` and ``answer`` are needed; ``response`` (default: the answer alone), ``task`` (needed for more than
-one task), ``level``, ``group`` (rows of one problem), and ``choices`` for the scorer choice (a list, or its JSON text).
-``exclude``, ``near_duplicates``, ``stratify`` and ``max_chars`` as in suites.
+Fields: ``messages``, or ``prompt`` with ``response``, and ``system``; without these the layout is recognised by its
+columns (:mod:`metasft.sources.layouts`). ``answer`` for a scorer; ``task`` where more than one task is in a file;
+``level``, ``group`` (rows of one problem), and ``choices`` for the scorer choice (a list, or its JSON text).
+
+Texts are used word for word. Only a scorer needs the answer in a form of its own: the form is asked for, and added to
+responses without it. Without a scorer data are evaluated by loss and by exact match of the response.
+
+``exclude``, ``near_duplicates``, ``stratify`` and ``max_chars`` as in suites; near-duplicates are looked for only where
+one of the first two is given: the questions of a task are often made from one template.
 """
 
 from __future__ import annotations
@@ -32,15 +38,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metasft.sources import scoring
+from metasft.sources import layouts, scoring
+from metasft.sources.answers import INSTRUCTION
 from metasft.sources.competition import BOXED_INSTRUCTION
-from metasft.sources.source import Item, Row, Source, multiple_choice, short_answer
+from metasft.sources.source import Item, Row, Source, multiple_choice
 from metasft.sources.suite import Suite, read_yaml, suite_from
 from metasft.sources.word_problems import GSM8K_INSTRUCTION
 
-FIELDS = ("prompt", "answer", "response", "task", "level", "group", "choices")
+FIELDS = ("messages", "prompt", "response", "system", "answer", "task", "level", "group", "choices")
+OWN_DATA = "own data"
+"""The first caveat of every source of own data; the second says whether texts are used as they are."""
 _OWN_KEYS = ("licence", "files", "fields", "scorer", "instruction", "relative_tolerance", "unit")
 _SUITE_KEYS = ("title", "train", "unseen", "sizes", "exclude", "near_duplicates", "stratify", "max_chars")
+_FORM = (INSTRUCTION, "Answer: %s")
 _FORMS = {"boxed": (BOXED_INSTRUCTION, r"\boxed{%s}"), "gsm8k": (GSM8K_INSTRUCTION, "#### %s")}
 
 
@@ -57,10 +67,10 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
         raise ValueError(
             f"{where} has the entry {unknown[0]!r}, which means nothing: use {', '.join(_OWN_KEYS + _SUITE_KEYS)}"
         )
-    fields = _check_fields(values.get("fields"), where)
-    scorer = values.get("scorer", "text")
+    scorer = scoring.EXACT_MATCH if values.get("scorer") is None else values["scorer"]
     if not isinstance(scorer, str) or scorer not in scoring.SCORERS:
         raise ValueError(f"scorer in {where} is {scorer!r}: choose from {', '.join(scoring.SCORERS)}")
+    fields = _check_fields(values.get("fields"), scorer, where)
     if (scorer == "choice") != ("choices" in fields):
         raise ValueError(f"{where} has scorer {scorer} and fields {', '.join(fields)}: choice and choices go together")
     tasks = {
@@ -69,10 +79,15 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
     names = [
         name for entries in tasks.values() for entry in entries.values() for name in _own_subsets(entry, path.stem)
     ]
-    if "task" not in fields and len(set(names)) > 1:
-        raise ValueError(f"{where} names {len(set(names))} tasks but no field for them: add task: <column> to fields")
     files = _check_files(values.get("files"), path.parent, where)
     splits = tuple(files)
+    several = "task" not in fields and len(set(names)) > 1
+    task_per_file = several and all(set(names) <= {Path(name).stem for name in files[split]} for split in splits)
+    if several and not task_per_file:
+        raise ValueError(
+            f"{where} names {len(set(names))} tasks but no field for them: add task: <column> to fields, or name every "
+            "file after its task"
+        )
     source = Source(
         name=path.stem,
         repository=path.name,
@@ -80,13 +95,16 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
         licence=str(values.get("licence", "not stated")),
         files={split: "" for split in splits},
         columns={column: "any" for column in fields.values()},
+        optional_columns=layouts.COLUMNS,
         read=_reader(fields, scorer, values, where),
         scorer=scorer,
         subsets=tuple(dict.fromkeys(names)),
         train_splits=("train",) if "test" in files else splits,
         test_splits=("test",) if "test" in files else splits,
-        caveats=("own data",),
+        caveats=(OWN_DATA, _remark(scorer, values)),
+        templated=values.get("near_duplicates") is None and not values.get("exclude"),
         local_files=files,
+        task_per_file=task_per_file,
         subset_column=fields.get("task", ""),
     )
     if source.name in known:
@@ -110,15 +128,23 @@ def _own_subsets(entry: Any, own: str) -> list[str]:
     return [str(subset) for subset in subsets] if isinstance(subsets, list) else []
 
 
-def _check_fields(fields: Any, where: str) -> dict[str, str]:
+def _check_fields(fields: Any, scorer: str, where: str) -> dict[str, str]:
+    fields = {} if fields is None else fields
     if not isinstance(fields, Mapping) or not all(isinstance(column, str) for column in fields.values()):
         raise ValueError(f"fields in {where} is {fields!r}: map {', '.join(FIELDS)} to column names")
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"fields in {where} has {unknown[0]!r}, which means nothing: use {', '.join(FIELDS)}")
-    for name in ("prompt", "answer"):
-        if name not in fields:
-            raise ValueError(f"fields in {where} lacks {name}: say which column holds it")
+    if "messages" in fields and "prompt" in fields:
+        raise ValueError(f"fields in {where} has messages and prompt: map one of the two, messages hold the prompt")
+    if "response" in fields and "messages" not in fields and "prompt" not in fields:
+        raise ValueError(f"fields in {where} lacks prompt, which goes with response: say which column holds it")
+    if "prompt" in fields and "answer" not in fields and scorer != scoring.EXACT_MATCH:
+        raise ValueError(_lacks_answer(scorer, where))
     return dict(fields)
+
+
+def _lacks_answer(scorer: str, where: str) -> str:
+    return f"fields in {where} lacks answer: say which column holds it, or leave scorer {scorer} out"
 
 
 def _check_files(files: Any, folder: Path, where: str) -> dict[str, tuple[str, ...]]:
@@ -143,25 +169,41 @@ def _reader(
 ) -> Callable[[Row, str], Item | None]:
     scoring_info = {"scorer": scorer, **_check_number_settings(scorer, values, where)}
     hint = str(values.get("instruction") or "").strip()
+    answers = fields.get("answer", "answer")
+
+    def value(row: Row, name: str) -> str:
+        return layouts.text_of(row.get(fields.get(name, ""))).strip()
 
     def read(row: Row, subset: str) -> Item | None:
-        def value(name: str) -> str:
-            content = row.get(fields.get(name, ""))
-            return "" if content is None or content != content else str(content).strip()  # NaN: a gap in a parquet file
-
-        prompt, answer, response = value("prompt"), value("answer"), value("response")
-        if not prompt or not answer:
+        if scorer != scoring.EXACT_MATCH and answers not in row:
+            raise ValueError(_lacks_answer(scorer, where))
+        turns = layouts.read_conversation(row, fields, where)
+        if turns is None:
             return None
-        if scorer == "choice":
-            item = _read_choice(prompt, answer, response, row.get(fields["choices"]), hint)
-        elif scorer in _FORMS:
-            item = _read_formed(prompt, answer, response, scoring_info, hint)
+        *before, reply = turns
+        asked = max(index for index, turn in enumerate(before) if turn["role"] == "user")
+        question, response = before[asked]["content"], reply["content"]
+        answer = layouts.text_of(row.get(answers)).strip()
+        if scorer == scoring.EXACT_MATCH:
+            if "answer" in fields and answer != response.strip():
+                raise ValueError(
+                    f"{where} maps answer to {answers} beside responses, but names no scorer that would read it: add "
+                    "one, or leave answer out"
+                )
+            item = Item(question, _asking(question, hint), response, response, scoring_info)
+        elif not answer:
+            return None
         else:
-            # A response that already ends with the answer in a form that scores stays as it is.
-            verdict = scoring.judge(response, answer, scoring_info)
-            item = short_answer(prompt, answer, scoring_info, hint=hint, response=response)
-            item = replace(item, response=response) if verdict.formatted and verdict.correct else item
-        return item and replace(item, level=level_of(value("level")), group=value("group"))
+            # The answer alone takes the scorer's form; anything more is kept in front of it.
+            reasoning = "" if response.strip() == answer else response
+            if scorer == "choice":
+                item = _read_choice(question, answer, reasoning, row.get(fields["choices"]), hint)
+            else:
+                item = _read_formed(question, answer, reasoning, scoring_info, hint)
+        if item is None:
+            return None
+        item = _within(item, before, asked)
+        return replace(item, level=level_of(value(row, "level")), group=value(row, "group"))
 
     def level_of(text: str) -> int | None:
         try:
@@ -172,6 +214,34 @@ def _reader(
             ) from None
 
     return read
+
+
+def _within(item: Item, before: list[layouts.Turn], asked: int) -> Item:
+    """An item whose question stands in a conversation, as the content of the turn ``before[asked]``."""
+
+    def with_content(text: str) -> list[layouts.Turn]:
+        return [*before[:asked], {**before[asked], "content": text}, *before[asked + 1 :]]
+
+    turns = with_content(item.prompt)
+    return replace(
+        item,
+        question=layouts.prompt_text(with_content(item.question)),
+        prompt=layouts.prompt_text(turns),
+        turns=() if [turn["role"] for turn in turns] == ["user"] else tuple(turns),
+    )
+
+
+def _remark(scorer: str, values: Mapping[str, Any]) -> str:
+    """In words, what is done to the texts, and how the data are evaluated."""
+    if scorer == scoring.EXACT_MATCH:
+        added = "with the instruction of the mapping added to prompts" if values.get("instruction") else "word for word"
+        return f"no scorer: texts are used {added}; evaluation measures the loss and exact matches of the response"
+    instruction, ending = _FORMS.get(scorer, _FORM)
+    options = "the options and " if scorer == "choice" else ""
+    return (
+        f"scorer {scorer} reads the answer in a form of its own: prompts get {options}the line '{instruction}', and "
+        f"responses that do not end so the line '{ending % '<answer>'}'"
+    )
 
 
 def _check_number_settings(scorer: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -186,15 +256,19 @@ def _check_number_settings(scorer: str, values: Mapping[str, Any], where: str) -
     return given
 
 
+def _asking(prompt: str, *lines: str) -> str:
+    """A prompt with what else it shall ask for, in a last line; what it asks for already is not repeated."""
+    missing = " ".join(line for line in lines if line and line not in prompt)
+    return f"{prompt}\n{missing}" if missing else prompt
+
+
 def _read_formed(prompt: str, answer: str, response: str, scoring_info: Mapping[str, Any], hint: str) -> Item:
-    """The answer in the form of a scorer that has its own."""
-    instruction, ending = _FORMS[scoring_info["scorer"]]
+    """The answer in the form that its scorer reads; a response that already ends so stays as it is."""
+    instruction, ending = _FORMS.get(scoring_info["scorer"], _FORM)
     verdict = scoring.judge(response, answer, scoring_info)
     if not (verdict.formatted and verdict.correct):
         response = f"{response}\n{ending % answer}".strip()
-    return Item(
-        prompt, "\n".join([prompt, " ".join(filter(None, [hint, instruction]))]), response, answer, scoring_info
-    )
+    return Item(prompt, _asking(prompt, hint, instruction), response, answer, scoring_info)
 
 
 def _read_choice(prompt: str, answer: str, response: str, choices: Any, hint: str) -> Item | None:

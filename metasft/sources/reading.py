@@ -134,11 +134,12 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
             dataset = load_dataset(
                 kind, data_files=files, split="train", streaming=True, features=texts, keep_default_na=False
             )
-        elif source.local_files and all(path.endswith(".jsonl") for path in paths):
-            dataset = _json_lines(paths)
+        elif source.local_files and kind == "json":
+            dataset = _json_rows(paths)
         elif kind == "parquet":  # reads, and over the network fetches, no other columns
-            dataset = load_dataset(kind, data_files=files, split="train", streaming=True, columns=list(source.columns))
-            for name in source.columns:
+            columns = [name for name in features if name in source.columns or name in source.optional_columns]
+            dataset = load_dataset(kind, data_files=files, split="train", streaming=True, columns=columns)
+            for name in columns:
                 if isinstance(features[name], Image):
                     dataset = dataset.cast_column(name, Image(decode=False))
         yield from dataset
@@ -146,15 +147,19 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
         raise _unreadable(error, location, paths) from error
 
 
-def _json_lines(paths: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows as written: the library makes a time of every text that looks like a date."""
+def _json_rows(paths: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines, or of one list, as written: the library makes a time of every text that looks like a date."""
     for path in paths:
         with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} holds {line.strip()[:20]}, no object with columns")
+            listed = path.endswith(".json") and stream.read(1024).lstrip().startswith("[")
+            stream.seek(0)
+            rows = json.load(stream) if listed else (json.loads(line) if line.strip() else {} for line in stream)
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{'entry' if listed else 'line'} {number} holds {json.dumps(row)[:20]}, no object with columns"
+                    )
+                if row:
                     yield row
 
 

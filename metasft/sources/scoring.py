@@ -2,14 +2,15 @@ r"""Scorers of the public benchmarks: each reads a generated text and judges it 
 
 A data row names its scorer in ``extra_info["scorer"]``, with what else the scorer needs:
 
-    boxed     LaTeX in ``\boxed{...}``, judged by math-verify
-    gsm8k     the number after ``####``, else the last number of the text
-    choice    a letter, or the text of one option; needs ``choices``
-    number    a number, with ``relative_tolerance`` and ``unit`` where given; a list of numbers likewise
-    boolean   true or false, yes or no
-    text      equality up to case, white space and surrounding quotes
+    boxed        LaTeX in ``\boxed{...}``, judged by math-verify
+    gsm8k        the number after ``####``, else the last number of the text
+    choice       a letter, or the text of one option; needs ``choices``
+    number       a number, with ``relative_tolerance`` and ``unit`` where given; a list of numbers likewise
+    boolean      true or false, yes or no
+    text         equality up to case, white space and surrounding quotes
+    exact_match  the whole text, but for white space around it: data without a scorer
 
-Every scorer also accepts a last line ``Answer: <answer>``. ``formatted`` tells whether the form asked for was there:
+All but the last also accept a last line ``Answer: <answer>``. ``formatted`` tells whether the form asked for was there:
 what a scorer finds by looking further counts as correct, not as formatted.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from metasft.sources.answers import Score, extract_answer, last_boxed, normalised, unwrap
 
+EXACT_MATCH = "exact_match"
 MAX_SCORED_CHARS = 300  # whatever is longer is no final answer, and may be slow to judge
 
 _ANSWER_IS = re.compile(r"\banswer is:?\s*(.+?)(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
@@ -339,6 +341,11 @@ def _text(text: str, gold: str, info: Mapping[str, Any]) -> Score:
     )
 
 
+def _exact_match(text: str, gold: str, info: Mapping[str, Any]) -> Score:
+    text = text.strip()
+    return Score(correct=text == gold.strip(), formatted=True, extracted=text or None)
+
+
 SCORERS: dict[str, Callable[[str, str, Mapping[str, Any]], Score]] = {
     "boxed": _boxed,
     "gsm8k": _gsm8k,
@@ -346,4 +353,5 @@ SCORERS: dict[str, Callable[[str, str, Mapping[str, Any]], Score]] = {
     "number": _number,
     "boolean": _boolean,
     "text": _text,
+    EXACT_MATCH: _exact_match,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from metasft.sources.answers import INSTRUCTION
@@ -25,6 +26,8 @@ class Item:
         group: items with the same group are one problem (in several languages, say) and never lie on both sides of
             training and test; empty: the item is its own group.
         key: unique within the source at one revision; ``reading`` fills it in for items of files.
+        turns: what comes before the response, where that is more than ``prompt`` as one user turn; ``prompt`` is their
+            text then.
     """
 
     question: str
@@ -35,6 +38,7 @@ class Item:
     level: int | None = None
     group: str = ""
     key: str = ""
+    turns: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Source:
         opt_in: why it is only used with --accept-licence; empty: no consent needed.
         local_files: split -> paths, for own data; the hub is not asked.
         subset_column: of own data, the column whose value is a row's subset; empty: every row belongs to every subset.
+        task_per_file: of own data, whether a file's rows belong to the subset that it is named after.
+        optional_columns: read where a file has them.
         generate: makes items where there are no files: (subset, number of items, seed) -> items, the same ones each
             time, and fewer only where there are no more.
         package: that ``generate`` relies on; its installed version takes the place of ``revision``.
@@ -89,8 +95,15 @@ class Source:
     opt_in: str = ""
     local_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     subset_column: str = ""
+    task_per_file: bool = False
+    optional_columns: tuple[str, ...] = ()
     generate: Callable[[str, int, int], Iterable[Item]] | None = None
     package: str = ""
+
+    def own_files(self, split: str, subset: str) -> list[str]:
+        """Paths of own data that hold rows of a subset."""
+        paths = self.local_files[split]
+        return [path for path in paths if not self.task_per_file or Path(path).stem == subset]
 
     @property
     def pooled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pyarrow.parquet as pq
@@ -213,6 +214,15 @@ def rows_a_parquet(folder):
     mapping_changed(files=["rows.parquet"])(folder)
 
 
+def rows_with(**changes):
+    def changed(folder):
+        rows = [{**json.loads(line), **changes} for line in (folder / "rows.jsonl").read_text().splitlines()]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    changed.__name__ = "rows with " + ", ".join(f"{key}={value}" for key, value in changes.items())
+    return changed
+
+
 OWN = "--mapping mapping.yaml --tasks sums"
 
 PREPARE = [
@@ -244,6 +254,15 @@ PREPARE = [
     BadInput("prepare", "--mapping mapping.yaml", ("../sums", "file name"), mapping_changed(train=["../sums"])),
     BadInput("prepare", OWN, ("rows.jsonl", "mend the file"), rows_broken),
     BadInput("prepare", OWN, ("rows.parquet", "mend the file"), rows_a_parquet),
+    BadInput("prepare", OWN, ("column question", "['a', 'b']", "list of turns"), rows_with(question=["a", "b"])),
+    BadInput("prepare", OWN, ("column question", "narrator", "list of turns"),
+             rows_with(question=[{"role": "narrator", "content": "x"}])),
+    BadInput("prepare", OWN, ("question, result", "no known layout", "under fields"),
+             mapping_changed(fields={}, scorer=None)),
+    BadInput("prepare", OWN, ("lacks answer", "leave scorer number out"),
+             mapping_changed(fields={"prompt": "question"})),
+    BadInput("prepare", OWN, ("maps answer to result", "names no scorer", "leave answer out"),
+             mapping_changed(fields={"prompt": "question", "response": "question", "answer": "result"}, scorer=None)),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from few_shot_data import (
@@ -15,6 +16,7 @@ from few_shot_data import (
     random_adapter,
     run_cell,
     save_random_adapter,
+    sum_rows,
     without_lora_flags,
 )
 from tiny_model import build_tiny_model
@@ -65,6 +67,38 @@ def plain_generate(model, tokenizer, messages, tokens):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def conversation_rows(numbers: range) -> list[dict]:
+    """Examples of several turns under a system prompt, and every third of one turn."""
+    rows = sum_rows("chat", numbers)
+    for number, row in zip(numbers, rows, strict=True):
+        earlier = [{"role": role, "content": f"{role} said {number}"} for role in ("system", "user", "assistant")]
+        row["messages"] = [*(earlier if number % 3 else []), *row["messages"]]
+        row["prompt"] = "\n".join(turn["content"] for turn in row["messages"][:-1])
+    return rows
+
+
+def test_conversations_are_continued_and_their_last_response_is_measured(config, tiny_model, tmp_path):
+    """Generation starts behind all turns in front of the last response, and the loss is that of this response alone."""
+    (tmp_path / "data" / "meta_test").mkdir(parents=True)
+    for part, numbers in (("support", range(12)), ("test", range(100, 106))):
+        rows = conversation_rows(numbers)
+        pd.DataFrame(rows).to_parquet(tmp_path / f"data/meta_test/chat_{part}.parquet")
+    config = dataclasses.replace(config, data_dir=tmp_path / "data")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model, tasks = load(config)
+    for item, row in zip(model._tests["chat"], rows, strict=True):
+        before = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=True)
+        assert item.prompt == before["input_ids"] == item.ids[: item.targets[0]]
+        assert tokenizer.decode([item.ids[i] for i in item.targets]) == f"{row['response']}<|im_end|>\n"
+        assert all(turn["content"] in tokenizer.decode(item.prompt) for turn in row["messages"][:-1])
+    outcome = run_cell(model, tasks, "chat", 0)
+    assert outcome.outputs == [plain_generate(plain, tokenizer, row["messages"][:-1], 8) for row in rows]
+    assert outcome.loss == pytest.approx(plain_loss(plain, model._tests["chat"]), rel=1e-5)
+    before, after = outcome.loss, run_cell(model, tasks, "chat", 5).loss
+    assert before != after and run_cell(model, tasks, "chat", 0).loss == before
 
 
 def test_zero_shots_of_base_are_the_plain_model(config, tiny_model):

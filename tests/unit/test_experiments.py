@@ -231,7 +231,7 @@ def test_runs_of_an_arm_are_planned_per_seed_and_task(tmp_path):
     command = plan.runs["train-s-algebra-seed0"].command
     assert {"trainer.seed=0", "data.seed=0", "data.train_max_samples=16"} <= set(command)
     assert command[command.index("--config-name") + 1] == "algebra_train"
-    assert command[command.index("--config-dir") + 1] == str(tmp_path / "out" / "data" / "meta_train")
+    assert command[command.index("--config-dir") + 1] == str(tmp_path / "out/data/math_science_meta/meta_train")
     assert plan.arms["base"].replicates[0].train is None and plan.runs["evaluate-base-seed3"].needs == ("data",)
     assert plan.needed_by(["base"]) == ["data", "evaluate-base-seed3", "evaluate-base-seed0"]
     assert plan.needed_by(["s"])[:2] == ["data", "train-s-algebra-seed3"]

@@ -154,7 +154,8 @@ def test_full_samples_change_no_other_file(run_here, tmp_path):
     assert run_here("--output-dir", "plain", "--tasks", "algebra") == 0
     assert run_here("--output-dir", "full", "--tasks", "algebra", "--full-samples", "80") == 0
     plain, full = tree(tmp_path / "plain"), tree(tmp_path / "full")
-    assert set(full) - set(plain) == {"meta_train/algebra_full.parquet"}
+    new = {"meta_train/algebra_full.parquet", "meta_train/algebra_full.yaml", "baseline_lora_mixed_full.yaml"}
+    assert set(full) - set(plain) == new
     assert all(full[name] == content for name, content in plain.items() if name.endswith(".parquet"))
 
 
@@ -318,8 +319,100 @@ def test_config_opens_with_its_command(prepared):
 def test_absolute_output_dir(run_here, tmp_path):
     output = tmp_path / "somewhere" / "deep" / "math"
     assert run_here("--output-dir", str(output), "--tasks", "number_theory") == 0
-    config = compose(output.parent / "meta_train", "number_theory_train")
+    config = compose(output / "meta_train", "number_theory_train")
     assert config.data.train_files == [str(output / "meta_train" / "number_theory_support.parquet")]
+
+
+def test_configs_of_another_folder_lie_in_it(run_here, tmp_path):
+    assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "geometry", "calculus") == 0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["rules"]
+    found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
+    assert found == {"meta_train/algebra_train.yaml", "meta_train/geometry_train.yaml", "baseline_lora_mixed.yaml"}
+    single = compose(tmp_path / "data/rules/meta_train", "algebra_train")
+    mixed = compose(tmp_path / "data/rules", "baseline_lora_mixed")
+    assert single.data.train_files == mixed.data.train_files[:1] == ["data/rules/meta_train/algebra_support.parquet"]
+    assert all((tmp_path / file).is_file() for file in mixed.data.train_files)
+    # Not those of the default folder: veRL would resume from a checkpoint that it finds there.
+    assert single.trainer.default_local_dir == "checkpoints/rules/std_lora_algebra"
+    text = (tmp_path / "data/rules/meta_train/algebra_train.yaml").read_text()
+    assert '--config-path "$PWD/data/rules/meta_train" --config-name algebra_train' in text
+    # As for the data files, those of earlier flags would be taken for configurations of this run's data.
+    assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "--full-samples", "40") == 0
+    found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
+    assert found == {f"meta_train/algebra_{part}.yaml" for part in ("train", "full")} | {
+        "baseline_lora_mixed.yaml", "baseline_lora_mixed_full.yaml"
+    }  # fmt: skip
+
+
+def git(*words: str, cwd: Path) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *identity, *words], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def checkout(run_here, tmp_path):
+    """The working directory as a checkout of what is shipped in ``data``."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    for path in [ROOT / ".gitignore", *(ROOT / "data").rglob("*.yaml")]:
+        copied = tmp_path / path.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copied)
+    git("init", "-q", cwd=tmp_path)
+    git("add", "-A", cwd=tmp_path)
+    git("commit", "-qm", "as shipped", cwd=tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags", [[], ["--output-dir", "data/rules"], ["--output-dir", "data/deeper/rules"]])
+def test_nothing_under_version_control_is_touched(flags, run_here, checkout):
+    tracked = [checkout / name for name in git("ls-files", cwd=checkout).split()]
+    assert len(tracked) > 20
+    stamps = {path: path.stat().st_mtime_ns for path in tracked}
+    assert run_here(*flags, "--support-ratio", "0.3", "--tasks", "algebra", "geometry", "calculus") == 0
+    assert git("status", "--porcelain", cwd=checkout) == ""
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    # Those that the flags ask for are in the folder.
+    folder = checkout / (flags[1] if flags else "data/math_science_meta")
+    config = compose(folder, "baseline_lora_mixed")
+    assert sum(len(pd.read_parquet(checkout / file)) for file in config.data.train_files) == 36
+    assert config.data.train_max_samples == 36
+
+
+def test_shipped_configs_are_used_where_they_fit(checkout):
+    settings = prepare_data.check_settings(prepare_data.parse_arguments([]))
+    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), settings)
+    assert len(configs) == 12 and all(name.startswith("../") for name in configs)
+    other = prepare_data.check_settings(prepare_data.parse_arguments(["--support-ratio", "0.45"]))
+    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), other)
+    assert len(configs) == 6 and not any(name.startswith("..") for name in configs)
+
+
+@pytest.mark.parametrize(
+    ("tasks_", "support", "samples", "batch"),
+    [
+        (2, 100, 200, 8), (5, 100, 500, 20), (5, 300, 600, 20), (6, 300, 600, 24), (71, 100, 7100, 32),
+        (71, 300, 7100, 32), (500, 100, 50_000, 32), (2, 15, 30, 4), (71, 3, 213, 8), (500, 3, 1500, 32),
+        (2, 1, 2, 2), (1, 3, 3, 3),
+    ],
+)  # fmt: skip
+def test_the_mixed_baseline_makes_sense_from_2_to_500_tasks(tasks_, support, samples, batch, tmp_path, monkeypatch):
+    """With 4 examples of each of 71 tasks, a step took 284 of 600 examples."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"task_{i}" for i in range(tasks_)]
+    sizes = {name: {"support": support, "query": 1, "test": 1, "full": None} for name in names}
+    settings = {"source": "local", "suite": {"train": names}, "sizes": sizes, "full_samples": None}
+    configs = prepare_data.make_baseline_configs(Path("data/mine"), settings)
+    (tmp_path / "mixed.yaml").write_text(configs["baseline_lora_mixed.yaml"])
+    config = compose(tmp_path, "mixed")
+    assert len(config.data.train_files) == tasks_
+    assert (config.data.train_max_samples, config.data.train_batch_size) == (samples, batch)
+    # What veRL asks for: whole micro-batches, and at least one batch.
+    assert batch % config.data.micro_batch_size_per_gpu == 0 and batch <= samples
+    (tmp_path / "single.yaml").write_text(configs["meta_train/task_0_train.yaml"])
+    config = compose(tmp_path, "single")
+    assert (config.data.train_max_samples, config.data.train_batch_size) == (support, min(4, support))
+    assert config.data.micro_batch_size_per_gpu == min(4, support)
 
 
 # ------------------------------------------------------------------------------------------------ what is kept

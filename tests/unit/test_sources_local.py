@@ -220,7 +220,267 @@ def test_responses_end_in_the_form_of_the_scorer(run_here, tmp_path, scorer, ans
     assert tasks.score(row["response"], row) == tasks.Score(True, True, answer)
 
 
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+WORDS = ["  indented", "two\nlines\n", "Größe: 5 €", "2024-01-01", "None", 'a, b; "c"', "007", "['x']"]
+"""Texts that a reader may be tempted to change."""
+
+
+def turns_of(i: int) -> list[dict]:
+    return [{"role": "user", "content": f"{WORDS[i % 8]} {i}"}, {"role": "assistant", "content": f"{WORDS[i % 7]}{i} "}]
+
+
+def long_turns_of(i: int) -> list[dict]:
+    """A system turn, two turns before the last question, and a word after the response."""
+    system, first = {"role": "system", "content": f"Be {WORDS[i % 3]}."}, turns_of(100 + i)
+    return [system, *first, *turns_of(i)]
+
+
+def share_gpt(turns: list[dict]) -> list[dict]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+
+
+def with_input(turns: list[dict], i: int) -> list[dict]:
+    question, response = turns
+    return [{**question, "content": question["content"] + (f"\n{WORDS[i % 5]}" if i % 2 else "")}, response]
+
+
+def with_system(turns: list[dict], i: int) -> list[dict]:
+    return [{"role": "system", "content": f"Be {i}."}, *turns] if i % 2 else turns
+
+
+# Name -> (a row's columns, what the prepared file's messages are, the mapping's fields).
+LAYOUTS = {
+    "messages": (lambda i: {"messages": turns_of(i)}, turns_of, None),
+    "long messages": (lambda i: {"messages": long_turns_of(i)}, long_turns_of, None),
+    "a word after the response": (
+        lambda i: {"messages": [*turns_of(i), {"role": "user", "content": "Thanks!"}]}, turns_of, None
+    ),
+    "mapped messages": (lambda i: {"chat": long_turns_of(i), "prompt": "x"}, long_turns_of, {"messages": "chat"}),
+    "messages mapped as prompt": (lambda i: {"messages": turns_of(i)}, turns_of, {"prompt": "messages"}),
+    "turns and a response": (
+        lambda i: {"prompt": long_turns_of(i)[:-1], "reply": long_turns_of(i)[-1]["content"]}, long_turns_of,
+        {"prompt": "prompt", "response": "reply"},
+    ),
+    "ShareGPT": (lambda i: {"conversations": share_gpt(long_turns_of(i)), "id": f"{i}"}, long_turns_of, None),
+    "ShareGPT with a system column": (
+        lambda i: {"conversations": share_gpt(turns_of(i)), "system": f"Be {i}." if i % 2 else ""},
+        lambda i: with_system(turns_of(i), i), None,
+    ),
+    "Alpaca": (
+        lambda i: {"instruction": turns_of(i)[0]["content"], "input": WORDS[i % 5] if i % 2 else "",
+                   "output": turns_of(i)[1]["content"]},
+        lambda i: with_input(turns_of(i), i), None,
+    ),
+    "Alpaca with a system column": (
+        lambda i: {"instruction": turns_of(i)[0]["content"], "input": "", "output": turns_of(i)[1]["content"],
+                   "system": f"Be {i}." if i % 2 else ""},
+        lambda i: with_system(turns_of(i), i), None,
+    ),
+    "prompt and response": (
+        lambda i: {"prompt": turns_of(i)[0]["content"], "response": turns_of(i)[1]["content"]}, turns_of, None
+    ),
+    "mapped": (
+        lambda i: {"q": turns_of(i)[0]["content"], "a": turns_of(i)[1]["content"], "messages": "unused"}, turns_of,
+        {"prompt": "q", "response": "a"},
+    ),
+    "an answer as the response": (
+        lambda i: {"q": turns_of(i)[0]["content"], "a": turns_of(i)[1]["content"]}, turns_of,
+        {"prompt": "q", "answer": "a"},
+    ),
+}  # fmt: skip
+
+
+def prepared_messages(folder: Path) -> list[list[dict]]:
+    frames = [pd.read_parquet(path) for path in folder.rglob("*.parquet")]
+    return [[dict(turn) for turn in messages] for frame in frames for messages in frame["messages"]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_recognised_and_kept_word_for_word(layout, suffix, run_here, tmp_path, capsys):
+    columns, messages, fields = LAYOUTS[layout]
+    content = [columns(i) for i in range(26)]
+    if suffix == ".csv":  # lists as JSON text
+        content = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in content]
+    if suffix == ".json":
+        (tmp_path / "data.json").write_text(json.dumps(content))
+    else:
+        write(tmp_path / f"data{suffix}", content)
+    values = mapping(files=[f"data{suffix}"], scorer=None, unit=None, instruction=None, fields=fields,
+                     train=["one"], unseen=None)  # fmt: skip
+    assert run_here(values) == 0
+    found = prepared_messages(tmp_path / "x")
+    expected = [messages(i) for i in range(26)]
+    assert len(found) == 20 and all(turns in expected for turns in found)
+    assert "no scorer: texts are used word for word; evaluation measures the loss and exact" in capsys.readouterr().out
+    row = pd.read_parquet(tmp_path / "x/meta_train/one_test.parquet").iloc[0]
+    assert row["response"] == row["answer"] == row["messages"][-1]["content"]
+    assert all(turn["content"] in row["prompt"] for turn in row["messages"][:-1])
+    assert tasks.score(row["response"], row) == tasks.Score(True, True, row["response"].strip())
+    assert not tasks.score(f"Answer: {row['response']}", row).correct
+
+
+def test_a_single_question_is_the_prompt_and_turns_are_named(run_here, tmp_path):
+    write(tmp_path / "data.jsonl", [{"messages": (long_turns_of if i % 2 else turns_of)(i)} for i in range(20)])
+    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
+    assert run_here(values) == 0
+    for path in tmp_path.rglob("*.parquet"):
+        for _, row in pd.read_parquet(path).iterrows():
+            *before, _ = row["messages"]
+            named = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in before)
+            assert row["prompt"] == (named if len(before) > 1 else before[0]["content"])
+
+
+def test_only_a_scorer_changes_texts_and_the_command_says_so(run_here, tmp_path, capsys):
+    """The form is asked for in the last question, and added to responses without it: neither twice."""
+    content = []
+    for i in range(40):
+        *before, question, response = long_turns_of(i)
+        question["content"] += ' End with "Answer: <answer>".' if i % 4 == 0 else ""
+        response["content"] = ("7", "It is 7.", "It is 7.\nAnswer: 7", "Answer: 7")[i % 4]
+        content.append({"messages": [*before, question, response], "gold": "7"})
+    write(tmp_path / "data.jsonl", content)
+    values = mapping(scorer="number", unit=None, instruction=None, fields={"answer": "gold"}, train=["one"],
+                     unseen=None)  # fmt: skip
+    assert run_here(values) == 0
+    assert (
+        "steps: scorer number reads the answer in a form of its own: prompts get the line 'End with \"Answer: "
+        "<answer>\".', and responses that do not end so the line 'Answer: <answer>'" in capsys.readouterr().out
+    )
+    given = {row["messages"][-2]["content"].removesuffix(' End with "Answer: <answer>".'): row for row in content}
+    frames = [pd.read_parquet(path) for path in (tmp_path / "x").rglob("*.parquet")]
+    for _, row in (pair for frame in frames for pair in frame.iterrows()):
+        *before, question, response = row["messages"]
+        text, _, instruction = question["content"].rpartition("End with")
+        assert instruction == ' "Answer: <answer>".' and "End with" not in text
+        assert text[-1] in "\n " and row["prompt"].endswith(question["content"])
+        original = given[text[:-1]]["messages"]
+        assert [dict(turn) for turn in before] == original[:-2]
+        expected = {"7": "Answer: 7", "It is 7.": "It is 7.\nAnswer: 7"}
+        assert response["content"] == expected.get(original[-1]["content"], original[-1]["content"])
+        assert tasks.score("Answer: 7", row).correct and not tasks.score("7", row).correct
+
+
+def test_an_instruction_of_ones_own_needs_no_scorer(run_here, tmp_path, capsys):
+    write(tmp_path / "data.jsonl", [{"messages": turns_of(i)} for i in range(20)])
+    values = mapping(scorer=None, unit=None, instruction="Be brief.", fields=None, train=["one"], unseen=None)
+    assert run_here(values) == 0
+    assert "texts are used with the instruction of the mapping added to prompts" in capsys.readouterr().out
+    expected = [turns_of(i) for i in range(20)]
+    for question, _ in expected:
+        question["content"] += "\nBe brief."
+    assert all(turns in expected for turns in prepared_messages(tmp_path / "x"))
+
+
+def test_questions_from_one_template_are_not_taken_for_duplicates(run_here, tmp_path):
+    """Unless the mapping asks for it."""
+    template = "Say whether the sentence that follows praises or blames the film that it is about, in one word. {}"
+    letters = [f"{a}{b}" for a in "abcdef" for b in "ghijkl"]
+    write(tmp_path / "data.jsonl", [{"prompt": template.format(x), "response": x.upper()} for x in letters])
+    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
+    assert run_here(values) == 0
+    assert run_here({**values, "near_duplicates": 0.8}) == 2
+
+
+def test_what_is_not_used_is_told(run_here, tmp_path, capsys):
+    content = [{"prompt": f"Question {i}?", "response": "x" * (9000 if i < 3 else 2)} for i in range(30)]
+    content += [{"prompt": "Question 9?", "response": "again"}, {"prompt": "Question?", "response": " "}]
+    write(tmp_path / "data.jsonl", content)
+    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
+    sizes = {**SIZES, "samples_per_task": 27}
+    assert run_here({**values, "sizes": sizes}) == 0
+    assert "one: not used: 1 duplicates among" in (out := capsys.readouterr().out)
+    assert "3 too long" in out and "1 unusable" in out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_per_task(run_here, tmp_path, suffix):
+    """71 tasks without a column that names them."""
+    names = [f"rule-{number}" for number in range(71)]
+    (tmp_path / "tasks").mkdir()
+    for name in names:
+        content = [{"prompt": f"{name} of {i}?", "response": f"{i}"} for i in range(8)]
+        write(tmp_path / "tasks" / f"{name}{suffix}", content)
+    sizes = {"samples_per_task": 8, "support_ratio": 0.25, "test_samples": 4, "shot_pool": 4}
+    values = mapping(files=[f"tasks/{name}{suffix}" for name in names], fields=None, scorer=None, unit=None,
+                     instruction=None, train=names[:68], unseen=names[68:], sizes=sizes)  # fmt: skip
+    assert run_here(values) == 0
+    assert len(list((tmp_path / "x/meta_train").glob("*_support.parquet"))) == 68
+    assert len(list((tmp_path / "x/meta_test").glob("*_support.parquet"))) == 3
+    for path in (tmp_path / "x").rglob("*.parquet"):
+        frame = pd.read_parquet(path)
+        assert set(frame["task"]) == {path.stem.rpartition("_")[0]}
+        assert frame["prompt"].str.startswith(f"{frame['task'][0]} of ").all()
+
+
+@pytest.mark.parametrize("turns", [turns_of, long_turns_of])
+def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_path, tiny_model):
+    """veRL's trainer makes its dataset by the configuration; its own would learn from every turn of the assistant."""
+    from hydra import compose, initialize_config_dir
+    from transformers import AutoTokenizer
+    from verl.trainer.sft_trainer import create_sft_dataset
+
+    write(tmp_path / "data.jsonl", [{"messages": turns(i)} for i in range(20)])
+    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
+    assert run_here(values) == 0
+    with initialize_config_dir(str(tmp_path / "x"), version_base=None):
+        config = compose("baseline_lora_mixed", overrides=["data.pad_mode=no_padding"])
+    assert (config.data.custom_cls.path is None) == (turns is turns_of)  # veRL's own where it is the same
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    data = create_sft_dataset(config.data.train_files, config.data, tokenizer, None)
+    rows = pd.read_parquet(config.data.train_files[0])
+    for row, example in zip(rows["response"], data, strict=True):
+        assert tokenizer.decode(example["input_ids"][example["loss_mask"].bool()]) == f"{row}<|im_end|>\n"
+
+
 WRONG = {
+    "a list that is no conversation": (
+        {"fields": {"prompt": "list", "answer": "result", "task": "topic"}},
+        "the column list in the data of steps.yaml holds ['a', 'b']: give text, or a list of turns with a role (system",
+    ),
+    "turns of another role": (
+        {"fields": {"messages": "odd", "answer": "result", "task": "topic"}},
+        "the column odd in the data of steps.yaml holds {'role': 'narrator', 'content': 'x'}: give text, or a list of",
+    ),
+    "turns with a tool call": (
+        {"fields": {"messages": "call", "answer": "result", "task": "topic"}},
+        "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'",
+    ),
+    "messages that are text": (
+        {"fields": {"messages": "q", "answer": "result", "task": "topic"}},
+        "the column q in the data of steps.yaml holds In heat, how many metres are 0 steps of 2?: give text, or a list",
+    ),
+    "no known layout": (
+        {"fields": {"task": "topic"}, "scorer": None, "unit": None},
+        "the data of steps.yaml have the columns q, result, work, topic, grade, list, odd, call, chat, which are of no "
+        "known layout (messages; conversations; instruction and output; prompt and response): say under fields",
+    ),
+    "an answer that nothing reads": (
+        {
+            "fields": {"prompt": "q", "response": "work", "answer": "result", "task": "topic"},
+            "scorer": None,
+            "unit": None,
+        },
+        "steps.yaml maps answer to result beside responses, but names no scorer that would read it: add one, or leave",
+    ),
+    "two responses": (
+        {"fields": {"messages": "chat", "response": "work", "answer": "result", "task": "topic"}},
+        "steps.yaml maps response to work, but the turns in chat end with another response: leave one of the two out",
+    ),
+    "two prompts": (
+        {"fields": {"messages": "chat", "prompt": "q", "answer": "result", "task": "topic"}},
+        "fields in steps.yaml has messages and prompt: map one of the two",
+    ),
+    "a response without a prompt": (
+        {"fields": {"response": "work", "answer": "result", "task": "topic"}},
+        "fields in steps.yaml lacks prompt",
+    ),
+    "no answer column": (
+        {"fields": {"messages": "chat", "task": "topic"}},
+        "fields in steps.yaml lacks answer: say which column holds it, or leave scorer number out",
+    ),
     "unknown entry": ({"file": []}, "'file', which means nothing"),
     "no files": ({"files": None}, "files in steps.yaml is None"),
     "missing file": ({"files": ["other.jsonl"]}, "other.jsonl, which is no file"),
@@ -241,7 +501,8 @@ WRONG = {
     "revision of own data": ({}, "--revision names steps.yaml, which is not fetched here: choose from none"),
     "missing column": (
         {"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
-        "column 'question' (any) is missing (further columns: q, work, grade): correct the fields in steps.yaml",
+        "column 'question' (any) is missing (further columns: q, work, grade, list, odd, call, chat): correct the "
+        "fields in steps.yaml",
     ),
     "empty task": (
         {"train": ["cold"]},
@@ -253,7 +514,13 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_mappings(case, run_here, tmp_path, capsys):
-    write(tmp_path / "data.jsonl", rows())
+    odd = {
+        "list": ["a", "b"],
+        "odd": [{"role": "narrator", "content": "x"}],
+        "call": [{"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]}],
+        "chat": turns_of(0),
+    }
+    write(tmp_path / "data.jsonl", [{**row, **odd} for row in rows()])
     changes, message = WRONG[case]
     flags = ["--revision", "steps.yaml=x"] if case == "revision of own data" else []
     assert run_here(mapping(**changes), *flags) == 2

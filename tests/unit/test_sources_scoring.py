@@ -155,6 +155,13 @@ HAND_MADE = {
         ["", "Answer: apple stone river", "Answer: apple, river, stone", "apple river stone", "Answer: apple river",
          "Answer: apple river stone tower"],
     ),
+    "exact_match": (
+        " Dear Ms Ödön,\n\nthank you.",
+        {},
+        ["Dear Ms Ödön,\n\nthank you.", "  Dear Ms Ödön,\n\nthank you.\n"],
+        ["", "dear Ms Ödön,\n\nthank you.", "Dear Ms Ödön, thank you.", "Dear Ms Ödön,\n\nthank you",
+         "Answer: Dear Ms Ödön,\n\nthank you.", "Dear Ms Odon,\n\nthank you."],
+    ),
 }  # fmt: skip
 
 
@@ -182,6 +189,7 @@ def test_every_scorer_has_outputs_written_by_hand():
         ("boolean", "true", False),
         ("number", "Answer: 3", True),
         ("text", "nothing", False),
+        ("exact_match", "nothing", True),
     ],
 )
 def test_format_is_apart_from_correctness(scorer, output, formatted):
@@ -192,6 +200,8 @@ def test_rows_of_data_files_are_scored_by_the_scorer_they_name():
     row = {"data_source": "mmlu/astronomy", "answer": "B", "extra_info": '{"scorer": "choice", "choices": ["x", "y"]}'}
     assert tasks.score("Answer: y", row).correct
     assert tasks.majority_baseline([row, {**row, "answer": "A"}]) == 0.5
+    free = {"data_source": "mine", "answer": "Thank you.", "extra_info": '{"scorer": "exact_match"}'}
+    assert tasks.majority_baseline([free, free, {**free, "answer": "No."}]) == pytest.approx(2 / 3)
 
 
 def test_unusable_rows():
@@ -309,6 +319,16 @@ def test_boxed_agrees_with_lm_eval():
             assert theirs is (answer in right), (gold, answer)
             agreed += ours == theirs
     assert agreed >= 50
+
+
+def test_exact_match_agrees_with_lm_eval():
+    """Its metric without options, of outputs without white space around them as generation tasks give it."""
+    config = {"filter_list": [{"name": "x", "filter": [{"function": "remove_whitespace"}]}], "metric_list": [{}]}
+    texts = ["Thank you.", "thank you.", "Thank you", "Thank  you.", "Dank u.", "感谢", "1", "1.0", "a\nb", "a b"]
+    for gold in texts:
+        for output in (*texts, f"  {gold}"):
+            theirs = lm_eval_exact_match(config, output, gold, "x")
+            assert correct(output, gold, scorer="exact_match") is theirs, (gold, output)
 
 
 def test_gsm8k_agrees_with_lm_eval():

@@ -99,6 +99,24 @@ def dataset(path, tiny_model, samples=6, **data):
     return TokenizedSet(path, samples, tokenizer, config), tokenizer
 
 
+def test_of_several_turns_the_last_response_is_learned(tmp_path, tiny_model):
+    """Tokens as veRL's dataset gives them; of single turns the mask too."""
+    from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+
+    turns = [{"role": "system", "content": "Be brief."}, *conversation("one?", "1"), *conversation("two?", "2")]
+    write(tmp_path, support=[turns, conversation("three?", "3")])
+    examples, tokenizer = dataset(tmp_path / "a_support.parquet", tiny_model, samples=2)
+    theirs = MultiTurnSFTDataset(
+        str(tmp_path / "a_support.parquet"), tokenizer, {"pad_mode": "no_padding", "max_length": 128}
+    )
+    for ours, other in zip((examples[0], examples[1]), theirs, strict=True):
+        assert ours["input_ids"].tolist() == other["input_ids"].tolist()
+    learned = examples[0]["input_ids"][examples[0]["loss_mask"].bool()]
+    assert tokenizer.decode(learned) == "2<|im_end|>\n"
+    assert tokenizer.decode(theirs[0]["input_ids"][theirs[0]["loss_mask"].bool()]) == "1<|im_end|>\n2<|im_end|>\n"
+    assert examples[1]["loss_mask"].tolist() == theirs[1]["loss_mask"].tolist()
+
+
 def test_only_the_response_and_its_end_are_learned(tmp_path, tiny_model, capsys):
     write(tmp_path)
     examples, tokenizer = dataset(tmp_path / "a_support.parquet", tiny_model, samples=4)

@@ -305,6 +305,26 @@ def test_the_checksums_of_a_folder(sums, tmp_path, adapter):
         load_adapter_folder(folder)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_a_folder_says_about_itself_may_be_changed(listed, tmp_path, adapter):
+    """Checksums cover weights and configuration; earlier releases listed the model card too."""
+    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
+    (folder / "README.md").write_text("as exported")
+    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert {"adaptation.json", "adapter_config.json", "adapter_model.safetensors"} <= set(names)
+    assert "README.md" not in names
+    if listed:
+        with (folder / "SHA256SUMS").open("a") as sums:
+            sums.write(f"{sha256_of(folder / 'README.md')}  README.md\n")
+    (folder / "README.md").write_text("What this adapter is for.")
+    load_adapter_folder(folder)
+    (folder / "README.md").unlink()
+    load_adapter_folder(folder)
+    change_json(folder / "adapter_config.json", lora_alpha=7)
+    with refused("adapter_config.json", "SHA256SUMS"):
+        load_adapter_folder(folder)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,0 +1,25 @@
+"""veRL's dataset of conversations, learned from by their last response alone.
+
+``MultiTurnSFTDataset`` learns from every turn of the assistant. Here an example has one response, its last assistant
+turn, and all turns before it are the prompt: what is trained is then what the evaluation measures. Of conversations
+with one assistant turn the two datasets are the same.
+
+veRL's own trainer takes the class by its setting ``data.custom_cls``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+
+
+class LastResponseDataset(MultiTurnSFTDataset):
+    """Items as of veRL's dataset; ``loss_mask`` is 1 on the tokens of the last assistant turn and 0 elsewhere."""
+
+    def _process_single_message(self, index: int, message: dict[str, Any], full_message: list, *args: Any, **more: Any):
+        ids, loss_mask, *rest = super()._process_single_message(index, message, full_message, *args, **more)
+        if any(turn["role"] == "assistant" for turn in full_message[index + 1 :]):
+            loss_mask = torch.zeros_like(loss_mask)
+        return ids, loss_mask, *rest
