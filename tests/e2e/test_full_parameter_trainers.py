@@ -107,12 +107,33 @@ def test_only_the_newest_checkpoints_are_kept(tiny_model, task_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_compute_keeps_fp32_weights(tiny_model, task_dir, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bf16_compute_keeps_fp32_weights(processes, tiny_model, task_dir, tmp_path):
+    """On one process through autocast, on two through FSDP2's mixed precision."""
     changes = {"engine.mixed_precision.param_dtype": "bf16", "model.enable_gradient_checkpointing": "true"}
-    must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes), processes=2)
+    must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes), processes=processes)
     assert all(t.dtype == torch.float32 for t in weights(tmp_path).values())
+    states = list(tmp_path.glob(f"global_step_{STEPS}/optim_*.pt"))
+    moments = [value for file in states for value in tensors_of(torch.load(file, weights_only=False)["state"])]
+    assert len(states) == processes and moments and all(t.dtype == torch.float32 for t in moments)
     records = metrics(tmp_path)
     assert records[-1]["meta/query_loss_after"] < records[0]["meta/query_loss_before"]
+
+
+def tensors_of(state):
+    """Of an optimizer's state dict, whatever it calls them."""
+    return [value for entry in state.values() for value in entry.values() if torch.is_tensor(value)]
+
+
+def test_small_steps_are_not_rounded_away_when_bf16_computes(tiny_model, task_dir, tmp_path):
+    small = {"meta.inner_lr": 1e-5, "optim.lr": 1e-5, "trainer.total_training_steps": 1}
+    must_run(
+        *FOMAML,
+        *settings(tiny_model, task_dir, tmp_path, **small, **{"engine.mixed_precision.param_dtype": "bf16"}),
+    )
+    before, after = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict(), weights(tmp_path, step=1)
+    moved = sum((after[name] != before[name]).sum().item() for name in after)
+    assert moved > 0.99 * sum(tensor.numel() for tensor in after.values())
 
 
 @pytest.fixture(scope="module")
