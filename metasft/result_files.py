@@ -142,6 +142,7 @@ _SUMMARY = fields(
         **dict.fromkeys(_COSTS, number),
         **dict.fromkeys(("method", "base_model", "device_name", "peak_memory_kind"), line),
         **dict.fromkeys(("meta_steps", "tokens", "world_size"), count),
+        "diverged": mapping_of(any_number, key=line),
     },
     needed=_COSTS,
 )

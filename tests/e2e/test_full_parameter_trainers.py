@@ -136,6 +136,29 @@ def test_small_steps_are_not_rounded_away_when_bf16_computes(tiny_model, task_di
     assert moved > 0.99 * sum(tensor.numel() for tensor in after.values())
 
 
+def test_a_run_whose_losses_diverge_says_so_once_and_records_it(tiny_model, task_dir, tmp_path):
+    """The learning rate rises until losses grow, every number finite; the run is resumed on the way."""
+    changes = {
+        "optim.lr": 3, "optim.lr_warmup_steps": 30, "meta.inner_lr": 0.1, "meta.num_inner_steps": 1,
+        "meta.meta_batch_size": 1, "meta.inner_batch_size": 2, "meta.query_batch_size": 2,
+        "meta.adaptation_gain_freq": 0, "trainer.save_freq": -1, "trainer.logger": "[]",
+    }  # fmt: skip
+    outputs = []
+    for steps in (12, 30):
+        finished = must_run(
+            *FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes, **{"trainer.total_training_steps": steps})
+        )
+        outputs.append(finished.stdout + finished.stderr)
+    assert "diverges" not in outputs[0]
+    warnings = [line for line in outputs[1].splitlines() if "diverges" in line and "or meta.inner_lr=0.1" in line]
+    for loss in ("support loss before adaptation", "query loss after adaptation"):
+        (warning,) = [line for line in warnings if loss in line]
+        assert "lower optim.lr=3 or meta.inner_lr=0.1, or set meta.inner_clip_grad" in warning
+        assert outputs[1].count(f"the {loss} diverges") == 2  # and beside the sentence that the run has finished
+    diverged = json.loads((tmp_path / "run_summary.json").read_text())["diverged"]
+    assert set(diverged) == {"inner/support_loss_first", "meta/query_loss_after"} and min(diverged.values()) >= 2
+
+
 @pytest.fixture(scope="module")
 def reptile(tiny_model, task_dir, tmp_path_factory):
     """Without a query set: the query files are taken away to prove that none is read."""
