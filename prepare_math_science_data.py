@@ -349,8 +349,8 @@ engine:
   strategy: fsdp2
   use_torch_compile: false
   reshard_after_forward: false           # gather each layer once per step rather than twice
-  model_dtype: fp32
-  # Without these two veRL computes in bf16, which a CPU only emulates. On a GPU: bf16.
+  model_dtype: fp32                      # veRL casts the adapters to it, and their moments follow: fp32 also on a GPU
+  # Without these two veRL computes in bf16, which a CPU only emulates. On a GPU: param_dtype: bf16.
   mixed_precision:
     param_dtype: fp32
     reduce_dtype: fp32

@@ -279,6 +279,12 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
                     f"meta.{key}={config['meta'][key]!r} has no effect when all parameters are trained "
                     "(model.lora_rank=0): tasks share a pass only over a frozen base; remove it, or set model.lora_rank"
                 )
+        if (dtype := config["engine"].get("model_dtype")) in ("bf16", "bfloat16"):
+            raise ValueError(
+                f"engine.model_dtype={dtype}: {METHOD_TITLES[method]} trains all parameters, and in bf16 most of an "
+                "update of 1e-5 is rounded away; set engine.model_dtype=fp32, with "
+                "engine.mixed_precision.param_dtype=bf16 to compute in bf16"
+            )
 
     if not _is_number(config["optim"].get("lr")):
         raise ValueError(f"optim.lr={config['optim'].get('lr')!r} must be a number above 0 (the meta learning rate)")

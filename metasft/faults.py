@@ -1,14 +1,18 @@
-"""What can go wrong in a run while every process is alive: losses and gradients that are not finite, files that cannot
-be written, ranks that no longer train the same model. Each ends in one sentence, and theta is never poisoned.
+"""What can go wrong in a run while every process is alive: losses and gradients that are not finite, losses that grow,
+files that cannot be written, ranks that no longer train the same model. Each is said in one sentence, and theta is
+never poisoned.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,6 +64,82 @@ def _first_place(row: EpisodeRow) -> tuple[int, str, str, float] | None:
     # The query gradient; in Reptile theta_i - theta.
     places.append((steps + 2, "contribution to the meta-step", f"behind inner step {steps}", row.contribution_norm))
     return next((place for place in places if place[3] is not None and not math.isfinite(place[3])), None)
+
+
+# ---- losses that grow -----------------------------------------------------------------------------------------------
+
+WATCHED_LOSSES = {
+    "inner/support_loss_first": "support loss before adaptation",
+    "meta/query_loss_after": "query loss after adaptation",
+}
+"""Metric -> what it is called."""
+_FIRST, _LATEST = 10, 20
+_GROWTH = 2.0
+_CHANCE = 5e-4
+_SMALLEST = 0.1  # nats per response token: losses below it grow many times over without meaning anything
+
+
+class Divergence(NamedTuple):
+    """A loss that has grown: its medians over the first and the latest measured meta-steps, in nats per token."""
+
+    metric: str
+    step: int
+    first: float
+    latest: float
+
+    @property
+    def factor(self) -> float:
+        return self.latest / max(self.first, _SMALLEST)
+
+    def text(self) -> str:
+        """The sentence for the user, without a remedy."""
+        return (
+            f"meta-step {self.step}: the {WATCHED_LOSSES[self.metric]} diverges: its median over the latest meta-steps "
+            f"is {self.latest:.3g}, {self.factor:.1f} times that of the first {_FIRST} ({self.first:.3g})"
+        )
+
+
+class DivergenceWatch:
+    """Finds losses that grow although every number is finite: the learning rates are too high, and the run would end
+    with a worse model and exit code 0.
+
+    A loss diverges when its median over the latest meta-steps (10, later 20) is at least twice that over the first 10,
+    and the Mann-Whitney test leaves a chance below 1 in 2,000 that the two differ by the choice of tasks alone. Tasks
+    differ more from each other than one factor could allow for; the test takes their spread into account.
+
+    Attributes:
+        found: so far, each loss once.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Divergence] = []
+        self._first: dict[str, list[float]] = {metric: [] for metric in WATCHED_LOSSES}
+        self._latest: dict[str, deque[float]] = {metric: deque(maxlen=_LATEST) for metric in WATCHED_LOSSES}
+
+    def add(self, record: Mapping[str, Any]) -> list[Divergence]:
+        """Take the metrics of a meta-step, in order; returns what it shows to diverge for the first time."""
+        found = []
+        for metric, first in self._first.items():
+            value = record.get(metric)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            latest = self._latest[metric]
+            if len(first) < _FIRST:
+                first.append(value)
+                continue
+            latest.append(value)
+            if metric not in (known.metric for known in self.found) and _has_grown(first, latest):
+                found.append(Divergence(metric, record["step"], statistics.median(first), statistics.median(latest)))
+        self.found += found
+        return found
+
+
+def _has_grown(first: Sequence[float], latest: Sequence[float]) -> bool:
+    if len(latest) < _FIRST or statistics.median(latest) < _GROWTH * max(statistics.median(first), _SMALLEST):
+        return False
+    from scipy.stats import mannwhitneyu
+
+    return mannwhitneyu(first, latest, alternative="less", method="asymptotic").pvalue < _CHANCE
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

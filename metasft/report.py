@@ -165,6 +165,8 @@ def differences(methods: Sequence[Method]) -> list[str]:
         if len({m.summary.get(key) for m in measured}) > 1:
             listed = ", ".join(f"{m.label}: {m.summary.get(key)}" for m in measured)
             notes.append(f"Training costs were measured on a different {words} ({listed}).")
+    if diverged := [m.label for m in measured if m.summary.get("diverged")]:
+        notes.append(f"Losses diverged in training: {', '.join(diverged)} ({SUMMARY_FILE}, diverged).")
     if len({m.summary.get("peak_memory_kind") for m in measured}) > 1:
         notes.append("Peak memory is resident memory of the process for some methods, device memory for others.")
     return notes

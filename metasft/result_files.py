@@ -156,6 +156,7 @@ _SUMMARY = fields(
         **dict.fromkeys((*_COSTS, "model_memory_bytes"), number),
         **dict.fromkeys(("method", "base_model", "device_name", "peak_memory_kind"), line),
         **dict.fromkeys(("meta_steps", "tokens", "world_size", "task_group_size"), count),
+        "diverged": mapping_of(any_number, key=line),
     },
     needed=_COSTS,
 )

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from metasft.durable import PARTIAL, flush, put_in_place, remove, replacing_file, write_json
-from metasft.faults import writing
+from metasft.faults import Divergence, DivergenceWatch, writing
 from metasft.lineage import Lineage, Start
 from metasft.refusal import user_path
 from metasft.untrusted import is_inside, read_json
@@ -357,6 +357,7 @@ class MetricsLog:
     Attributes:
         costs: of each meta-step. Whole records, with several numbers per task, would make a long run grow by hundreds
             of megabytes.
+        divergence: the watch over the losses; after a resume it knows those of the meta-steps before.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -365,17 +366,21 @@ class MetricsLog:
         with replacing_file(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         self.costs = [StepCost.of(record) for record in records]
+        self.divergence = DivergenceWatch()
+        for record in records:
+            self.divergence.add(record)
         self._size = path.stat().st_size
         self._waiting = ""
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one meta-step's metrics."""
+    def append(self, record: dict[str, Any]) -> list[Divergence]:
+        """Add one meta-step's metrics; returns the losses that it shows to diverge for the first time."""
         self.costs.append(StepCost.of(record))
         self._waiting += json.dumps(record) + "\n"
         try:
             self._write()
         except OSError as error:
             logger.warning("%s: %s; its newest lines wait in memory", self._path, error.strerror)
+        return self.divergence.add(record)
 
     def flush(self) -> None:
         """Have everything on the disk. Raises OSError where that is impossible."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from verl.utils.device import get_torch_device
 from metasft.checkpoint import size_bytes
 from metasft.durable import write_json
 from metasft.result_files import SUMMARY_FILE
-from metasft.resume import StepCost
+from metasft.resume import MetricsLog
 
 if TYPE_CHECKING:
     from metasft.trainer import EpisodicSFTTrainer
@@ -32,7 +31,7 @@ def peaks_of_ranks() -> list[int]:
 def write_summary(
     trainer: EpisodicSFTTrainer,
     checkpoint: Path,
-    costs: Sequence[StepCost],
+    log: MetricsLog,
     seconds: float,
     peaks: Sequence[int] | None = None,
 ) -> None:
@@ -41,12 +40,13 @@ def write_summary(
     Args:
         trainer: that has done all its meta-steps.
         checkpoint: the last export.
-        costs: of all meta-steps.
+        log: of all meta-steps.
         seconds: of the whole run, loading left out.
         peaks: from :func:`peaks_of_ranks`; None where this start has trained nothing.
     """
     from importlib.metadata import version
 
+    costs = log.costs
     on_cpu = trainer.device_name == "cpu"
     group = trainer.engine.get_data_parallel_size()
     peak = max([get_torch_device().max_memory_allocated(), *(cost.peak_bytes for cost in costs)])
@@ -67,6 +67,7 @@ def write_summary(
             "device_name": _device_name(on_cpu),
             "meta_steps": trainer.total_training_steps,
             "skipped_meta_steps": trainer.skipped_steps,
+            "diverged": {found.metric: round(found.factor, 2) for found in log.divergence.found},
             "tokens": sum(cost.tokens for cost in costs),
             "seconds_total": seconds,
             "seconds_per_step_median": statistics.median(cost.seconds for cost in costs) if costs else None,

@@ -315,7 +315,8 @@ class EpisodicSFTTrainer(SFTTrainer):
                 metrics = self.train_step(step)
                 if is_logging:
                     track(tracking, metrics, step)
-                    log.append({"step": step, **metrics})
+                    for divergence in log.append({"step": step, **metrics}):
+                        logger.warning("%s; %s", divergence.text(), self._calmer_settings())
                     progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
                     self._preemption.check_notice(metrics["perf/step_seconds"])
                 is_last = step == self.total_training_steps
@@ -332,8 +333,10 @@ class EpisodicSFTTrainer(SFTTrainer):
         seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
         with writing("the summary of the run", self.run_dir):
             if is_logging:
-                write_summary(self, checkpoint, log.costs, seconds, peaks)
+                write_summary(self, checkpoint, log, seconds, peaks)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
+                for divergence in log.divergence.found:
+                    print(f"but {divergence.text()}")
         if is_logging:
             tracking.finish()
         dist.barrier()
@@ -345,7 +348,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             if self.rank == 0:
                 if done == self.total_training_steps and not (self.run_dir / SUMMARY_FILE).is_file():
                     seconds = sum(cost.seconds for cost in log.costs)
-                    write_summary(self, self._export_path(done), log.costs, seconds)
+                    write_summary(self, self._export_path(done), log, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -386,6 +389,21 @@ class EpisodicSFTTrainer(SFTTrainer):
         metrics["perf/peak_memory_gb"] = get_torch_device().max_memory_allocated() / 1024**3
         metrics["perf/tokens_per_second"] = metrics["perf/tokens"] / seconds
         return metrics
+
+    def _calmer_settings(self) -> str:
+        """What to change where a loss grows."""
+        meta = self.meta
+        is_interpolating = self.method == "reptile" and meta.reptile_update == "interpolate"
+        outer = (
+            f"meta.reptile_step_size={meta.reptile_step_size}"
+            if is_interpolating
+            else f"optim.lr={self.config.optim.lr}"
+        )
+        if not meta.num_inner_steps:
+            return f"lower {outer}"
+        if meta.inner_clip_grad is None:
+            return f"lower {outer} or meta.inner_lr={meta.inner_lr}, or set meta.inner_clip_grad"
+        return f"lower {outer}, meta.inner_lr={meta.inner_lr} or meta.inner_clip_grad={meta.inner_clip_grad}"
 
     def _count_skipped(self, step: int, fault: str) -> None:
         self.skipped_steps += 1

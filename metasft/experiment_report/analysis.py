@@ -189,6 +189,16 @@ def _limits(analysis: Analysis) -> list[str]:
         same = set(steps.values())
         words = same.pop() if len(same) == 1 else ", ".join(f"{label} {count}" for label, count in steps.items())
         limits.append(f"Meta-training took {words} meta-steps: the comparison is of methods at that budget.")
+    diverged = [
+        arm.label
+        for arm in experiments.arms.values()
+        if any((replicate.summary or {}).get("diverged") for replicate in arm.replicates)
+    ]
+    if diverged:
+        limits.append(
+            f"Losses diverged in training: {', '.join(diverged)} (diverged in run_summary.json, the log says when): "
+            "what they show is a learning rate that is too high."
+        )
     unfixed = [arm.label for arm in experiments.arms.values() if _is_lora_without_determinism(arm)]
     if unfixed:
         limits.append(

@@ -16,6 +16,8 @@ from script_runner import ROOT, must_run, script_environment
 from tiny_model import CHAT_TEMPLATE
 
 import verl
+from metasft.experiments.config import overrides_of
+from metasft.experiments.suites import read_scale
 from metasft.few_shot.open import load_verl_lora
 
 TINY = (
@@ -104,6 +106,26 @@ def test_single_task_runs_leave_one_checkpoint_per_task(single):
 
 def test_mixed_run_leaves_its_checkpoint(mixed):
     check_run(mixed)
+
+
+def test_adapters_of_the_standard_lora_arms_train_in_fp32_as_those_of_meta_lora_do(work, tiny_model):
+    """veRL casts adapters to the dtype of the base, and Adam's moments follow."""
+    arms = {scale: read_scale(scale).train["lora"] for scale in ("cpu", "gpu")}
+    assert arms["cpu"] == arms["gpu"] and arms["cpu"]["engine.mixed_precision.param_dtype"] == "bf16"
+    asked = " ".join(overrides_of(arms["cpu"], {}, "lora_mixed"))
+    shell(
+        f"""
+        {TORCHRUN} -m verl.trainer.sft_trainer --config-path "$PWD/data" --config-name baseline_lora_mixed \
+            model.path={tiny_model} trainer.default_local_dir=checkpoints/precision {TINY} {asked}
+        """,
+        work,
+    )
+    state = work / "checkpoints" / "precision" / "global_step_2"
+    adapters = torch.load(state / "model_world_size_1_rank_0.pt", weights_only=False).values()
+    entries = torch.load(state / "optim_world_size_1_rank_0.pt", weights_only=False)["state"].values()
+    moments = [entry[name] for entry in entries for name in ("exp_avg", "exp_avg_sq")]
+    assert {tensor.dtype for tensor in adapters} == {torch.float32}
+    assert len(moments) == 2 * len(adapters) and {tensor.dtype for tensor in moments} == {torch.float32}
 
 
 def evaluate(path, work, tiny_model, output):

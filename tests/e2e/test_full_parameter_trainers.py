@@ -108,12 +108,56 @@ def test_only_the_newest_checkpoints_are_kept(tiny_model, task_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_compute_keeps_fp32_weights(tiny_model, task_dir, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bf16_compute_keeps_fp32_weights(processes, tiny_model, task_dir, tmp_path):
+    """On one process through autocast, on two through FSDP2's mixed precision."""
     changes = {"engine.mixed_precision.param_dtype": "bf16", "model.enable_gradient_checkpointing": "true"}
-    must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes), processes=2)
+    must_run(*FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes), processes=processes)
     assert all(t.dtype == torch.float32 for t in weights(tmp_path).values())
+    states = list(tmp_path.glob(f"global_step_{STEPS}/optim_*.pt"))
+    moments = [value for file in states for value in tensors_of(torch.load(file, weights_only=False)["state"])]
+    assert len(states) == processes and moments and all(t.dtype == torch.float32 for t in moments)
     records = metrics(tmp_path)
     assert records[-1]["meta/query_loss_after"] < records[0]["meta/query_loss_before"]
+
+
+def tensors_of(state):
+    """Of an optimizer's state dict, whatever it calls them."""
+    return [value for entry in state.values() for value in entry.values() if torch.is_tensor(value)]
+
+
+def test_small_steps_are_not_rounded_away_when_bf16_computes(tiny_model, task_dir, tmp_path):
+    small = {"meta.inner_lr": 1e-5, "optim.lr": 1e-5, "trainer.total_training_steps": 1}
+    must_run(
+        *FOMAML,
+        *settings(tiny_model, task_dir, tmp_path, **small, **{"engine.mixed_precision.param_dtype": "bf16"}),
+    )
+    before, after = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict(), weights(tmp_path, step=1)
+    moved = sum((after[name] != before[name]).sum().item() for name in after)
+    assert moved > 0.99 * sum(tensor.numel() for tensor in after.values())
+
+
+def test_a_run_whose_losses_diverge_says_so_once_and_records_it(tiny_model, task_dir, tmp_path):
+    """The learning rate rises until losses grow, every number finite; the run is resumed on the way."""
+    changes = {
+        "optim.lr": 3, "optim.lr_warmup_steps": 30, "meta.inner_lr": 0.1, "meta.num_inner_steps": 1,
+        "meta.meta_batch_size": 1, "meta.inner_batch_size": 2, "meta.query_batch_size": 2,
+        "meta.adaptation_gain_freq": 0, "trainer.save_freq": -1, "trainer.logger": "[]",
+    }  # fmt: skip
+    outputs = []
+    for steps in (12, 30):
+        finished = must_run(
+            *FOMAML, *settings(tiny_model, task_dir, tmp_path, **changes, **{"trainer.total_training_steps": steps})
+        )
+        outputs.append(finished.stdout + finished.stderr)
+    assert "diverges" not in outputs[0]
+    warnings = [line for line in outputs[1].splitlines() if "diverges" in line and "or meta.inner_lr=0.1" in line]
+    for loss in ("support loss before adaptation", "query loss after adaptation"):
+        (warning,) = [line for line in warnings if loss in line]
+        assert "lower optim.lr=3 or meta.inner_lr=0.1, or set meta.inner_clip_grad" in warning
+        assert outputs[1].count(f"the {loss} diverges") == 2  # and beside the sentence that the run has finished
+    diverged = json.loads((tmp_path / "run_summary.json").read_text())["diverged"]
+    assert set(diverged) == {"inner/support_loss_first", "meta/query_loss_after"} and min(diverged.values()) >= 2
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,8 @@ SETTINGS = [
     ("fomaml", "optim.optimizer=Nonsense", "torch.optim"),
     ("fomaml", "+trainer.nonsense=1", "trainer"),
     ("fomaml", "engine.model_dtype=fp7", "fp32"),
+    ("fomaml", "engine.model_dtype=bf16", "set engine.model_dtype=fp32"),
+    ("reptile", "engine.model_dtype=bf16", "engine.mixed_precision.param_dtype=bf16"),
     ("fomaml", "engine.mixed_precision.param_dtype=fp16", "bf16"),
     ("fomaml", "engine.mixed_precision.reduce_dtype=abc", "fp32"),
     ("reptile", "data.truncation=sideways", "error, right"),

@@ -205,6 +205,7 @@ def test_an_adaptation_of_unknown_rate_is_told_as_that(work):
         *({"seconds_total": value} for value in (float("nan"), -5, True, "1", 10**400, None)),
         {"peak_memory_kind": [1]},
         {"device_name": ["x"]},
+        {"diverged": ["meta/query_loss_after"]},
     ],
 )
 def test_a_summary_of_another_format_is_refused(change, work):
@@ -422,6 +423,13 @@ def test_differences_that_spoil_a_comparison_are_noted(work):
     notes = differences([methods[1], gpu])
     assert notes == ["Training costs were measured on a different device (meta_lora: a CPU, c: a GPU)."]
     assert "a different device" in markdown_table([methods[1], gpu])
+
+
+def test_a_training_that_diverged_is_noted(work):
+    write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, diverged={"meta/query_loss_after": 3.9})
+    write_summary(work / "checkpoints" / "meta_lora", "meta_lora", 1.0, 1.0, diverged={})
+    notes = differences(methods_of(work, "meta_lora", "fomaml"))
+    assert notes == ["Losses diverged in training: fomaml (run_summary.json, diverged)."]
 
 
 # ---- adaptation speed -----------------------------------------------------------------------------------------------

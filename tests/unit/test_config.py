@@ -41,6 +41,20 @@ def test_every_shipped_yaml_composes_and_passes_its_own_checks(method, configs):
     assert shipped == set(CONFIGS.values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_is_for_frozen_weights_and_for_computing(method, configs):
+    """Trained weights stay in fp32; adapters do so over a bf16 base."""
+    config = copy.deepcopy(configs[method])
+    assert config["engine"]["model_dtype"] == "fp32"
+    config["engine"]["mixed_precision"]["param_dtype"] = "bf16"
+    check_training_config(config, method)
+    if method == "reptile":
+        config["model"] |= {"lora_rank": 8, "lora_alpha": 16}
+    if config["model"]["lora_rank"] > 0:
+        config["engine"]["model_dtype"] = "bf16"
+        check_training_config(config, method)
+
+
 def test_defaults_are_those_of_the_guide(configs):
     lora, fomaml = (check_training_config(configs[m], m) for m in ("meta_lora", "fomaml"))
     assert (lora.support_samples, lora.num_inner_steps) == (100, 10)
@@ -97,6 +111,8 @@ WRONG = [
     ("meta_lora", "model.path", "", "Hugging Face"),
     ("meta_lora", "model.use_fused_kernels", True, "no effect"),
     ("meta_lora", "engine.strategy", "fsdp", "fsdp2"),
+    ("fomaml", "engine.model_dtype", "bf16", "engine.mixed_precision.param_dtype=bf16"),
+    ("reptile", "engine.model_dtype", "bfloat16", "set engine.model_dtype=fp32"),
     ("meta_lora", "engine.fsdp_size", 2, "meta.task_group_size"),
     ("meta_lora", "engine.ulysses_sequence_parallel_size", 2, "not supported"),
     ("meta_lora", "optim.lr", 0, "above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -103,6 +104,15 @@ def test_a_success_where_nothing_was_learned_is_hollow(tmp_path):
     assert analysis.verdict.title.endswith("hollow")
     assert finding(analysis, "Few-shot accuracy near or above FOMAML").status == "inconclusive"
     assert any("not shown to be above the base" in limit for limit in analysis.limits)
+
+
+def test_a_training_that_diverged_is_a_limit(tmp_path):
+    write_experiments(tmp_path, matrix_arms())
+    assert not any("diverged" in limit for limit in analyse(read_experiments(tmp_path)).limits)
+    path = tmp_path / "runs" / "train-fomaml_300-seed1" / "run_summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "diverged": {"meta/query_loss_after": 3.9}}))
+    (limit,) = [limit for limit in analyse(read_experiments(tmp_path)).limits if "diverged" in limit]
+    assert limit.startswith("Losses diverged in training: FOMAML-SFT, 300 (")
 
 
 def test_standard_lora_is_not_fixed_by_its_seed(tmp_path):

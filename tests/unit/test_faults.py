@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
 import torch
 
 from metasft.episode_table import EpisodeRecord, EpisodeRow, from_table, step_metrics, to_table
-from metasft.faults import RunFault, first_fault, theta_checksum, writing
+from metasft.faults import WATCHED_LOSSES, DivergenceWatch, RunFault, first_fault, theta_checksum, writing
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
@@ -109,3 +110,75 @@ def test_what_cannot_be_written_ends_the_run_in_one_sentence(tmp_path):
         pass
     with pytest.raises(ZeroDivisionError), writing("a mistake of ours", tmp_path):
         1 / 0  # noqa: B018
+
+
+# ---- losses that grow -----------------------------------------------------------------------------------------------
+
+THETA, ADAPTED = WATCHED_LOSSES
+
+
+def noisy_losses(steps, *, level=1.0, growth=1.0, tasks=71, per_step=4, spread=0.5, seed=0):
+    """Means over the tasks of a meta-step, [steps]: every task has its own level, drawn in random order without
+    repetition, and every batch its own noise; both are log-normal. Over the first 25 meta-steps losses grow by
+    ``growth``, then no more."""
+    draw = np.random.default_rng(seed)
+    levels = level * np.exp(draw.normal(0, spread, tasks))
+    order = np.concatenate([draw.permutation(tasks) for _ in range(-(-steps * per_step // tasks))])[: steps * per_step]
+    losses = levels[order] * np.exp(draw.normal(0, 0.3, len(order)))
+    return losses.reshape(steps, per_step).mean(1) * growth ** np.minimum(np.arange(1, steps + 1) / 25, 1)
+
+
+def watch(*series, metrics=(THETA, ADAPTED)):
+    """The watch after a run with these losses, and what it found at which meta-step."""
+    watched, found = DivergenceWatch(), []
+    for step, losses in enumerate(zip(*series, strict=True), start=1):
+        found += watched.add({"step": step, **dict(zip(metrics, map(float, losses), strict=False))})
+    return watched, found
+
+
+def test_losses_that_diverge_in_25_meta_steps_are_found_once_each():
+    """As seen: 71 tasks, adamw at 1e-3 inside, meta learning rate 1e-3; the loss at theta 1.3 to 14.8, after adaptation
+    0.27 to 1.05."""
+    steps = {THETA: [], ADAPTED: []}
+    for seed in range(20):
+        at_theta = noisy_losses(60, level=1.3, growth=11.4, seed=seed)
+        adapted = noisy_losses(60, level=0.27, growth=3.9, seed=100 + seed)
+        watched, found = watch(at_theta, adapted)
+        assert len(found) == 2 and found == watched.found and all(divergence.factor >= 2 for divergence in found)
+        for divergence in found:
+            steps[divergence.metric].append(divergence.step)
+    assert sum(step <= 25 for step in steps[THETA]) >= 18, sorted(steps[THETA])
+    assert all(step <= 50 for step in steps[ADAPTED]), sorted(steps[ADAPTED])
+
+
+@pytest.mark.parametrize("spread", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("per_step", [1, 4])
+def test_noise_between_tasks_is_no_divergence(per_step, spread):
+    for seed in range(8):
+        steady = noisy_losses(1000, per_step=per_step, spread=spread, seed=seed)
+        falling = steady * np.linspace(1, 0.3, len(steady))
+        assert watch(steady, falling)[1] == []
+
+
+def test_a_loss_at_theta_that_drifts_up_moderately_is_no_divergence():
+    """The meta-gradient is taken after adaptation: nothing holds the loss before it down."""
+    for seed in range(8):
+        assert watch(noisy_losses(500, growth=1.4, seed=seed))[1] == []
+
+
+def test_losses_near_zero_may_grow_many_times():
+    assert watch(noisy_losses(200, level=0.005, growth=10))[1] == []
+
+
+def test_a_few_meta_steps_say_nothing():
+    assert watch([1.0] * 10 + [50.0] * 9)[1] == []
+    assert len(watch([1.0] * 10 + [50.0] * 10)[1]) == 1
+
+
+def test_what_is_not_measured_or_not_finite_is_left_out():
+    """Without inner steps there is no support loss; a meta-step that is not finite was skipped, and counted there."""
+    _, found = watch([1.0] * 12 + [50.0] * 30, metrics=(ADAPTED,))
+    assert [(one.metric, one.factor) for one in found] == [(ADAPTED, 50.0)]
+    assert watch([1.0] * 30 + [NAN] * 30, [1.0] * 30 + [INF] * 30)[1] == []
+    watched = DivergenceWatch()
+    assert watched.add({"step": 1}) == [] and watched.add({"step": 2, THETA: "high"}) == []

@@ -211,6 +211,17 @@ def test_metrics_are_cut_back_to_the_state(tmp_path):
     assert MetricsLog(path, 0).costs == [] and path.read_text() == ""
 
 
+def test_a_resumed_run_compares_its_losses_with_those_at_its_start_and_warns_once(tmp_path):
+    path, metric = tmp_path / "metrics.jsonl", "meta/query_loss_after"
+    losses = [1.0] * 10 + [9.0] * 15
+    found = []
+    for step, loss in enumerate(losses, start=1):  # as if it were resumed behind every meta-step
+        found += MetricsLog(path, step - 1).append(measured(step, **{metric: loss}))
+    assert [(one.metric, one.step, one.factor) for one in found] == [(metric, 20, 9.0)]
+    assert MetricsLog(path, 25).divergence.found == found
+    assert MetricsLog(path, 15).divergence.found == []  # gone back to a state before
+
+
 def test_a_long_run_does_not_keep_its_metrics_in_memory(tmp_path):
     """With several numbers for each of 64 tasks, a meta-step's record is some ten kilobytes."""
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
