@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
+import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metasft.durable import sole_user
+from metasft.durable import PARTIAL, sole_user
 from metasft.installed import require
 from metasft.refusal import read_ranks, refuse_on_rank_0, user_path
 
@@ -116,7 +118,9 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
     with ExitStack() as held:
         held.callback(destroy_global_process_group)
         try:
-            _lock_run_folder(user_path(config.trainer.default_local_dir), held)
+            run_dir = user_path(config.trainer.default_local_dir)
+            _lock_run_folder(run_dir, held)
+            _check_shared(run_dir)
             trainer = build(config, trainer_class, checked)
         except (ValueError, OSError) as error:
             fail(error)
@@ -141,6 +145,47 @@ def _lock_run_folder(folder: Path, held: ExitStack) -> None:
     dist.broadcast_object_list(refused, src=0)
     if refused[0] is not None:
         raise ValueError(refused[0])
+
+
+def _check_shared(folder: Path) -> None:
+    """Every rank sees what rank 0 writes to ``folder``, or all raise ValueError.
+
+    Each rank saves its own part of the resume state there. On nodes with disks of their own no save would be complete,
+    and nothing would tell before the first resume.
+    """
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return
+    name: list[str | None] = [f".{secrets.token_hex(8)}{PARTIAL}"]
+    if dist.get_rank() == 0:
+        try:
+            (folder / name[0]).touch()
+        except OSError:  # a full disk: the first file that is written says so on all ranks
+            name = [None]
+    dist.broadcast_object_list(name, src=0)
+    if name[0] is None:
+        return
+    sees: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(sees, _appears(folder / name[0]))
+    if dist.get_rank() == 0:
+        (folder / name[0]).unlink(missing_ok=True)
+    if blind := [str(rank) for rank, seen in enumerate(sees) if not seen]:
+        raise ValueError(
+            f"trainer.default_local_dir is {folder}, where what rank 0 writes cannot be seen from "
+            f"{'rank' if len(blind) == 1 else 'ranks'} {', '.join(blind)}: give a folder that all nodes share, under "
+            "the same path"
+        )
+
+
+def _appears(file: Path, seconds: float = 10) -> bool:
+    """Whether a file is there; on a network file system that may take a moment."""
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _check_versions() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from metasft.experiment_report.results import Arm, Run, number
 from metasft.result_files import model_memory, read_json
 
-PERFORMANCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "performance.json"
+PERFORMANCE_FILE = (Path(__file__).parents[1] / "shipped" / "performance.json").resolve()
 FACTORS = {
     "samples": "sample count",
     "optimizer_traffic": "optimizer and restore traffic",

@@ -147,8 +147,13 @@ def make_plan(
         searched: model type -> the evaluation there whose search of the adaptation has finished.
 
     Raises:
-        ValueError: a setting that cannot work, naming arm, key, value and remedy.
+        ValueError: a setting that cannot work, naming arm, key, value and remedy; or the scripts are not there.
     """
+    if not (ROOT / SCRIPTS["meta_lora"][0]).is_file():
+        raise ValueError(
+            f"{ROOT} holds no {SCRIPTS['meta_lora'][0]}: runs are scripts of the repository, which are not part of an "
+            "installed package; use run_experiments.py of a clone"
+        )
     check_names(scale, suites)
     check_scale_evaluation(scale)
     with chdir(ROOT):  # where the runs are started: relative paths of a scale are from there

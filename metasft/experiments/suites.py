@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from metasft.untrusted import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES_DIR = ROOT / "data" / "experiments"
+"""The clone, whose scripts the runs are; an installed package has none."""
+SUITES_DIR = (Path(__file__).parents[1] / "shipped" / "experiments").resolve()
 SCALES_DIR = SUITES_DIR / "scales"
 ALL_SUITES = "all"
 LONGEST_NAME = 100

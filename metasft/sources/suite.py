@@ -24,7 +24,7 @@ from typing import Any
 from metasft import untrusted
 from metasft.sources.source import Source
 
-SUITES_DIR = Path(__file__).resolve().parents[2] / "data" / "suites"
+SUITES_DIR = (Path(__file__).parents[1] / "shipped" / "suites").resolve()
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
 STRATIFY = ("proportional", "equal", None)
 

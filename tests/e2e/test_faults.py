@@ -302,6 +302,19 @@ def test_a_folder_that_cannot_be_written_is_named_at_once(make_run, tmp_path):
     assert "trainer.default_local_dir is" in the_error(ranks) and "is a file: give a folder" in the_error(ranks)
 
 
+def test_nodes_that_do_not_share_the_output_folder_are_told_at_once(make_run, tmp_path):
+    run = make_run("meta_lora_2")
+    name = f"{tmp_path.name}-apart"
+    run.folder = Path("results") / name  # from where a rank works
+    (tmp_path / run.folder).mkdir(parents=True)
+    (tmp_path / run.folder / ".trainer.lock").write_text("")  # of a run that was killed there
+    ranks = run.start(apart={"rank": 1, "folder": str(tmp_path)})
+    assert ranks.wait() == [2, 2], ranks.output[-4000:]
+    error = the_error(ranks)
+    assert f"trainer.default_local_dir is {run.folder}" in error and "rank 1" in error and "nodes share" in error
+    assert not (ROOT / run.folder).exists()
+
+
 # ---- losses and gradients that are not finite -----------------------------------------------------------------------
 
 NUMERICAL = [

@@ -15,7 +15,7 @@ from meta_step_worker import ROOT, trainer_class
 from metasft.adaptation import local_tensor
 
 
-def train(script, config_name, overrides, crash=None, stop=None, poison=None, drift=None, full=None):
+def train(script, config_name, overrides, crash=None, stop=None, poison=None, drift=None, full=None, apart=None):
     """A whole run of a script.
 
     Args:
@@ -25,6 +25,7 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
         poison: ``{"what", "task", "step", "inner_step", "value"}``: see :func:`poisoned`.
         drift: ``{"rank", "step"}``: one number of theta changes on that rank behind that meta-step.
         full: ``{"rank", "what"}``: that rank's disk is full for files with that in their name.
+        apart: ``{"rank", "folder"}``: that rank works in another folder, as on a node with disks of its own.
     """
     from hydra import compose, initialize_config_dir
 
@@ -41,6 +42,8 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
         cls = drifting(cls, **drift)
     if full and full["rank"] == int(os.environ["RANK"]):
         fill_disk(full["what"])
+    if apart and apart["rank"] == int(os.environ["RANK"]):
+        os.chdir(apart["folder"])
     with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
         config = compose(config_name, overrides=list(overrides))
     launch.run(config, cls)
