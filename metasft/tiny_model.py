@@ -55,6 +55,8 @@ def build_tiny_model(
     num_layers: int = 2,
     num_heads: int = 4,
     num_kv_heads: int = 2,
+    vocab_size: int | None = None,
+    initializer_range: float = 0.1,
 ) -> Path:
     """Write a random fp32 model and its tokenizer to ``output`` as a Hugging Face folder; takes about a second.
 
@@ -65,6 +67,9 @@ def build_tiny_model(
         seed: of the weights.
         architecture: ``llama`` or ``qwen2`` (which adds biases to the attention projections).
         tie_word_embeddings: whether the output layer is the embedding matrix.
+        vocab_size: rows of the embedding matrix; None for as many as the tokenizer has tokens.
+        initializer_range: of the weights. 0.02, the usual value, is for hidden sizes in the thousands: at 32 the logits
+            and gradients all but vanish.
 
     Returns:
         ``output`` as a Path.
@@ -81,7 +86,7 @@ def build_tiny_model(
     tokenizer = build_tiny_tokenizer()
     config = AutoConfig.for_model(
         architecture,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
@@ -89,8 +94,7 @@ def build_tiny_model(
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=tie_word_embeddings,
-        # 0.02, the usual value, is for hidden sizes in the thousands: at 32 the logits and gradients all but vanish.
-        initializer_range=0.1,
+        initializer_range=initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
