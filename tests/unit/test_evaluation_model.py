@@ -80,7 +80,7 @@ def conversation_rows(numbers: range) -> list[dict]:
 
 
 def test_conversations_are_continued_and_their_last_response_is_measured(config, tiny_model, tmp_path):
-    """Generation starts behind all turns in front of the last response, and the loss is that of this response alone."""
+    """Generation starts after all turns before the last response, and the loss is that of this response alone."""
     (tmp_path / "data" / "meta_test").mkdir(parents=True)
     for part, numbers in (("support", range(12)), ("test", range(100, 106))):
         rows = conversation_rows(numbers)
