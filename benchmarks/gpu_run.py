@@ -330,7 +330,7 @@ def gradients(run: Run) -> dict[str, Any]:
         reference = Reference(model, task_dir, adapter)
         for name, (method, _, _, allowed) in GRADIENT_CASES.items():
             if (method == "meta_lora") is (adapter is not None):
-                seen = torch.load(folder / f"{name}_rank0.pt", weights_only=False)
+                seen = torch.load(folder / f"{name}_rank0.pt", weights_only=True)
                 theta = {n: t.float() for n, t in seen["theta_before"].items()}
                 expected = reference.first_order_gradient(theta, seen["episodes"], rates[method])
                 result[name] = {"relative_error": relative_error(seen["gradient"], expected), "allowed": allowed}
