@@ -25,18 +25,17 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from metasft.report import ALL_TASKS, markdown_row
+from metasft.reporting.statistics import LEVEL, Estimate, crossed_estimate, holm, mean_estimate, run_estimate
 from metasft.result_files import CELL, PREDICTION, RESULTS_SUFFIX, find_file, read_settings
 from metasft.shapes import read_checked_lines
 from metasft.untrusted import printable
 
-LEVEL = 0.95
 ALL_SHOTS = "all > 0"
 # What of the settings is the protocol: every key that begins like this, and these. Where the optimizer and its rate
 # come from does not matter once they are equal.
@@ -67,115 +66,6 @@ class Evaluation:
     correct: Mapping[Place, Mapping[int, Mapping[str, bool]]]
     losses: Mapping[Place, Mapping[int, float]]
     shots: Mapping[Place, Mapping[int, Sequence[str]]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An estimated mean difference.
-
-    Attributes:
-        difference: the plain mean.
-        centre: of its interval; differs from ``difference`` by the pull of the two made-up items, at most 2 / n.
-        parts: (variance, degrees of freedom) of independent contributions to the variance of the mean; empty where
-            there is nothing to estimate it from.
-    """
-
-    difference: float
-    centre: float
-    parts: tuple[tuple[float, float], ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Standard error; nan where it is unknown."""
-        return math.sqrt(sum(variance for variance, _ in self.parts)) if self.parts else math.nan
-
-    @property
-    def freedom(self) -> float:
-        """Degrees of freedom by Welch and Satterthwaite; inf where nothing varies."""
-        bottom = sum(variance**2 / freedom for variance, freedom in self.parts)
-        return sum(variance for variance, _ in self.parts) ** 2 / bottom if bottom > 0 else math.inf
-
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """(low, high), which contain ``centre``."""
-        from scipy.special import stdtrit
-
-        half = float(stdtrit(self.freedom, 0.5 + level / 2)) * self.error
-        return self.centre - half, self.centre + half
-
-    def p_above(self, bound: float) -> float:
-        """One-sided p-value against "the difference is at most ``bound``"."""
-        from scipy.special import stdtr
-
-        distance = self.centre - bound
-        if self.error == 0:
-            return 0.0 if distance > 0 else 1.0
-        return float(stdtr(self.freedom, -distance / self.error))
-
-    def p_difference(self) -> float:
-        """Two-sided p-value against "there is no difference"."""
-        if self.error == 0 and self.centre == 0:
-            return 1.0
-        upper = self.p_above(0.0)
-        return min(1.0, 2 * min(upper, 1 - upper))
-
-    def p_equivalence(self, margin: float) -> float:
-        """p-value of the two one-sided tests against "the difference is at least ``margin`` either way"."""
-        below = Estimate(-self.difference, -self.centre, self.parts)
-        return max(self.p_above(-margin), below.p_above(-margin))
-
-
-def crossed_estimate(differences: Any) -> Estimate:
-    """The mean of differences with items and runs crossed.
-
-    Args:
-        differences: [R runs][n items], in [-1, 1].
-    """
-    import numpy as np
-
-    values = np.asarray(differences, dtype=float)
-    runs, items = values.shape
-    by_item = values.mean(axis=0)
-    padded = items + 2
-    centre = float(by_item.sum()) / padded
-    # Of the two made-up items one agrees, the other is half a pair won and half a pair lost: nothing for the sum, 1
-    # for the sum of squares.
-    spread = (float((by_item**2).sum()) + 1 - padded * centre**2) / (padded - 1)
-    parts = [(spread / padded, float(padded - 1))]
-    if runs > 1:
-        parts.append((float(values.mean(axis=1).var(ddof=1)) / runs, float(runs - 1)))
-    return Estimate(float(values.mean()), centre, tuple(parts))
-
-
-def run_estimate(differences: Sequence[float]) -> Estimate:
-    """The mean of one difference per run: a paired t-test. With one run nothing tells how far it varies."""
-    import numpy as np
-
-    values = np.asarray(differences, dtype=float)
-    mean, runs = float(values.mean()), len(values)
-    parts = ((float(values.var(ddof=1)) / runs, float(runs - 1)),) if runs > 1 else ()
-    return Estimate(mean, mean, parts)
-
-
-def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each of the same weight; unknown variance of one makes that of all unknown."""
-    count = len(estimates)
-    parts = tuple((variance / count**2, freedom) for e in estimates for variance, freedom in e.parts)
-    return Estimate(
-        sum(e.difference for e in estimates) / count,
-        sum(e.centre for e in estimates) / count,
-        parts if all(e.parts for e in estimates) else (),
-    )
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment; None (no test) stays None and does not count."""
-    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        adjusted[index] = largest
-    return adjusted
 
 
 # ---------------------------------------------------------------------------------------------------- reading

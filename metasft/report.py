@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,15 +57,12 @@ class Method:
     def accuracy(self, tasks: Sequence[str], shots: int) -> tuple[float, float, float]:
         """(mean over ``tasks``, low, high) as fractions.
 
-        The intervals of several tasks, which are independent, combine by MOVER (Zou and Donner 2008): the distances of
-        the limits from the means add up in squares.
+        The intervals of several tasks, which are independent, combine by MOVER.
         """
+        from metasft.reporting.statistics import mover
+
         entries = [self.results[task][str(shots)] for task in tasks]
-        means = [entry["accuracy_mean"] for entry in entries]
-        mean = sum(means) / len(means)
-        below = math.hypot(*(m - e["ci95"][0] for m, e in zip(means, entries, strict=True))) / len(means)
-        above = math.hypot(*(e["ci95"][1] - m for m, e in zip(means, entries, strict=True))) / len(means)
-        return mean, max(0.0, mean - below), min(1.0, mean + above)
+        return mover([entry["accuracy_mean"] for entry in entries], [entry["ci95"] for entry in entries])
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -23,8 +23,8 @@ from metasft.experiment_report.statistics import (
     score,
 )
 from metasft.experiment_report.verdict import MARGIN, Condition, Verdict, judge, margin_of
-from metasft.paired import Estimate
 from metasft.report import ALL_TASKS
+from metasft.reporting.statistics import Estimate
 
 TRAINING_METRICS = (
     "inner/support_loss_first",

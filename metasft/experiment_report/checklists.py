@@ -21,7 +21,7 @@ from metasft.experiment_report.costs import Ratio
 from metasft.experiment_report.exports import Export
 from metasft.experiment_report.results import Arm, Replicate, number
 from metasft.experiment_report.statistics import Comparison, Difference, gain_from_shots, nats_text, points_text
-from metasft.paired import Estimate, run_estimate
+from metasft.reporting.statistics import Estimate, run_estimate
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"

@@ -15,27 +15,24 @@ in :mod:`metasft.paired`, with one factor more); degrees of freedom are Welch an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from metasft.experiment_report.results import Arm, Replicate, number
-from metasft.few_shot.statistics import accuracy_interval
-from metasft.paired import (
-    ALL_SHOTS,
-    LEVEL,
+from metasft.paired import ALL_SHOTS, Evaluation, check_pairing
+from metasft.report import ALL_TASKS
+from metasft.reporting.statistics import (
     Estimate,
-    Evaluation,
-    check_pairing,
+    accuracy_interval,
     crossed_estimate,
     holm,
-    mean_estimate,
+    mean_interval,
+    over_seeds,
     run_estimate,
 )
-from metasft.report import ALL_TASKS
 
 Groups = Sequence[Sequence[Evaluation]]
 """The evaluations of an arm: [S seeds][replicates of a seed]."""
@@ -164,72 +161,7 @@ def losses(groups: Groups, task: str, shots: Sequence[int]) -> np.ndarray:
     return np.array([np.mean(np.array(group, dtype=float), axis=(0, 1)) for group in values])
 
 
-def over_seeds(values: Sequence[np.ndarray], estimate: Callable[[np.ndarray], Estimate]) -> Estimate:
-    """The mean over tasks, with the seeds' contribution to its variance.
-
-    Args:
-        values: per task [S seeds][R runs] or [S][R][n items].
-        estimate: of one task from the mean over seeds.
-    """
-    pooled = mean_estimate([estimate(task.mean(axis=0)) for task in values])
-    seeds = np.mean([task.reshape(len(task), -1).mean(axis=1) for task in values], axis=0)
-    if len(seeds) == 1:
-        return pooled
-    part = (float(seeds.var(ddof=1)) / len(seeds), float(len(seeds) - 1))
-    return Estimate(pooled.difference, pooled.centre, (*pooled.parts, part))
-
-
 # ------------------------------------------------------------------------------------------------------------ scores
-
-
-def accuracy_limits(correct: np.ndarray) -> tuple[float, float]:
-    """95% interval of one task's accuracy; ``correct`` is [S seeds][R runs][n items]."""
-    seeds, runs, items = correct.shape
-    if seeds == 1:
-        return accuracy_interval(correct[0])
-    from scipy.special import stdtrit
-
-    p = float(correct.mean())
-    parts = [
-        (float(correct.mean(axis=others).var(ddof=1)) / count, count - 1)
-        for others, count in (((0, 1), items), ((0, 2), runs), ((1, 2), seeds))
-        if count > 1
-    ]
-    variance = sum(part for part, _ in parts)
-    if variance == 0:  # all or no answers are right: seeds tell nothing that the items do not
-        return accuracy_interval(correct.mean(axis=0))
-    # Never more information than independent answers, never less than one.
-    effective = min(max(p * (1 - p) / variance, 1.0), correct.size)
-    freedom = variance**2 / sum(part**2 / f for part, f in parts)
-    t = float(stdtrit(freedom, 0.5 + LEVEL / 2))
-    shrink = 1 + t * t / effective
-    centre = (p + t * t / (2 * effective)) / shrink
-    half = t / shrink * math.sqrt(p * (1 - p) / effective + t * t / (4 * effective**2))
-    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
-
-
-def mean_limits(correct: Sequence[np.ndarray]) -> tuple[float, float]:
-    """95% interval of the mean accuracy of several tasks, each [S seeds][R runs][n items]."""
-    means = np.array([task.mean() for task in correct])
-    limits = np.array([accuracy_limits(task) for task in correct])
-    correlation = _seed_correlation(correct)
-    below, above = means - limits[:, 0], limits[:, 1] - means
-    half_below, half_above = (math.sqrt(max(0.0, d @ correlation @ d)) / len(means) for d in (below, above))
-    mean = float(means.mean())
-    return max(0.0, mean - half_below), min(1.0, mean + half_above)
-
-
-def _seed_correlation(correct: Sequence[np.ndarray]) -> np.ndarray:
-    """Correlation of the tasks' mean accuracies through their seeds, [T][T]; at least 0, so that it never narrows."""
-    identity = np.eye(len(correct))
-    seeds = len(correct[0])
-    if seeds == 1 or len(correct) == 1:
-        return identity
-    by_seed = np.array([task.mean(axis=(1, 2)) for task in correct])
-    errors = np.array([crossed_estimate(task.mean(axis=0)).error for task in correct])
-    covariance = np.cov(by_seed) / seeds
-    total = np.sqrt(errors**2 + np.diag(covariance))
-    return np.where(identity == 1, 1.0, np.clip(covariance / np.outer(total, total), 0.0, 1.0))
 
 
 def score(groups: Groups, tasks: Sequence[str], shots: Sequence[int]) -> Score:
@@ -244,7 +176,7 @@ def score(groups: Groups, tasks: Sequence[str], shots: Sequence[int]) -> Score:
         task=tasks[0] if len(tasks) == 1 else ALL_TASKS,
         shots=shots[0] if len(shots) == 1 else ALL_SHOTS,
         accuracy=float(np.mean([task.mean() for task in correct])),
-        ci95=accuracy_limits(correct[0]) if len(correct) == 1 else mean_limits(correct),
+        ci95=accuracy_interval(correct[0]) if len(correct) == 1 else mean_interval(correct),
         loss=loss.difference,
         loss_ci95=known_interval(loss),
         n_items=sum(task.shape[2] for task in correct),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metasft.few_shot.statistics import summarise_cells
+from metasft.reporting.statistics import summarise_cells
 
 TASKS = ("calculus", "theorem_proving")
 TRAINING_TASKS = ("algebra", "geometry")

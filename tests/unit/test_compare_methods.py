@@ -14,7 +14,6 @@ import pytest
 
 import compare_methods
 from metasft import report_speed
-from metasft.evaluation import summarise_cells
 from metasft.report import (
     Method,
     choose_shots,
@@ -26,6 +25,7 @@ from metasft.report import (
     parse_pairs,
     read_method,
 )
+from metasft.reporting.statistics import summarise_cells
 from metasft.result_files import find_results
 
 SHOTS = (0, 5, 10)
