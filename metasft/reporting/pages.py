@@ -45,8 +45,9 @@ def _environment(dialect: str) -> Environment:
     }
     environment.filters |= {
         **tables.FILTERS,
+        "base": lambda path: Path(str(path)).name,
         "flat": lambda text: Markup(" ".join(str(text).split())),
-        "quoted": lambda text: Markup("\n".join(f"> {line}".rstrip() for line in str(text).strip().split("\n"))),
+        "quoted": _quoted,
         "code": _code_span,
         "fenced": _fenced,
         "slug": lambda text: re.sub(r"[^a-z0-9]+", "-", html.unescape(str(text)).lower()).strip("-"),
@@ -57,17 +58,22 @@ def _environment(dialect: str) -> Environment:
 # ---- Markdown -------------------------------------------------------------------------------------------------------
 
 
-def escape_markdown(text: str) -> str:
-    """Text that GitHub shows as it is."""
-    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def escape_markdown(text: str, *, starts: bool = True) -> str:
+    """Text that GitHub shows as it is; ``starts``: whether a line may begin with it."""
+    text = re.sub(r"[^\S\N{NO-BREAK SPACE}]+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"([\\`*|~])", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word an underscore is just that
     text = re.sub(r"\](?=[(\[:])", r"\\]", text)
-    return re.sub(r"^(#|[+-]\s|\d+[.)]\s)", r"\\\1", text)
+    return re.sub(r"^(#|>|[+-]\s|\d+[.)]\s)", r"\\\1", text) if starts else text
 
 
 def _escaped_markdown(value: Any) -> Markup:
     return value if isinstance(value, Markup) else Markup(escape_markdown(str(value)))
+
+
+def _quoted(text: Any) -> Markup:
+    lines = re.sub(r"\n{3,}", "\n\n", str(text)).strip().split("\n")
+    return Markup("\n".join(f"> {line}".rstrip() for line in lines))
 
 
 def _fence(text: str, least: int) -> str:
@@ -88,7 +94,7 @@ def _fenced(text: Any) -> Markup:
 
 def _markdown_table(table: tables.Table) -> Markup:
     def cell(text: str, badge: bool) -> str:
-        first, *rest = (escape_markdown(line) for line in text.split("\n"))
+        first, *rest = (escape_markdown(line, starts=False) for line in text.split("\n"))
         return "<br>".join([f"**{first}**" if badge and first else first, *rest])
 
     frame = table.cells(cell)
@@ -96,7 +102,7 @@ def _markdown_table(table: tables.Table) -> Markup:
     sides = ["left" if index in table.words else "right" for index in range(len(frame.columns))]
     text = frame.to_markdown(index=False, disable_numparse=True, colalign=sides if len(frame) else None)
     text = re.sub("-{3,}", "---", re.sub(" +", " ", text))  # padding would change every line with one cell
-    return Markup(f"**{escape_markdown(table.caption)}**\n\n{text}")
+    return Markup(f"**{escape_markdown(table.caption)}**\n\n{text}" if table.caption else text)
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------
