@@ -153,8 +153,9 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     for row, told in zip(comparison.rows, rows, strict=True):
         told["shown"] = shown(row, comparison.a.label, comparison.b.label, comparison.margin)
     return {
-        "a": comparison.a.label,
-        "b": comparison.b.label,
+        "a": comparison.a.name,
+        "b": comparison.b.name,
+        "labels": [comparison.a.label, comparison.b.label],
         "margin": comparison.margin,
         "reason": comparison.reason,
         "notes": list(comparison.notes),
@@ -165,8 +166,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 def _condition(condition: Condition) -> dict[str, Any]:
     comparison, row = condition.comparison, condition.row
     return {
-        "a": comparison.a.label if comparison else None,
-        "b": comparison.b.label if comparison else None,
+        "labels": [comparison.a.label, comparison.b.label] if comparison else ["one arm", "another"],
         "above": condition.above,
         "bound": condition.bound,
         "met": condition.met,

@@ -328,7 +328,7 @@ def comparisons(found: Sequence[Mapping[str, Any]]) -> Table:
     """The mean of the tasks at 0 shots and above."""
     rows = []
     for comparison in found:
-        name = {"Difference": f"{comparison['a']} minus {comparison['b']}"}
+        name = {"Difference": " minus ".join(comparison["labels"])}
         if comparison["reason"]:
             rows.append({**name, "Shots": f"missing\n{comparison['reason']}"})
         at = {row["shots"]: row for row in comparison["rows"] if row["task"] == "all"}
@@ -357,7 +357,7 @@ def differences(comparison: Mapping[str, Any]) -> Table:
         for row in comparison["rows"]
         if "p_holm" in row["accuracy"]
     ]
-    return _frame(f"{comparison['a']} minus {comparison['b']}", rows, (0, 1, 4))
+    return _frame(" minus ".join(comparison["labels"]), rows, (0, 1, 4))
 
 
 def costs(arms: Sequence[Mapping[str, Any]]) -> Table:

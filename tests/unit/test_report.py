@@ -314,7 +314,7 @@ def test_the_margin_is_that_of_the_suite(tmp_path):
 def test_arms_are_known_without_the_names_of_the_guide(tmp_path):
     arms = {name: FakeArm(**{**vars(a), "experiment": None}) for name, a in matrix_arms().items()}
     verdict = report_of(tmp_path, arms)["verdict"]
-    assert verdict["outcome"] == "success" and verdict["comparison"]["a"] == "META-LORA, 100"
+    assert verdict["outcome"] == "success" and verdict["comparison"]["a"] == "meta_lora_100"
 
 
 # ---- checklists -----------------------------------------------------------------------------------------------------
