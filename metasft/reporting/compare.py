@@ -235,9 +235,7 @@ def overview_figure(methods: Sequence[Method], task: str | None = None, shots: i
 
 
 def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The mean of the tasks, which are independent, where the method does not have it."""
-    if any(score["task"] == ALL_TASKS for score in method["scores"]):
-        return []
+    """The mean of the tasks, which are independent."""
     by_shots: dict[int, list[Mapping[str, Any]]] = {}
     for score in method["scores"]:
         if score["task"] in tasks:

@@ -254,35 +254,6 @@ def _cost_bars(axis: Any, arms: Sequence[Arm]) -> None:
 
 
 @_literal
-def costs(arms: Sequence[Arm]) -> Any:
-    """Four panels of bars, an arm per row. Whiskers: smallest and largest training of an arm."""
-    figure, (axes,) = _panels(13, 1.6 + 0.42 * len(arms), 1, 4, sharey=True)
-    panels = (
-        ("Training time (hours)", "seconds", 3600.0),
-        ("Peak memory (GB)", "memory", 1e9),
-        ("Time per step (s)", "step_seconds", 1.0),
-        ("Checkpoint (MB)", "checkpoint", 1e6),
-    )
-    for axis, (title, key, unit) in zip(axes, panels, strict=True):
-        found = [arm["cost"][key] for arm in arms]
-        largest = max((f["high"] / unit for f in found if f), default=1.0)
-        for row, (arm, measured) in enumerate(zip(arms, found, strict=True)):
-            if not measured:
-                axis.text(0.02 * largest, row, "not measured", va="center", color="0.35", fontsize=9)
-                continue
-            value, low, high = (measured[name] / unit for name in ("mean", "low", "high"))
-            whiskers = [[value - low], [high - value]] if high > low else None
-            axis.barh(row, value, 0.62, color=_style(arm["style"])["color"], alpha=0.85, xerr=whiskers, capsize=3)
-            axis.text(high + 0.03 * largest, row, f"{value:.3g}", va="center", fontsize=9)
-        axis.set_xlim(0, 1.25 * largest)
-        axis.set_title(title, fontsize=11)
-        _grid(axis)
-    axes[0].set_yticks(range(len(arms)), [arm["label"] for arm in arms])
-    axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    return figure
-
-
-@_literal
 def trade_off(arms: Sequence[Arm]) -> Any:
     """Accuracy and loss, mean of tasks and shot counts above 0, against training time."""
     figure, (axes,) = _panels(11, 5, 1, 2)

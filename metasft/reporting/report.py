@@ -29,7 +29,6 @@ from metasft.reporting.arms import (
 from metasft.reporting.arms import compare as compare_arms
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, shown
 from metasft.reporting.comparisons import document as row_document
-from metasft.reporting.costs import PERFORMANCE_FILE, factors
 from metasft.reporting.pages import render
 from metasft.reporting.study import Condition, Study, cost_of
 
@@ -44,16 +43,13 @@ _PROVENANCE = ("commit", "dirty", "device", "cores", "python", "versions", "data
 Document = dict[str, Any]
 
 
-def write_report(
-    folder: Path, output: Path | None = None, *, study: str = "guide", performance: Path = PERFORMANCE_FILE
-) -> Path:
+def write_report(folder: Path, output: Path | None = None, *, study: str = "guide") -> Path:
     """Write the report of an experiments folder, however much of it is finished.
 
     Args:
         folder: what ``run_experiments.py`` wrote.
         output: the report's folder, replaced as a whole; None means ``report`` inside ``folder``.
         study: the rules of verdict and checklists, a name in ``studies``.
-        performance: the benchmark's JSON, for the factors beside the ratios.
 
     Returns:
         The report's folder.
@@ -65,7 +61,7 @@ def write_report(
     output = folder / REPORT_FOLDER if output is None else output
     if output.exists() and not (output / REPORT_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output is {output}, which is there and holds no {REPORT_FILE}: give a folder of its own")
-    found = document(read_experiments(folder), study, performance)
+    found = document(read_experiments(folder), study)
     try:
         with replacing_folder(output) as temporary:
             write_json(temporary / REPORT_FILE, found)
@@ -78,7 +74,7 @@ def write_report(
 # ---- the numbers ----------------------------------------------------------------------------------------------------
 
 
-def document(experiments: Experiments, study: str = "guide", performance: Path = PERFORMANCE_FILE) -> Document:
+def document(experiments: Experiments, study: str = "guide") -> Document:
     """Every number of the report as JSON-able values; accuracies are fractions, times seconds, sizes bytes."""
     judged = Study.read(study, experiments)
     source, problems = experiments.document, list(experiments.problems)
@@ -95,7 +91,6 @@ def document(experiments: Experiments, study: str = "guide", performance: Path =
         suites[name] = {**suite, "comparisons": [_comparison(comparison) for comparison in compared]}
     verdict = judged.verdict()
     trainings = [run for run in experiments.runs.values() if run["kind"] == "train" and run["state"] == FINISHED]
-    kinds = {arm["cost"]["memory_kind"] for arm in arms.values()} - {None}
     keys = ("command", "created", "updated", "scale", "model", "evaluation")
     return {
         "format": FORMAT,
@@ -112,7 +107,6 @@ def document(experiments: Experiments, study: str = "guide", performance: Path =
             **{key: verdict[key] and _comparison(verdict[key]) for key in ("comparison", "reference")},
         },
         "ratios": judged.ratios,
-        "benchmark_factors": factors(performance, "cuda" if kinds == {"device"} else "cpu"),
         "checklists": judged.checklists(),
         "arms": arms,
         "suites": suites,
@@ -255,10 +249,7 @@ def _figures(found: Document) -> Iterator[tuple[str, Any]]:
             ticks = sorted({score["shots"] for arm in measured for score in arm["scores"]} - {ALL_SHOTS})
             yield f"figures/{name}-few-shot.svg", figures.curves(measured, _tasks(measured), ticks)
         if name == found["suite"]:
-            timed = [arm for arm in of if arm["cost"]["seconds"]]
-            if timed:
-                yield f"figures/{name}-cost.svg", figures.costs([arm for arm in of if arm["trains"]])
-            if any(arm["scores"] for arm in timed):
+            if any(arm["cost"]["seconds"] for arm in measured):
                 yield f"figures/{name}-trade-off.svg", figures.trade_off(measured)
             yield COMPARISON_FIGURE, _overview(measured)
         if logged:
@@ -277,7 +268,7 @@ def _overview(arms: Sequence[Mapping[str, Any]]) -> Any:
         {
             **arm,
             "label": arm["name"],
-            "scores": [score for score in arm["scores"] if score["shots"] != ALL_SHOTS],
+            "scores": [s for s in arm["scores"] if s["shots"] != ALL_SHOTS and s["task"] != ALL_TASKS],
             "settings": {"base_model": arm["base_model"]},
             "summary": None,
         }

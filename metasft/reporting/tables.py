@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -47,6 +47,15 @@ class Table:
         return self.frame.apply(lambda column: column.map(lambda text: write(text, column.name in ("Status", "State"))))
 
 
+def _table(
+    caption: str, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], Any]], words: Collection[int] = (0,)
+) -> Table:
+    """A table with one row for each of ``rows``, whose cells the columns read off it; None is an empty cell."""
+    rows = list(rows)
+    texts = {name: ["" if (v := read(row)) is None else str(v) for row in rows] for name, read in columns.items()}
+    return Table(caption, pd.DataFrame(texts), words)
+
+
 # ---- numbers as text ------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +74,13 @@ def accuracy(score: Mapping[str, Any] | None) -> str:
         return "missing"
     low, high = score["ci95"]
     return f"{score['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def loss(score: Mapping[str, Any] | None) -> str:
+    """``0.605 [0.557, 0.652]``."""
+    if score is None:
+        return ""
+    return f"{score['loss']:.3f}" + ("" if not score["loss_ci95"] else " [{:.3f}, {:.3f}]".format(*score["loss_ci95"]))
 
 
 def p_value(value: float | None) -> str:
@@ -97,327 +113,290 @@ def moment(value: Any) -> str:
 FILTERS: dict[str, Callable[..., str]] = {"seconds": seconds, "points": points, "nats": nats, "moment": moment}
 
 
-# ---- of one evaluation, and of the comparisons of methods -----------------------------------------------------------
+# ---- of evaluations and methods -------------------------------------------------------------------------------------
 
 
 def results_text(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The results of an evaluation for a terminal: one line per task and N."""
-    rows = [
-        {
-            "task": task,
-            "shots": shots,
-            "accuracy": f"{entry['accuracy_mean']:.1%}",
-            "95% interval": f"[{entry['ci95'][0]:.1%}, {entry['ci95'][1]:.1%}]",
-            "format": f"{entry['format_accuracy']:.1%}",
-            "loss": f"{entry['loss_mean']:.3f}",
-            "majority": f"{entry['majority_baseline']:.1%}",
-        }
-        for task, by_shots in results.items()
-        for shots, entry in by_shots.items()
-    ]
-    return pd.DataFrame(rows).to_string(index=False)
+    columns = {
+        "task": lambda row: row[0],
+        "shots": lambda row: row[1],
+        "accuracy": lambda row: f"{row[2]['accuracy_mean']:.1%}",
+        "95% interval": lambda row: "[{:.1%}, {:.1%}]".format(*row[2]["ci95"]),
+        "format": lambda row: f"{row[2]['format_accuracy']:.1%}",
+        "loss": lambda row: f"{row[2]['loss_mean']:.3f}",
+        "majority": lambda row: f"{row[2]['majority_baseline']:.1%}",
+    }
+    rows = [(task, shots, entry) for task, by_shots in results.items() for shots, entry in by_shots.items()]
+    return _table("", rows, columns).frame.to_string(index=False)
 
 
 def overview(methods: Sequence[Mapping[str, Any]]) -> Table:
     """One row per method and task, costs of training beside accuracies; the last of a task is its constant answer."""
     scores = {(m["label"], s["task"], s["shots"]): s for m in methods for s in m["scores"]}
     shots = sorted({n for _, _, n in scores})
-    ends = dict.fromkeys((shots[0], shots[-1]))
-    rows = []
+    rows: list[tuple[str, str, Any]] = []
     for task in dict.fromkeys(task for _, task, _ in scores):
-        measured = [m for m in methods if any((m["label"], task, n) in scores for n in shots)]
-        for method in measured:
-            found = {n: scores.get((method["label"], task, n)) for n in shots}
-            last = (found[shots[-1]] or {}).get("format_accuracy")
-            row = {"Method": method["label"], "Task": task}
-            row |= {f"Accuracy, {n} shots": accuracy(found[n]) if found[n] else "" for n in shots}
-            row |= {f"Format, {shots[-1]} shots": "" if last is None else f"{last:.1%}"}
-            row |= {f"Loss, {n} shots": f"{found[n]['loss']:.3f}" if found[n] else "" for n in ends}
-            rows.append({**row, **_costs(method["summary"])})
+        rows += [(m["label"], task, m) for m in methods if any((m["label"], task, n) in scores for n in shots)]
         baselines = {s["majority_baseline"] for (_, name, _), s in scores.items() if name == task}
         if len(baselines) == 1 and None not in baselines:
-            cells = dict.fromkeys((f"Accuracy, {n} shots" for n in shots), f"{baselines.pop():.1%}")
-            rows.append({"Method": "most frequent answer", "Task": task, **cells})
-    return Table("", pd.DataFrame(rows).fillna(""), (0, 1))
+            rows.append(("most frequent answer", task, baselines.pop()))
 
+    def scored(n: int, write: Callable[[Mapping[str, Any]], Any]) -> Callable[[Any], Any]:
+        return lambda row: write(scores[row[0], row[1], n]) if (row[0], row[1], n) in scores else None
 
-def _costs(summary: Mapping[str, Any] | None) -> dict[str, str]:
-    keys = {
-        "Training (s)": ("seconds_total", 1, ".1f"),
-        "s/step": ("seconds_per_step_median", 1, ".3g"),
-        "Peak memory (MB)": ("peak_memory_bytes", 1e6, ".0f"),
-        "Checkpoint (MB)": ("checkpoint_bytes", 1e6, ".2f"),
+    def right(n: int) -> Callable[[Any], Any]:
+        return lambda row: f"{row[2]:.1%}" if isinstance(row[2], float) else scored(n, accuracy)(row)
+
+    def spent(key: str, unit: float, digits: str) -> Callable[[Any], Any]:
+        def read(row: Any) -> str | None:
+            if isinstance(row[2], float):
+                return None
+            return "not measured" if row[2]["summary"] is None else f"{row[2]['summary'][key] / unit:{digits}}"
+
+        return read
+
+    def formatted(score: Mapping[str, Any]) -> str | None:
+        return None if score["format_accuracy"] is None else f"{score['format_accuracy']:.1%}"
+
+    ends = dict.fromkeys((shots[0], shots[-1]))
+    columns = {
+        "Method": lambda row: row[0],
+        "Task": lambda row: row[1],
+        **{f"Accuracy, {n} shots": right(n) for n in shots},
+        f"Format, {shots[-1]} shots": scored(shots[-1], formatted),
+        **{f"Loss, {n} shots": scored(n, lambda score: f"{score['loss']:.3f}") for n in ends},
+        "Training (s)": spent("seconds_total", 1, ".1f"),
+        "s/step": spent("seconds_per_step_median", 1, ".3g"),
+        "Peak memory (MB)": spent("peak_memory_bytes", 1e6, ".0f"),
+        "Checkpoint (MB)": spent("checkpoint_bytes", 1e6, ".2f"),
     }
-    return {
-        name: "not measured" if summary is None else f"{summary[key] / unit:{digits}}"
-        for name, (key, unit, digits) in keys.items()
-    }
+    return _table("", rows, columns, (0, 1))
 
 
 def paired(found: Mapping[str, Any]) -> Table:
     """Every row of two evaluations compared item by item."""
     a, b, margin = found["a"]["label"], found["b"]["label"], f"{100 * found['margin']:g} points"
-    rows = []
-    for row in found["rows"]:
-        right, lost = row["accuracy"], row["loss"]
-        said = []
-        if right["p_holm"] < 1 - found["level"]:
-            said.append(f"{a if right['difference'] > 0 else b} is higher")
-        if right["equivalent"]:
-            said.append(f"equivalent within {margin}")
-        elif right["not_worse"]:
-            said.append(f"{a} is not worse by {margin}")
-        rows.append(
-            {
-                "Task": row["task"],
-                "Shots": str(row["n_shots"]),
-                "Items x runs": f"{row['n_items']} x {row['n_runs']}",
-                f"Accuracy, {a}": f"{right['a']:.1%}",
-                f"Accuracy, {b}": f"{right['b']:.1%}",
-                "Difference (points)": points(right),
-                "p": p_value(right["p_holm"]),
-                f"p, within {margin}": p_value(right["equivalence_p_holm"]),
-                f"p, {a} not worse by {margin}": p_value(right["not_worse_p_holm"]),
-                f"Loss, {a}": f"{lost['a']:.3f}",
-                f"Loss, {b}": f"{lost['b']:.3f}",
-                "Difference (nats)": nats(lost),
-                "p (loss)": p_value(lost["p_holm"]),
-                "Accuracy: shown": "; ".join(said) or "nothing",
-            }
-        )
-    return Table("", pd.DataFrame(rows), (0, 1, 13))
+
+    def said(row: Mapping[str, Any]) -> str:
+        right = row["accuracy"]
+        higher = f"{a if right['difference'] > 0 else b} is higher" if right["p_holm"] < 1 - found["level"] else ""
+        close = f"{a} is not worse by {margin}" if right["not_worse"] else ""
+        close = f"equivalent within {margin}" if right["equivalent"] else close
+        return "; ".join(filter(None, (higher, close))) or "nothing"
+
+    columns = {
+        "Task": lambda row: row["task"],
+        "Shots": lambda row: row["n_shots"],
+        "Items x runs": lambda row: f"{row['n_items']} x {row['n_runs']}",
+        f"Accuracy, {a}": lambda row: f"{row['accuracy']['a']:.1%}",
+        f"Accuracy, {b}": lambda row: f"{row['accuracy']['b']:.1%}",
+        "Difference (points)": lambda row: points(row["accuracy"]),
+        "p": lambda row: p_value(row["accuracy"]["p_holm"]),
+        f"p, within {margin}": lambda row: p_value(row["accuracy"]["equivalence_p_holm"]),
+        f"p, {a} not worse by {margin}": lambda row: p_value(row["accuracy"]["not_worse_p_holm"]),
+        f"Loss, {a}": lambda row: f"{row['loss']['a']:.3f}",
+        f"Loss, {b}": lambda row: f"{row['loss']['b']:.3f}",
+        "Difference (nats)": lambda row: nats(row["loss"]),
+        "p (loss)": lambda row: p_value(row["loss"]["p_holm"]),
+        "Accuracy: shown": said,
+    }
+    return _table("", found["rows"], columns, (0, 1, 13))
 
 
 # ---- of the experiments' report -------------------------------------------------------------------------------------
 
-
-def _frame(caption: str, rows: Sequence[Mapping[str, str]], words: Collection[int] = (0,)) -> Table:
-    return Table(caption, pd.DataFrame(rows).fillna(""), words)
+Arm = Mapping[str, Any]
 
 
-def _name(arm: Mapping[str, Any]) -> str:
+def _name(arm: Arm) -> str:
     notes = [arm["experiment"]] if arm["experiment"] else []
     notes += ["partly measured"] if arm["seeds"] and arm["status"] != "measured" else []
-    return "\n".join([arm["label"], *(["; ".join(notes)] if notes else [])])
+    return "\n".join(filter(None, (arm["label"], "; ".join(notes))))
 
 
-def _missing(arm: Mapping[str, Any]) -> str:
+def _missing(arm: Arm) -> str:
     return f"missing\n{arm['status'].removeprefix('missing: ')}"
 
 
-def _scored(arm: Mapping[str, Any], by: str = "shots") -> dict[tuple[str, Any], Mapping[str, Any]]:
-    return {(score["task"], score[by]): score for score in arm["scores"]}
+def _score(arm: Arm, task: str, n: int | str, by: str = "shots") -> Mapping[str, Any] | None:
+    return next((score for score in arm["scores"] if (score["task"], score[by]) == (task, n)), None)
 
 
-def loss(score: Mapping[str, Any] | None) -> str:
-    """``0.605 [0.557, 0.652]``."""
-    if score is None:
-        return ""
-    return f"{score['loss']:.3f}" + ("" if not score["loss_ci95"] else " [{:.3f}, {:.3f}]".format(*score["loss_ci95"]))
+def _spent(key: str, unit: float, without: str | None = None) -> Callable[[Arm], str | None]:
+    """The mean of a cost; ``without``: of an arm that trains nothing."""
 
-
-def number(found: Mapping[str, float] | None, unit: float) -> str:
-    """The mean of a cost."""
-    if not found:
-        return "not measured"
-    value = found["mean"] / unit
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _trained(arm: Mapping[str, Any], first: Mapping[str, tuple[str, float]]) -> dict[str, str]:
-    columns = {
-        **first,
-        "Peak GB": ("memory", 1e9),
-        "s per step": ("step_seconds", 1),
-        "Checkpoint MB": ("checkpoint", 1e6),
-    }
-    if not arm["trains"]:
-        return dict.fromkeys(columns, "") | {next(iter(columns)): "no training"}
-    return {name: number(arm["cost"][key], unit) for name, (key, unit) in columns.items()}
-
-
-def summary(caption: str, arms: Sequence[Mapping[str, Any]], axis: Mapping[str, Any] | None = None) -> Table:
-    """Every arm: mean of the tasks at 0 shots and above, and its costs; with the value of an ablation's ``axis``."""
-    rows = []
-    for arm in arms:
-        scores = _scored(arm)
-        zero, few = scores.get(("all", 0)), scores.get(("all", "all > 0"))
-        value = "" if axis is None or arm["name"] not in axis["values"] else f"{axis['values'][arm['name']]:g}"
-        rows.append(
-            {
-                "Arm": _name(arm),
-                **({axis["label"]: value} if axis else {}),
-                "Accuracy, 0 shots": accuracy(zero) if scores else _missing(arm),
-                "Accuracy, shots > 0": accuracy(few) if scores else "",
-                "Loss, shots > 0": loss(few),
-                **_trained(arm, {"Hours": ("seconds", 3600.0)}),
-            }
+    def read(arm: Arm) -> str | None:
+        if not arm["trains"]:
+            return without
+        value = (arm["cost"][key] or {}).get("mean")
+        return (
+            "not measured"
+            if value is None
+            else f"{value / unit:.3g}"
+            if value < 1000 * unit
+            else f"{value / unit:,.0f}"
         )
-    return _frame(caption, rows)
+
+    return read
+
+
+_COSTS = {
+    "Peak GB": _spent("memory", 1e9),
+    "s per step": _spent("step_seconds", 1),
+    "Checkpoint MB": _spent("checkpoint", 1e6),
+}
+
+
+def summary(caption: str, arms: Sequence[Arm], axis: Mapping[str, Any] | None = None) -> Table:
+    """Every arm: mean of the tasks at 0 shots and above, and its costs; with the value of an ablation's ``axis``."""
+    columns = {
+        "Arm": _name,
+        **({axis["label"]: lambda arm: f"{axis['values'].get(arm['name'], float('nan')):g}"} if axis else {}),
+        "Accuracy, 0 shots": lambda arm: accuracy(_score(arm, "all", 0)) if arm["scores"] else _missing(arm),
+        "Accuracy, shots > 0": lambda arm: accuracy(_score(arm, "all", "all > 0")) if arm["scores"] else None,
+        "Loss, shots > 0": lambda arm: loss(_score(arm, "all", "all > 0")),
+        "Hours": _spent("seconds", 3600.0, "no training"),
+        **_COSTS,
+    }
+    return _table(caption, arms, columns)
 
 
 def ratios(found: Mapping[str, Any]) -> Table:
-    def amount(ratio: Mapping[str, Any], side: str) -> str:
-        if ratio[side] is None:
-            return ""
-        unit, size = largest_unit(ratio[side], "time" if "time" in ratio["name"] else "memory")
-        return f"{ratio[side] / size:.3g} {unit}"
+    def amount(side: str) -> Callable[[Mapping[str, Any]], str | None]:
+        def read(ratio: Mapping[str, Any]) -> str | None:
+            if ratio[side] is None:
+                return None
+            unit, size = largest_unit(ratio[side], "time" if "time" in ratio["name"] else "memory")
+            return f"{ratio[side] / size:.3g} {unit}"
 
-    rows = [
-        {
-            "Cost": ratio["name"],
-            "Ratio": "not measured" if ratio["value"] is None else f"{ratio['value']:.2f}",
-            "FOMAML": amount(ratio, "a"),
-            "META-LORA": amount(ratio, "b"),
-            "The guide expects": ratio["expected"],
-        }
-        for ratio in found["ratios"]
-    ]
-    return _frame("Cost of FOMAML (Exp 1) over META-LORA (Exp 2): above 1, META-LORA is cheaper by that factor", rows)
+        return read
+
+    columns = {
+        "Cost": lambda ratio: ratio["name"],
+        "Ratio": lambda ratio: "not measured" if ratio["value"] is None else f"{ratio['value']:.2f}",
+        "FOMAML": amount("a"),
+        "META-LORA": amount("b"),
+        "The guide expects": lambda ratio: ratio["expected"],
+    }
+    caption = "Cost of FOMAML (Exp 1) over META-LORA (Exp 2): above 1, META-LORA is cheaper by that factor"
+    return _table(caption, found["ratios"], columns)
 
 
-def by_task(arms: Sequence[Mapping[str, Any]], task: str, by: str = "shots", caption: str = "") -> Table:
-    """Every arm at every shot count (or number of update steps) of one task."""
-    columns = sorted({n for arm in arms for name, n in _scored(arm, by) if name == task and isinstance(n, int)})
-
-    def cell(score: Mapping[str, Any] | None) -> str:
-        if score is None:
-            return "missing"
-        share = score.get("format_accuracy")
-        return f"{accuracy(score)}\nloss {loss(score)}" + ("" if share is None else f"; format {share:.0%}")
-
-    rows = []
-    for arm in arms:
-        scores = _scored(arm, by)
-        cells = {f"{n} {by}": cell(scores.get((task, n))) for n in columns}
-        rows.append({"Arm": _name(arm), **(cells if scores else {f"{columns[0]} {by}": _missing(arm)})})
+def by_task(arms: Sequence[Arm], task: str, by: str = "shots", caption: str = "") -> Table:
+    """Every arm at every shot count (or number of update steps) of one task, and its constant answer."""
+    counts = sorted({s[by] for arm in arms for s in arm["scores"] if s["task"] == task and isinstance(s[by], int)})
     baselines = {s.get("majority_baseline") for arm in arms for s in arm["scores"] if s["task"] == task}
-    if len(baselines) == 1 and None not in baselines:
-        value = f"{baselines.pop():.1%}"
-        rows.append({"Arm": "Most frequent answer\nmajority baseline", **{f"{n} {by}": value for n in columns}})
-    name = MEAN if task == "all" else task
-    return _frame(caption or f"{name}: accuracy [95%], loss, format accuracy", rows)
+    constant = baselines.pop() if len(baselines) == 1 else None
+
+    def cell(n: int) -> Callable[[Arm | None], str | None]:
+        def read(arm: Arm | None) -> str | None:
+            if arm is None:
+                return f"{constant:.1%}"
+            if not arm["scores"]:
+                return _missing(arm) if n == counts[0] else None
+            score = _score(arm, task, n, by)
+            share = (score or {}).get("format_accuracy")
+            text = "missing" if score is None else f"{accuracy(score)}\nloss {loss(score)}"
+            return text + ("" if share is None else f"; format {share:.0%}")
+
+        return read
+
+    name = {"Arm": lambda arm: _name(arm) if arm else "Most frequent answer\nmajority baseline"}
+    caption = caption or f"{MEAN if task == 'all' else task}: accuracy [95%], loss, format accuracy"
+    rows = [*arms, *([] if constant is None else [None])]
+    return _table(caption, rows, {**name, **{f"{n} {by}": cell(n) for n in counts}})
 
 
-def adaptations(arms: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
-    for arm in arms:
-        of = arm["adaptation"]
-        items = {f"{s['n_items']} x {s['n_runs']}" for s in arm["scores"] if s["task"] != "all"}
-        rate = [str(of[key]) for key in ("adaptation_optimizer", "adaptation_lr") if of[key] is not None]
-        rows.append(
-            {
-                "Arm": _name(arm),
-                "Adapts": of["adapts"] or (arm["status"] if not arm["seeds"] else "not recorded"),
-                "Update steps above 0 shots": _text(of["adaptation_steps"]),
-                "Optimizer, rate": " ".join(rate),
-                "Shots per step": _text(of["adaptation_batch_size"]),
-                "Samples": _text(arm["samples_per_task"]),
-                "Seeds": ", ".join(map(str, arm["seeds"])),
-                "Test items x shot sets, per task": ", ".join(sorted(items)),
-            }
-        )
-    return _frame("How each arm was trained and adapted", rows, (0, 1, 3))
+def adaptations(arms: Sequence[Arm]) -> Table:
+    def of(*keys: str) -> Callable[[Arm], str]:
+        return lambda arm: " ".join(str(arm["adaptation"][key]) for key in keys if arm["adaptation"][key] is not None)
+
+    columns = {
+        "Arm": _name,
+        "Adapts": lambda arm: arm["adaptation"]["adapts"] or ("not recorded" if arm["seeds"] else arm["status"]),
+        "Update steps above 0 shots": of("adaptation_steps"),
+        "Optimizer, rate": of("adaptation_optimizer", "adaptation_lr"),
+        "Shots per step": of("adaptation_batch_size"),
+        "Samples": lambda arm: arm["samples_per_task"],
+        "Seeds": lambda arm: ", ".join(map(str, arm["seeds"])),
+        "Test items x shot sets, per task": lambda arm: ", ".join(
+            sorted({f"{s['n_items']} x {s['n_runs']}" for s in arm["scores"] if s["task"] != "all"})
+        ),
+    }
+    return _table("How each arm was trained and adapted", arms, columns, (0, 1, 3))
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+_DIFFERENCE = {
+    "Accuracy (points)": lambda row: row and points(row["accuracy"]),
+    "Loss (nats)": lambda row: row and nats(row["loss"]),
+    "Shown for accuracy": lambda row: row and row["shown"],
+}
 
 
 def comparisons(found: Sequence[Mapping[str, Any]]) -> Table:
     """The mean of the tasks at 0 shots and above."""
-    rows = []
+    rows: list[tuple[Any, str, Any]] = []
     for comparison in found:
-        name = {"Difference": " minus ".join(comparison["labels"])}
-        if comparison["reason"]:
-            rows.append({**name, "Shots": f"missing\n{comparison['reason']}"})
         at = {row["shots"]: row for row in comparison["rows"] if row["task"] == "all"}
-        rows += [{**name, **_difference(at[n], words)} for n, words in ((0, "0"), ("all > 0", "> 0")) if n in at]
-    return _frame("Paired differences, mean of the unseen tasks, with 95% intervals", rows, (0, 1, 4))
-
-
-def _difference(row: Mapping[str, Any], shots: str) -> dict[str, str]:
-    return {
-        "Shots": shots.replace(" ", SPACE),
-        "Accuracy (points)": points(row["accuracy"]),
-        "Loss (nats)": nats(row["loss"]),
-        "Shown for accuracy": row["shown"],
+        rows += [(comparison, words, at[n]) for n, words in ((0, "0"), ("all > 0", "> 0")) if n in at]
+        rows += [(comparison, f"missing\n{comparison['reason']}", None)] if comparison["reason"] else []
+    columns = {
+        "Difference": lambda row: " minus ".join(row[0]["labels"]),
+        "Shots": lambda row: row[1].replace("> 0", f">{SPACE}0"),
+        **{name: lambda row, read=read: read(row[2]) for name, read in _DIFFERENCE.items()},
     }
+    return _table("Paired differences, mean of the unseen tasks, with 95% intervals", rows, columns, (0, 1, 4))
 
 
 def differences(comparison: Mapping[str, Any]) -> Table:
     """Every task and shot count of one comparison."""
-    rows = [
-        {
-            "Task": MEAN if row["task"] == "all" else row["task"],
-            **_difference(row, str(row["shots"])),
-            "Items x shot sets x seeds": f"{row['n_items']} x {row['n_runs']} x {row['n_seeds']}",
-            "p": p_value(row["accuracy"]["p_holm"]),
-        }
-        for row in comparison["rows"]
-        if "p_holm" in row["accuracy"]
-    ]
-    return _frame(" minus ".join(comparison["labels"]), rows, (0, 1, 4))
+    columns = {
+        "Task": lambda row: MEAN if row["task"] == "all" else row["task"],
+        "Shots": lambda row: str(row["shots"]).replace(" ", SPACE),
+        **_DIFFERENCE,
+        "Items x shot sets x seeds": lambda row: f"{row['n_items']} x {row['n_runs']} x {row['n_seeds']}",
+        "p": lambda row: p_value(row["accuracy"]["p_holm"]),
+    }
+    rows = [row for row in comparison["rows"] if "p_holm" in row["accuracy"]]
+    return _table(" minus ".join(comparison["labels"]), rows, columns, (0, 1, 4))
 
 
-def costs(arms: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
-    for arm in arms:
-        cost = arm["cost"]
-        rows.append(
-            {
-                "Arm": _name(arm),
-                "Steps": f"{cost['steps']['mean']:g}" if cost["steps"] else "",
-                "Tokens": f"{cost['tokens']['mean']:,.0f}" if cost["tokens"] else "",
-                **_trained(arm, {"Training s": ("seconds", 1), "Process s": ("process_seconds", 1)}),
-                "Runs": str(cost["seconds"]["count"]) if cost["seconds"] else "",
-                "Device": cost["device"] or "",
-            }
-        )
-    return _frame("Cost of one training, mean over an arm's trainings", rows, (0, 9))
-
-
-def factors(found: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [
-        {
-            "FOMAML over META-LORA": factor["name"],
-            "Measured": factor["group"],
-            "Ratio": f"{factor['value']:.2f}",
-            "Of one round": "" if factor["low"] is None else f"{factor['low']:.2f} to {factor['high']:.2f}",
-        }
-        for factor in found
-    ]
-    caption = "The same ratios and their factors, each measured in isolation by the benchmark (docs/performance.json)"
-    return _frame(caption, rows, (0, 1))
+def costs(arms: Sequence[Arm]) -> Table:
+    columns = {
+        "Arm": _name,
+        "Steps": lambda arm: arm["cost"]["steps"] and f"{arm['cost']['steps']['mean']:g}",
+        "Tokens": lambda arm: arm["cost"]["tokens"] and f"{arm['cost']['tokens']['mean']:,.0f}",
+        "Training s": _spent("seconds", 1, "no training"),
+        "Process s": _spent("process_seconds", 1),
+        **_COSTS,
+        "Runs": lambda arm: arm["cost"]["seconds"] and arm["cost"]["seconds"]["count"],
+        "Device": lambda arm: arm["cost"]["device"],
+    }
+    return _table("Cost of one training, mean over an arm's trainings", arms, columns, (0, 9))
 
 
 def findings(title: str, found: Sequence[Mapping[str, str]]) -> Table:
-    rows = [
-        {
-            "Item": f"{finding['item']}\n{finding['original']}",
-            "Status": finding["status"],
-            "Figure": finding["figure"],
-            "Rule": finding["rule"],
-        }
-        for finding in found
-    ]
-    return _frame(title, rows, range(4))
+    columns = {
+        "Item": lambda finding: f"{finding['item']}\n{finding['original']}",
+        "Status": lambda finding: finding["status"],
+        "Figure": lambda finding: finding["figure"],
+        "Rule": lambda finding: finding["rule"],
+    }
+    return _table(title, found, columns, range(4))
 
 
 def runs(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = [
-        {
-            "Run": name,
-            "State": run["state"],
-            "Seed": _text(run["seed"]),
-            "Seconds": "" if run["seconds"] is None else f"{run['seconds']:.0f}",
-            "Attempts": _text(run["attempts"]),
-            "Started": moment(run["started"]) if run["started"] else "",
-        }
-        for name, run in found.items()
-    ]
-    return _frame("Runs", rows, (0, 1, 5))
+    columns = {
+        "Run": lambda run: run[0],
+        "State": lambda run: run[1]["state"],
+        "Seed": lambda run: run[1]["seed"],
+        "Seconds": lambda run: None if run[1]["seconds"] is None else f"{run[1]['seconds']:.0f}",
+        "Attempts": lambda run: run[1]["attempts"],
+        "Started": lambda run: run[1]["started"] and moment(run[1]["started"]),
+    }
+    return _table("Runs", found.items(), columns, (0, 1, 5))
 
 
 def pairs(caption: str, names: tuple[str, str], found: Mapping[str, str]) -> Table:
-    return _frame(caption, [dict(zip(names, item, strict=True)) for item in found.items()], (0, 1))
+    return _table(caption, found.items(), {names[0]: lambda pair: pair[0], names[1]: lambda pair: pair[1]}, (0, 1))

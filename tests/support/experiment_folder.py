@@ -351,7 +351,7 @@ def _write_cells(folder: Path, model_type: str, cells: Sequence[Any], by: str, k
 
 
 def report_of(folder: Path, arms: Mapping[str, FakeArm] | None = None, **options: Any) -> dict[str, Any]:
-    """The document of a report on a synthetic folder with these arms; no benchmark was run."""
+    """The document of a report on a synthetic folder with these arms."""
     return read_report(write_experiments(folder, arms, **{"items": ITEMS, **options}))
 
 
@@ -360,7 +360,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     from metasft.reporting.arms import read_experiments
     from metasft.reporting.report import document
 
-    return document(read_experiments(folder), performance=folder / "no benchmark")
+    return document(read_experiments(folder))
 
 
 def score_of(report: Mapping[str, Any], arm: str, task: str, shots: int | str) -> dict[str, Any]:
