@@ -5,8 +5,9 @@ Each function takes what it compares and writes figure, table or JSON; ``compare
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,24 +279,25 @@ def _of(method: Method, key: str) -> Any:
 
 
 def caveats(methods: Sequence[Method]) -> list[str]:
-    """Sentences on what differs between the methods although it should not."""
+    """Sentences on what differs between the methods although it should not, for the reader of the table."""
 
-    def differ(values: Mapping[str, Any]) -> bool:
-        return len({repr(value) for value in values.values()}) > 1
+    def differ(values: Iterable[Any]) -> bool:
+        return len({json.dumps(value, sort_keys=True) for value in values}) > 1
 
     notes = []
     for key, words in _COMPARABLE.items():
-        values = {m["label"]: m["settings"][key] for m in methods if m["settings"].get(key) is not None}
-        if key == "n_test":
-            values = {m["label"]: sorted({(s["task"], s["n_items"]) for s in m["scores"]}) for m in methods}
-            shared = set.intersection(*({task for task, _ in found} for found in values.values()))
-            values = {label: [pair for pair in found if pair[0] in shared] for label, found in values.items()}
-        if differ(values):
-            notes.append(f"The methods differ in {words} ({key}): their accuracies are not directly comparable.")
-    devices = {m["label"]: m["summary"].get("device_name") for m in methods if m["summary"]}
-    if differ(devices):
-        listed = ", ".join(f"{label}: {device}" for label, device in devices.items())
-        notes.append(f"Training costs were measured on a different device ({listed}).")
+        if differ(m["settings"][key] for m in methods if m["settings"].get(key) is not None):
+            notes.append(f"The methods differ in {words} ({key}): their accuracies are not strictly comparable.")
+    unknown = [method["label"] for method in methods if not method["settings"]]
+    if unknown:
+        notes.append(f"No settings file beside the results of {', '.join(unknown)}: comparability was not checked.")
+    measured = [method for method in methods if method["summary"]]
+    for key, words in (("device_name", "device"), ("world_size", "number of processes")):
+        if differ(m["summary"].get(key) for m in measured):
+            listed = ", ".join(f"{m['label']}: {m['summary'].get(key)}" for m in measured)
+            notes.append(f"Training costs were measured on a different {words} ({listed}).")
+    if differ(m["summary"].get("peak_memory_kind") for m in measured):
+        notes.append("Peak memory is resident memory of the process for some methods, device memory for others.")
     return notes
 
 

@@ -418,6 +418,12 @@ def test_differences_that_spoil_a_comparison_are_noted(work):
     notes = caveats([methods[1], gpu])
     assert notes == ["Training costs were measured on a different device (meta_lora: a CPU, c: a GPU)."]
     assert "a different device" in overview_page([methods[1], gpu])
+    spread = {**gpu, "summary": summary("lora", 1.0, 1.0, world_size=2, peak_memory_kind="device")}
+    assert [note.split(" (")[0] for note in caveats([methods[1], spread])] == [
+        "Training costs were measured on a different number of processes",
+        "Peak memory is resident memory of the process for some methods, device memory for others.",
+    ]
+    assert "No settings file beside the results of b" in caveats([methods[0], {**changed, "settings": {}}])[0]
 
 
 # ---- adaptation speed -----------------------------------------------------------------------------------------------
