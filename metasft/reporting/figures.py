@@ -296,7 +296,7 @@ def training(arms: Sequence[Arm]) -> Any:
 @_literal
 def gains(arms: Sequence[Arm]) -> Any:
     """Adaptation gain of every training task against meta-steps, a panel per arm."""
-    figure, (axes,) = _panels(1 + 3.6 * len(arms), 4.4, 1, len(arms), sharey=True)
+    figure, (axes,) = _panels(max(8.8, 1 + 3.6 * len(arms)), 4.4, 1, len(arms), sharey=True)
     prefix = "meta/adaptation_gain/"
     tasks = sorted({key.removeprefix(prefix) for arm in arms for key in arm["training"] if key.startswith(prefix)})
     for axis, arm in zip(axes, arms, strict=True):
