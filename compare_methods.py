@@ -9,7 +9,7 @@ draws the few-shot curves, the costs of training and the trade-off between them,
     python compare_methods.py --paired results/meta_lora results/fomaml --margin 0.03
 
 compares two methods item by item: differences with 95% intervals, p-values, and whether the accuracies are equivalent
-within the margin; as JSON and as a table (metasft/paired.py says how it is judged).
+within the margin; as JSON and as a table (metasft/reporting/statistics.py says how it is judged).
 
     python compare_methods.py --speed --results-dir results
 
@@ -33,19 +33,7 @@ from typing import Any
 
 from metasft.installed import require
 from metasft.refusal import ArgumentParser, refuse
-from metasft.report import (
-    ALL_TASKS,
-    choose_shots,
-    choose_tasks,
-    differences,
-    draw_comparison,
-    markdown_table,
-    match_summaries,
-    parse_pairs,
-    read_method,
-    save_figure,
-)
-from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_results
+from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_files, find_results
 
 # Flag -> default, per way of use. A flag of another way is an error, so that none is ignored in silence.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -85,7 +73,7 @@ def _parser() -> ArgumentParser:
         type=Path,
         help="where summaries of methods without --summaries are looked up (default: checkpoints)",
     )
-    add("--task", help=f"task of the learning curve, {ALL_TASKS} for the mean (default: calculus, else {ALL_TASKS})")
+    add("--task", help="task of the learning curve, all for the mean (default: calculus, else all)")
     add("--shots", type=int, help="shots in the third panel (default: 10, else the largest)")
     add("--margin", type=float, help="of equivalence, with --paired: a fraction of accuracy (default: 0.03)")
     add(
@@ -148,63 +136,64 @@ def _write(path: Path, text: str, flag: str) -> None:
 
 
 def _overview(options: argparse.Namespace) -> None:
-    pairs = find_results(options.results_dir) if options.results is None else parse_pairs(options.results, "--results")
-    summaries = parse_pairs(options.summaries, "--summaries")
+    from metasft.reporting import compare, figures
+
+    given = options.results
+    pairs = find_results(options.results_dir) if given is None else compare.parse_pairs(given, "--results")
+    summaries = compare.parse_pairs(options.summaries, "--summaries")
     read = [file for path in pairs.values() for file in _files_of(path, RESULTS_SUFFIX)]
     read += [*summaries.values(), *options.checkpoints_dir.glob(f"*/{SUMMARY_FILE}")]
     _check_targets(read, output=options.output, table=options.table)
-    methods = [read_method(label, path) for label, path in pairs.items()]
-    methods = match_summaries(methods, summaries, options.checkpoints_dir)
-    tasks, shots = choose_tasks(methods, options.task), choose_shots(methods, options.shots)
-    save_figure(draw_comparison(methods, tasks=tasks, shots=shots), options.output)
-    table = markdown_table(methods)
-    _write(options.table, table, "--table")
-    print(table)
-    for note in differences(methods):
-        print(f"note: {note}", file=sys.stderr)
+    methods = [compare.read_method(label, path) for label, path in pairs.items()]
+    compare.match_summaries(methods, summaries, options.checkpoints_dir)
+    figures.save(compare.overview_figure(methods, options.task, options.shots), options.output)
+    page = compare.overview_page(methods)
+    _write(options.table, page, "--table")
+    print(page)
+    for caveat in compare.caveats(methods):
+        print(f"note: {caveat}", file=sys.stderr)
     print(f"wrote {options.output} and {options.table}")
 
 
 def _paired(sides: list[str], options: argparse.Namespace) -> None:
     import json
 
-    from metasft import paired
+    from metasft.reporting import compare
+    from metasft.reporting.evaluations import read_evaluation
 
-    (a_label, a_path), (b_label, b_path) = (paired.parse_side(side) for side in sides)
+    (a_label, a_path), (b_label, b_path) = (compare.parse_side(side) for side in sides)
     if a_label == b_label:
         raise ValueError(f"--paired has two sides named {a_label}: name them, such as one={a_path} other={b_path}")
-    a, b = paired.read_evaluation(a_label, a_path), paired.read_evaluation(b_label, b_path)
-    notes = paired.check_pairing(a, b, allow_different_protocol=options.allow_different_protocol)
-    rows = paired.compare_pair(a, b, margin=options.margin)
+    a, b = read_evaluation(a_label, a_path), read_evaluation(b_label, b_path)
+    different = bool(options.allow_different_protocol)
+    found, page = compare.paired(a, b, margin=options.margin, allow_different_protocol=different)
     stem = f"paired_{a_label}_{b_label}".replace("/", "-")
-    output, table_path = options.output or Path(f"results/{stem}.json"), options.table or Path(f"results/{stem}.md")
+    output, table = options.output or Path(f"results/{stem}.json"), options.table or Path(f"results/{stem}.md")
     read = [file for path in (a.path, b.path) for file in _files_of(path, RESULTS_SUFFIX)]
-    _check_targets(read, output=output, table=table_path)
-    document = paired.paired_document(a, b, rows, margin=options.margin, notes=notes)
-    table = paired.paired_table(a, b, rows, margin=options.margin, notes=notes)
-    _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n", "--output")
-    _write(table_path, table, "--table")
-    print(table)
-    print(f"wrote {output} and {table_path}")
+    _check_targets(read, output=output, table=table)
+    _write(output, json.dumps(found, indent=2, ensure_ascii=False) + "\n", "--output")
+    _write(table, page, "--table")
+    print(page)
+    print(f"wrote {output} and {table}")
 
 
 def _speed(options: argparse.Namespace) -> None:
-    from metasft import report_speed
+    from metasft.reporting import compare, figures
+    from metasft.reporting.evaluations import SPEED_SUFFIX
 
     if options.results is None:
-        pairs = report_speed.find_speed_files(options.results_dir)
+        pairs = find_files(options.results_dir, SPEED_SUFFIX, compare.SPEED_REMEDY)
     else:
-        pairs = parse_pairs(options.results, "--results")
-    read = [file for path in pairs.values() for file in _files_of(path, report_speed.SPEED_SUFFIX)]
+        pairs = compare.parse_pairs(options.results, "--results")
+    read = [file for path in pairs.values() for file in _files_of(path, SPEED_SUFFIX)]
     _check_targets(read, output=options.output)
-    curves = [report_speed.read_speed(label, path) for label, path in pairs.items()]
-    tasks = report_speed.choose_speed_tasks(curves, options.task)
-    save_figure(report_speed.draw_speed(curves, tasks), options.output)
+    methods = [compare.read_speed(label, path) for label, path in pairs.items()]
+    figures.save(compare.speed_figure(methods, options.task), options.output)
     print(f"wrote {options.output}")
 
 
 def _report(folder: Path, options: argparse.Namespace) -> None:
-    from metasft.experiment_report.report import COMPARISON_FIGURE, write_report
+    from metasft.reporting.report import COMPARISON_FIGURE, write_report
 
     report = write_report(folder, options.output)
     figure = report / COMPARISON_FIGURE

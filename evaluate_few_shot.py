@@ -15,7 +15,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from metasft.evaluation import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate, format_table
+from metasft.evaluation import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
 from metasft.installed import require
 from metasft.refusal import ArgumentParser, refuse
 
@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse(error)
     if results:
-        print(format_table(results))
+        from metasft.reporting.tables import results_text
+
+        print(results_text(results))
     for store in stores:
         print(f"wrote {store.results_path}, {store.settings_path.name} and {store.predictions_path.name}")
     return 0

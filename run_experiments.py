@@ -167,7 +167,7 @@ def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
 
 
 def _report(output: Path) -> int:
-    from metasft.experiment_report.report import write_report
+    from metasft.reporting.report import write_report
 
     print(f"report: {write_report(ROOT / output)}")
     return 0

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    from benchmarks.report import merge, read, write
+    from metasft.reporting.performance import merge, read, write
 
     if arguments.report_only:
         write(arguments.output, read(arguments.output))

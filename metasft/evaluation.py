@@ -25,9 +25,9 @@ from metasft.few_shot.protocol import (
     shot_indices,
 )
 from metasft.few_shot.source import Adaptation, ModelSource, find_model_source
-from metasft.few_shot.statistics import accuracy_interval, format_table, summarise_cells
 from metasft.few_shot.store import ResultStore
 from metasft.prompts import Prompts
+from metasft.reporting.statistics import summarise_cells
 from metasft.untrusted import reason, sha256_of
 
 __all__ = [
@@ -35,10 +35,7 @@ __all__ = [
     "DTYPES",
     "MODEL_TYPES",
     "EvaluationConfig",
-    "accuracy_interval",
     "evaluate",
-    "format_table",
-    "summarise_cells",
 ]
 
 

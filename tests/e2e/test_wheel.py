@@ -44,7 +44,7 @@ def in_wheel(installed, code):
     return run(sys.executable, "-c", code, PYTHONPATH=os.fspath(installed)).split()
 
 
-def test_suites_scales_and_benchmark_results_come_with_the_wheel(installed):
+def test_suites_and_scales_come_with_the_wheel(installed):
     shipped = {path.stem for path in (ROOT / "data" / "experiments").glob("*.yaml")}
     scales = {path.stem for path in (ROOT / "data" / "experiments" / "scales").glob("*.yaml")}
     found = in_wheel(
@@ -59,11 +59,6 @@ def test_suites_scales_and_benchmark_results_come_with_the_wheel(installed):
 
     suites = in_wheel(installed, "from metasft.sources.suite import shipped_suites\nprint(*shipped_suites())")
     assert set(suites) == {path.stem for path in (ROOT / "data" / "suites").glob("*.yaml")} and suites
-    code = (
-        "from metasft.experiment_report.costs import PERFORMANCE_FILE, factors\n"
-        "print(len(factors(PERFORMANCE_FILE, 'cpu')))"
-    )
-    assert int(in_wheel(installed, code)[0]) > 10
 
 
 def test_experiments_need_the_scripts_of_a_clone_and_say_so(installed):

@@ -232,8 +232,7 @@ class CommandChecker:
 
     def _compare(self, script: str, arguments: Sequence[str], processes: int) -> None:
         import compare_methods
-        from metasft.paired import parse_side
-        from metasft.report import parse_pairs
+        from metasft.reporting.compare import parse_pairs, parse_side
 
         options = _parsed(compare_methods._parser(), arguments)
         _, settings = compare_methods._settings(options)

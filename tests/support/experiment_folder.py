@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metasft.few_shot.statistics import summarise_cells
+from metasft.reporting.statistics import summarise_cells
 
 TASKS = ("calculus", "theorem_proving")
 TRAINING_TASKS = ("algebra", "geometry")
@@ -238,6 +238,7 @@ def write_export(
         base_stepped: whether the optimizer also holds moments of a base matrix.
     """
     import torch
+    from safetensors.torch import save_file
 
     from metasft.checkpoint import FORMAT, FORMAT_VERSION
 
@@ -247,6 +248,10 @@ def write_export(
         tensors[f"{name}.lora_A.weight"] = torch.ones(4, 8)
         tensors[f"{name}.lora_B.weight"] = torch.full((6, 4), 0.1 if moved else 0.0)
     moments = [tensor.shape for tensor in tensors.values()] + ([torch.Size((8, 6))] if base_stepped else [])
+    adaptation = {"num_inner_steps": 5, "inner_optimizer": "sgd"}
+    (folder / f"adapter_step_{step}").mkdir(exist_ok=True)
+    save_file(tensors, folder / f"adapter_step_{step}" / "adapter_model.safetensors")
+    (folder / f"adapter_step_{step}" / "adaptation.json").write_text(json.dumps({**adaptation, "step": step}))
     if foreign:
         tensors[foreign] = torch.ones(3)
     content = {
@@ -255,12 +260,15 @@ def write_export(
         "step": step,
         "base_model": "models/tiny",
         "adapter_config": {"r": 4, "lora_alpha": 8},
-        "adaptation": {"num_inner_steps": 5, "inner_optimizer": "sgd"},
+        "adaptation": adaptation,
         "lora": tensors,
     }
     torch.save(content, folder / f"meta_lora_checkpoint_step_{step}.pt")
     (folder / f"global_step_{step}").mkdir(exist_ok=True)
-    state = {i: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(shape)} for i, shape in enumerate(moments)}
+    state = {
+        i: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
+        for i, shape in enumerate(moments)
+    }
     torch.save({"state": state, "param_groups": []}, folder / f"global_step_{step}" / "optim_world_size_1_rank_0.pt")
 
 
@@ -345,13 +353,29 @@ def _write_cells(folder: Path, model_type: str, cells: Sequence[Any], by: str, k
 # --------------------------------------------------------------------------------------------------- what tests share
 
 
-def analysis_of(folder: Path, arms: Mapping[str, FakeArm] | None = None, **options: Any) -> Any:
-    """Everything the report says of a synthetic folder with these arms; no benchmark was run."""
-    from metasft.experiment_report.analysis import analyse
-    from metasft.experiment_report.results import read_experiments
+def report_of(folder: Path, arms: Mapping[str, FakeArm] | None = None, **options: Any) -> dict[str, Any]:
+    """The document of a report on a synthetic folder with these arms."""
+    return read_report(write_experiments(folder, arms, **{"items": ITEMS, **options}))
 
-    write_experiments(folder, arms, **{"items": ITEMS, **options})
-    return analyse(read_experiments(folder), folder / "no benchmark")
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The document of a report on a folder as it stands."""
+    from metasft.reporting.arms import read_experiments
+    from metasft.reporting.report import document
+
+    return document(read_experiments(folder))
+
+
+def score_of(report: Mapping[str, Any], arm: str, task: str, shots: int | str) -> dict[str, Any]:
+    """The score of an arm at one place."""
+    (found,) = [s for s in report["arms"][arm]["scores"] if (s["task"], s["shots"]) == (task, shots)]
+    return found
+
+
+def pooled(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The row over all tasks and shot counts above 0."""
+    (found,) = [row for row in comparison["rows"] if (row["task"], row["shots"]) == ("all", "all > 0")]
+    return found
 
 
 def arm(name: str, **changes: Any) -> dict[str, FakeArm]:
@@ -359,9 +383,9 @@ def arm(name: str, **changes: Any) -> dict[str, FakeArm]:
     return {name: replace(matrix_arms()[name], **changes)}
 
 
-def finding(analysis: Any, item: str) -> Any:
+def finding(report: Mapping[str, Any], item: str) -> dict[str, Any]:
     """The finding of one item of the checklists."""
-    (found,) = [f for findings in analysis.checklists.values() for f in findings if f.item == item]
+    (found,) = [f for findings in report["checklists"].values() for f in findings if f["item"] == item]
     return found
 
 

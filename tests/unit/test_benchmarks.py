@@ -1,12 +1,13 @@
 """The benchmark's arithmetic: FLOPs against a hand count and torch's counter, ratios, targets, merging."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import report
 from benchmarks.arms import ArmsDiffer, compare_gradients, interleave, ratio
 from benchmarks.flops import ModelShape, step_flops
+from metasft.reporting import performance as report
 
 # ---------------------------------------------------------------------------------------------------------------- FLOPs
 
@@ -164,7 +165,7 @@ def test_measuring_a_section_again_replaces_it_and_keeps_the_others(tmp_path):
 
 
 def target(section, text):
-    (found,) = [t for t in report.TARGETS if t.section == section and text in t.text]
+    (found,) = [t for t in report.targets() if t["section"] == section and text in t["text"]]
     return found
 
 
@@ -207,5 +208,10 @@ def test_the_faster_sequential_arm_and_the_worst_cell_count():
 def test_a_section_that_cannot_be_measured_says_why():
     reason = {**entry(None), "not_measured": "two processes need two GPUs"}
     del reason["result"]
-    text = report.render(report.merge({}, "two_processes", "cuda", "fp32", reason))
+    text = report.page(report.merge({}, "two_processes", "cuda", "fp32", reason))
     assert "not measured: two processes need two GPUs" in text
+
+
+def test_the_published_page_is_that_of_the_published_results():
+    published = Path(__file__).parents[2] / "docs" / "performance.md"
+    assert published.read_text(encoding="utf-8") == report.page(report.read(published))

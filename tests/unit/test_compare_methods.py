@@ -13,20 +13,22 @@ import matplotlib.image
 import pytest
 
 import compare_methods
-from metasft import report_speed
-from metasft.evaluation import summarise_cells
-from metasft.report import (
-    Method,
+from metasft.reporting.compare import (
+    caveats,
     choose_shots,
     choose_tasks,
-    differences,
-    draw_comparison,
-    markdown_table,
+    common_tasks,
     match_summaries,
+    overview_figure,
+    overview_page,
     parse_pairs,
     read_method,
+    read_speed,
+    speed_figure,
 )
-from metasft.result_files import find_results
+from metasft.reporting.evaluations import SPEED_SUFFIX
+from metasft.reporting.statistics import summarise_cells
+from metasft.result_files import find_files, find_results
 
 SHOTS = (0, 5, 10)
 # Correct answers of 20 per task and N, by method.
@@ -103,7 +105,8 @@ def work(tmp_path, monkeypatch):
 
 def methods_of(folder, *labels):
     methods = [read_method(label, folder / "results" / label) for label in labels]
-    return match_summaries(methods, {}, folder / "checkpoints")
+    match_summaries(methods, {}, folder / "checkpoints")
+    return methods
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def test_settings_of_another_format_are_refused(settings, work):
 
 def test_an_adaptation_of_unknown_rate_is_told_as_that(work):
     write_results(work / "results" / "base", "base", settings={"adapts": "LoRA"})
-    assert "learning rate unknown" in markdown_table(methods_of(work, "base"))
+    assert "learning rate unknown" in overview_page(methods_of(work, "base"))
 
 
 @pytest.mark.parametrize(
@@ -295,17 +298,21 @@ def test_summary_comes_from_the_run_that_was_evaluated(work):
     write_summary(work / "checkpoints" / "meta_lora_300", "meta_lora", 999.0, 1e9)
     write_results(work / "results" / "elsewhere", "meta_lora", settings={"model_path": "other/meta_lora/step_1"})
     methods = methods_of(work, "base", "meta_lora", "elsewhere")
-    assert [m.summary and m.summary["seconds_total"] for m in methods] == [None, 120.0, None]
+    assert [m["summary"] and m["summary"]["seconds_total"] for m in methods] == [None, 120.0, None]
 
 
 def test_summary_by_method_where_the_results_do_not_tell(work):
     write_results(work / "bare", "fomaml")
     bare = read_method("fomaml", work / "bare")
-    assert match_summaries([bare], {}, work / "checkpoints")[0].summary["seconds_total"] == 600.0
+
+    def matched(given):
+        match_summaries([bare], given, work / "checkpoints")
+        return bare["summary"] and bare["summary"]["seconds_total"]
+
+    assert matched({}) == 600.0
     write_summary(work / "checkpoints" / "fomaml_again", "fomaml", 700.0, 1e9)  # now there are two to choose from
-    assert match_summaries([bare], {}, work / "checkpoints")[0].summary is None
-    given = match_summaries([bare], {"fomaml": work / "checkpoints" / "fomaml_again"}, work / "checkpoints")
-    assert given[0].summary["seconds_total"] == 700.0
+    assert matched({}) is None
+    assert matched({"fomaml": work / "checkpoints" / "fomaml_again"}) == 700.0
 
 
 def test_labels_are_folder_names_unless_a_folder_holds_several(work):
@@ -317,17 +324,22 @@ def test_labels_are_folder_names_unless_a_folder_holds_several(work):
 # ---- the numbers ----------------------------------------------------------------------------------------------------
 
 
+def score(method, task, shots):
+    (found,) = [s for s in method["scores"] if (s["task"], s["shots"]) == (task, shots)]
+    return found
+
+
 def test_the_plot_shows_the_measured_numbers(work):
     methods = methods_of(work, *CORRECT)
-    figure = draw_comparison(methods, tasks=["calculus"], shots=10)
+    figure = overview_figure(methods, "calculus", 10)
     curves, costs, trade, memory = figure.axes
 
     for method, container in zip(methods, curves.containers, strict=True):
         line, caps, bars = container.lines
-        assert list(line.get_ydata()) == pytest.approx([5 * c for c in CORRECT[method.label]["calculus"]])
+        assert list(line.get_ydata()) == pytest.approx([5 * c for c in CORRECT[method["label"]]["calculus"]])
         limits = [segment[:, 1] for segment in bars[0].get_segments()]
         for (low, high), n in zip(limits, SHOTS, strict=True):
-            assert [low, high] == pytest.approx([100 * x for x in method.results["calculus"][str(n)]["ci95"]])
+            assert [low, high] == pytest.approx([100 * x for x in score(method, "calculus", n)["ci95"]])
         assert caps
 
     assert [label.get_text() for label in costs.get_xticklabels()] == ["meta_lora", "fomaml", "reptile"]
@@ -338,23 +350,18 @@ def test_the_plot_shows_the_measured_numbers(work):
     points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in trade.containers]
     means = [5 * (CORRECT[m]["calculus"][2] + CORRECT[m]["logic"][2]) / 2 for m in ("meta_lora", "fomaml", "reptile")]
     assert points == [pytest.approx(point) for point in zip((2.0, 10.0, 8.0), means, strict=True)]
-
     for axis in (costs, trade):
         assert "not measured: base, lora" in [text.get_text() for text in axis.texts]
 
 
-def test_the_legends_cover_no_data(work):
-    figure = draw_comparison(methods_of(work, *CORRECT), tasks=["calculus"], shots=10)
-    figure.canvas.draw()
-    for axis in figure.axes:
-        if axis.get_legend() is not None:
-            assert axis.get_legend().get_window_extent().y1 <= axis.get_window_extent().y0
-    assert sum(axis.get_legend() is not None for axis in figure.axes) == 3
+def test_the_legend_covers_no_data(work):
+    figure = overview_figure(methods_of(work, *CORRECT), "calculus", 10)
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().y1 <= min(axis.get_tightbbox().y0 for axis in figure.axes) + 1
 
 
 def test_nothing_is_made_up_where_no_training_was_measured(work):
-    figure = draw_comparison(methods_of(work, "base", "lora"), tasks=["calculus"], shots=10)
-    _, costs, trade = figure.axes
+    _, costs, trade = overview_figure(methods_of(work, "base", "lora"), "calculus", 10).axes
     for axis in (costs, trade):
         assert not axis.patches and not axis.lines and not axis.containers
         assert "not measured:\nbase, lora" in axis.texts[0].get_text()
@@ -362,27 +369,29 @@ def test_nothing_is_made_up_where_no_training_was_measured(work):
 
 def test_mean_of_tasks_and_its_interval(work):
     (method,) = methods_of(work, "base")
-    mean, low, high = method.accuracy(["calculus", "logic"], 5)
-    assert mean == pytest.approx((0.1 + 0.45) / 2)
-    parts = [method.results[task]["5"] for task in ("calculus", "logic")]
-    below = sum((p["accuracy_mean"] - p["ci95"][0]) ** 2 for p in parts) ** 0.5 / 2
-    above = sum((p["ci95"][1] - p["accuracy_mean"]) ** 2 for p in parts) ** 0.5 / 2
-    assert (low, high) == pytest.approx((mean - below, mean + above))
-    assert method.accuracy(["logic"], 5) == pytest.approx((0.45, *parts[1]["ci95"]))
+    curve = overview_figure([method], "all").axes[0].containers[0]
+    parts = [score(method, task, 5) for task in ("calculus", "logic")]
+    mean = (0.1 + 0.45) / 2
+    below = sum((p["accuracy"] - p["ci95"][0]) ** 2 for p in parts) ** 0.5 / 2
+    above = sum((p["ci95"][1] - p["accuracy"]) ** 2 for p in parts) ** 0.5 / 2
+    assert curve.lines[0].get_ydata()[1] == pytest.approx(100 * mean)
+    segment = curve.lines[2][0].get_segments()[1][:, 1]
+    assert list(segment) == pytest.approx([100 * (mean - below), 100 * (mean + above)])
 
 
 def test_task_and_shots_that_everything_has(work):
     methods = methods_of(work, "base", "lora")
-    assert choose_tasks(methods, None) == ["calculus"]
-    assert choose_tasks(methods, "all") == ["calculus", "logic"]
-    assert choose_tasks(methods, "logic") == ["logic"]
-    assert (choose_shots(methods, None), choose_shots(methods, 5)) == (10, 5)
+    common = common_tasks(methods)
+    assert choose_tasks(common, None) == choose_tasks(common, "all") == ["calculus", "logic"]
+    assert choose_tasks(common, "logic") == ["logic"]
+    assert overview_figure(methods).axes[0].get_title().endswith(": calculus")
+    assert (choose_shots(methods, common, None), choose_shots(methods, common, 5)) == (10, 5)
     one, two = methods
-    short = Method("short", "lora", {"logic": {n: two.results["logic"][n] for n in ("0", "5")}})
-    assert choose_tasks([one, short], None) == ["logic"]
-    assert choose_shots([one, short], None) == 5
+    short = {**two, "scores": [s for s in two["scores"] if s["task"] == "logic" and s["shots"] < 10]}
+    assert common_tasks([one, short]) == ["logic"]
+    assert choose_shots([one, short], ["logic"], None) == 5
     with pytest.raises(ValueError, match="no task in common"):
-        choose_tasks([Method("a", "base", {"x": {}}), short], None)
+        common_tasks([{**one, "scores": [s for s in one["scores"] if s["task"] == "calculus"]}, short])
 
 
 def test_memory_is_that_of_all_processes_that_hold_one_model(work):
@@ -399,7 +408,7 @@ def test_memory_is_that_of_all_processes_that_hold_one_model(work):
 
 
 def test_table_by_hand(work):
-    lines = markdown_table(methods_of(work, "base", "meta_lora")).splitlines()
+    lines = overview_page(methods_of(work, "base", "meta_lora")).splitlines()
     rows = {tuple(cells[1:3]): cells for line in lines if (cells := [c.strip() for c in line.split("|")])[1:3]}
     header = rows["Method", "Task"]
     row = dict(zip(header, rows["meta_lora", "calculus"], strict=True))
@@ -408,21 +417,27 @@ def test_table_by_hand(work):
     assert (row["Training (s)"], row["s/step"]) == ("120.0", "2")
     assert (row["Peak memory (MB)"], row["Checkpoint (MB)"]) == ("2000", "1.50")
     assert rows["base", "logic"].count("not measured") == 4
-    assert rows["*most frequent answer*", "calculus"][3:6] == ["10.0%"] * 3
+    assert rows["most frequent answer", "calculus"][3:6] == ["10.0%"] * 3
     assert all(len(cells) == len(header) for cells in rows.values())
 
 
 def test_differences_that_spoil_a_comparison_are_noted(work):
     methods = methods_of(work, "base", "meta_lora", "fomaml")
-    assert differences(methods) == []
-    changed = Method("b", "lora", methods[0].results, {**methods[0].settings, "seed": 2, "adaptation_steps": 20})
-    notes = differences([methods[0], changed])
+    assert caveats(methods) == []
+    changed = {**methods[0], "label": "b", "settings": {**methods[0]["settings"], "seed": 2, "adaptation_steps": 20}}
+    notes = caveats([methods[0], changed])
     assert any("the seed of the shots (seed)" in note for note in notes)
     assert any("the update steps of an adaptation" in note for note in notes)
-    gpu = Method("c", "lora", changed.results, methods[0].settings, summary("lora", 1.0, 1.0, device_name="a GPU"))
-    notes = differences([methods[1], gpu])
+    gpu = {**methods[0], "label": "c", "summary": summary("lora", 1.0, 1.0, device_name="a GPU")}
+    notes = caveats([methods[1], gpu])
     assert notes == ["Training costs were measured on a different device (meta_lora: a CPU, c: a GPU)."]
-    assert "a different device" in markdown_table([methods[1], gpu])
+    assert "a different device" in overview_page([methods[1], gpu])
+    spread = {**gpu, "summary": summary("lora", 1.0, 1.0, world_size=2, peak_memory_kind="device")}
+    assert [note.split(" (")[0] for note in caveats([methods[1], spread])] == [
+        "Training costs were measured on a different number of processes",
+        "Peak memory is resident memory of the process for some methods, device memory for others.",
+    ]
+    assert "No settings file beside the results of b" in caveats([methods[0], {**changed, "settings": {}}])[0]
 
 
 def test_a_training_that_diverged_is_noted(work):
@@ -461,8 +476,8 @@ def speed(tmp_path, monkeypatch):
 
 
 def test_speed_figure_shows_the_measured_numbers(speed):
-    curves = [report_speed.read_speed(label, speed / "results" / label) for label in ("base", "meta_lora")]
-    figure = report_speed.draw_speed(curves, ["calculus", "logic"])
+    curves = [read_speed(label, speed / "results" / label) for label in ("base", "meta_lora")]
+    figure = speed_figure(curves)
     upper, _, lower, _ = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["calculus", "logic", "", ""]
     assert [label.get_text() for label in lower.get_xticklabels()] == [str(n) for n in STEPS]
@@ -481,8 +496,8 @@ def test_speed_figure_shows_the_measured_numbers(speed):
 def test_speed_curves_differ_without_colour(speed):
     for index in range(10):
         write_speed(speed / "more" / str(index), "lora", 0.01)
-    curves = [report_speed.read_speed(str(i), speed / "more" / str(i)) for i in range(10)]
-    figure = report_speed.draw_speed(curves, ["calculus"])
+    curves = [read_speed(str(i), speed / "more" / str(i)) for i in range(10)]
+    figure = speed_figure(curves, "calculus")
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_marker(), str(line.get_linestyle())) for line in lines}) == 10
     assert len({line.get_marker() for line in lines}) == 10
@@ -521,7 +536,7 @@ def test_speed_files_of_another_format_are_refused(speed, content):
     path = speed / "results" / "base" / "base_speed.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"base_speed.json is not (readable JSON|what evaluate_few_shot.py writes)"):
-        report_speed.read_speed("base", path)
+        read_speed("base", path)
 
 
 @pytest.mark.parametrize(
@@ -537,18 +552,18 @@ def test_speed_curves_are_taken_as_they_are_or_not_at_all(change, words, speed):
     content["calculus"]["5"].update(change)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"base_speed.json is not what .* writes .calculus.5.{words}"):
-        report_speed.read_speed("base", path)
+        read_speed("base", path)
 
 
 def test_speed_tasks_are_those_of_every_method(speed):
     write_speed(speed / "results" / "lora", "lora", 0.02, tasks=("logic",))
-    curves = [report_speed.read_speed(label, speed / "results" / label) for label in ("base", "lora")]
-    assert report_speed.choose_speed_tasks(curves, None) == ["logic"]
-    assert set(report_speed.find_speed_files(speed / "results")) == {"base", "lora", "meta_lora"}
+    curves = [read_speed(label, speed / "results" / label) for label in ("base", "lora")]
+    assert common_tasks(curves) == ["logic"]
+    assert set(find_files(speed / "results", SPEED_SUFFIX, "")) == {"base", "lora", "meta_lora"}
     write_speed(speed / "results" / "lora", "lora", 0.02, tasks=("other",))
-    curves[1] = report_speed.read_speed("lora", speed / "results" / "lora")
+    curves[1] = read_speed("lora", speed / "results" / "lora")
     with pytest.raises(ValueError, match="no task in common"):
-        report_speed.choose_speed_tasks(curves, None)
+        speed_figure(curves)
 
 
 # ---- the guide's plot -----------------------------------------------------------------------------------------------

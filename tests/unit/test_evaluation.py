@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 from few_shot_data import (
@@ -20,7 +19,6 @@ from few_shot_data import (
     write_unseen_tasks,
 )
 
-from metasft.evaluation import accuracy_interval, summarise_cells
 from metasft.few_shot.open import open_model
 from metasft.few_shot.protocol import Cell, plan_cells, read_test_tasks, shot_indices
 from metasft.few_shot.source import find_model_source, recorded_adaptation, resolve_adaptation
@@ -266,67 +264,6 @@ def test_full_parameter_export_records_its_adaptation(config, tiny_model, tmp_pa
     opened = open_model(without_lora_flags(config, model_type="fomaml", model_path=str(folder)), source)
     assert opened.adaptation == ("sgd", 0.5, "checkpoint")
     assert opened.adapts == "all parameters"
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def test_interval_of_one_run_is_wilsons():
-    # Wilson's interval for 8 of 16, by hand: (0.5 +- 1.96 sqrt(1/64 + 1.96^2/1024)) with the shrinkage 1 + 1.96^2/16.
-    assert accuracy_interval([[True] * 8 + [False] * 8]) == pytest.approx((0.27999, 0.72000), abs=1e-4)
-
-
-@pytest.mark.parametrize("runs", [1, 3])
-def test_interval_does_not_collapse_at_the_ends(runs):
-    low, high = accuracy_interval([[False] * 16] * runs)
-    assert low == 0.0
-    assert high == pytest.approx(1.96**2 / (16 + 1.96**2), abs=1e-4)
-    mirrored = accuracy_interval([[True] * 16] * runs)
-    assert mirrored == pytest.approx((1 - high, 1.0), abs=1e-9)
-
-
-def test_interval_widens_where_shot_sets_disagree():
-    agree = [[True] * 8 + [False] * 8] * 3
-    disagree = [[True] * 8 + [False] * 8, [True] * 14 + [False] * 2, [True] * 2 + [False] * 14]
-    narrow, wide = accuracy_interval(agree), accuracy_interval(disagree)
-    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
-
-
-def test_interval_covers_the_truth():
-    """Items of different difficulty, shot sets of different quality, drawn 400 times: at least 93% cover the mean."""
-    draw = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        difficulty, quality = draw.normal(0, 1.0, 40), draw.normal(0, 0.3, 3)
-        chance = 1 / (1 + np.exp(-(difficulty[None, :] + quality[:, None])))
-        low, high = accuracy_interval(draw.random(chance.shape) < chance)
-        covered += low <= 0.5 <= high  # both effects are symmetric around 0, so the mean chance is one half
-    assert covered / 400 >= 0.93
-
-
-def test_summary_of_a_cell_by_hand():
-    def predictions(correct):
-        return [{"correct": value, "formatted": True} for value in correct]
-
-    cells = [
-        {"loss": 1.0, "adapt_steps": 10, "adapt_seconds": 2.0},
-        {"loss": 2.0, "adapt_steps": 10, "adapt_seconds": 4.0},
-    ]
-    runs = [predictions([True, False, False, False]), predictions([True, True, True, False])]
-    runs[0][1]["formatted"] = False
-    entry = summarise_cells(cells, runs, 0.25)
-    assert list(entry) == [
-        "accuracy_mean", "accuracy_std", "ci95", "n_runs", "n_test",
-        "loss_mean", "format_accuracy", "majority_baseline", "adapt_steps", "adapt_seconds",
-    ]  # fmt: skip
-    assert entry["accuracy_mean"] == 0.5
-    assert entry["accuracy_std"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
-    assert (entry["n_runs"], entry["n_test"], entry["loss_mean"]) == (2, 4, 1.5)
-    assert (entry["format_accuracy"], entry["majority_baseline"]) == (0.875, 0.25)
-    assert (entry["adapt_steps"], entry["adapt_seconds"]) == (10, 3.0)
-    assert entry["ci95"][0] < 0.5 < entry["ci95"][1]
-    assert summarise_cells(cells[:1], runs[:1], 0.25)["accuracy_std"] == 0.0
-    json.dumps(entry)  # plain numbers only
 
 
 # ---- result files ---------------------------------------------------------------------------------------------------

@@ -70,9 +70,7 @@ def faults_of(source: str, name: str = "x.py") -> list[str]:
 def test_our_source_is_clean():
     assert len(SOURCES) > 80
     faults = [f for s in SOURCES for f in faults_of(s.read_text(encoding="utf-8"), s.relative_to(ROOT).as_posix())]
-    # pickle is imported there for the exception that torch.load(weights_only=True) raises
-    allowed = "metasft/experiment_report/exports.py"
-    assert [f for f in faults if not (f.startswith(allowed) and f.endswith("imports pickle"))] == []
+    assert faults == []
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""The comparison report of finished experiments: numbers worked out once, shown as Markdown, HTML and figures."""

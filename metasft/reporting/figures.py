@@ -1,0 +1,316 @@
+"""Every figure, drawn from measured values alone; what was not measured is left out or named.
+
+An arm is a mapping with its ``label``, its ``scores`` (:func:`metasft.reporting.comparisons.scores`), its ``cost``
+(:func:`metasft.reporting.costs.cost`) and its ``style``, a number: arms keep colour, marker and dash through all
+figures and differ in all three, so that no figure needs colour.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS
+from metasft.reporting.tables import MEAN, largest_unit
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the yellow is darkened for a white page.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#000000", "#7f7f7f")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 2)), (0, (1, 1)), (0, (8, 2, 2, 2)))
+MARKERS = "osD^vPX*<>"
+MEASURES = {"accuracy": "Accuracy (%), 95% interval", "loss": "Loss (nats per response token)"}
+MEMORY = {"rss": "resident memory", "device": "device memory"}
+_BASELINE = "most frequent answer"
+Arm = Mapping[str, Any]
+
+
+def _literal(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """What is drawn inside shows its text as it is: a ``$`` in the name of a task or folder begins no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Any, **named: Any) -> Any:
+        try:
+            from matplotlib import rc_context
+        except ImportError as error:
+            raise ValueError("matplotlib is not installed: pip install matplotlib") from error
+        with rc_context({"text.parse_math": False}):
+            return draw(*arguments, **named)
+
+    return drawn
+
+
+def _panels(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
+    """A figure without pyplot (no window system is asked for, nothing stays open) and its axes, [rows][columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+
+
+@_literal
+def save(figure: Any, output: Path) -> None:
+    """Write a figure; the suffix of ``output`` chooses the format. The same values give the same SVG.
+
+    Raises:
+        ValueError: the format is unknown, or the file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    if not output.suffix:  # matplotlib would choose one, and write another file
+        raise ValueError(f"--output is {output}, which has no suffix: give a file such as {output.name or 'plot'}.png")
+    svg = output.suffix == ".svg"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": output.stem}):
+            figure.savefig(output, dpi=150, metadata={"Date": None, "Creator": None} if svg else None)
+        if svg:  # a third of what matplotlib writes is indentation
+            lines = output.read_text(encoding="utf-8").splitlines()
+            output.write_text("\n".join(line.strip() for line in lines) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--output is {output}, which cannot be written ({error}): give another file") from error
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }
+
+
+def _measured(axis: Any, x: Sequence[float], scores: Sequence[Mapping[str, Any]], measure: str, **style: Any) -> None:
+    """Points of a measure with their intervals; an interval that is not known is not drawn."""
+    scale, key = (100, "ci95") if measure == "accuracy" else (1, "loss_ci95")
+    values = [scale * score[measure] for score in scores]
+    limits = [[scale * limit for limit in score.get(key) or (float("nan"),) * 2] for score in scores]
+    # Rounding may have put a mean just outside its interval.
+    bars = [[value - low if value > low else 0.0 * low for value, (low, _) in zip(values, limits, strict=True)]]
+    bars += [[high - value if high > value else 0.0 * high for value, (_, high) in zip(values, limits, strict=True)]]
+    known = any(score.get(key) for score in scores)
+    axis.errorbar(x, values, yerr=bars if known else None, elinewidth=1, capsize=3, **style)
+
+
+def _scores(arm: Arm, task: str, by: str) -> dict[Any, Mapping[str, Any]]:
+    return {score[by]: score for score in arm["scores"] if score["task"] == task}
+
+
+def _curves(axis: Any, arms: Sequence[Arm], task: str, ticks: Sequence[int], measure: str, by: str) -> None:
+    """A measure of one task against the evenly spaced ``ticks``: 0, 1, 2, 5, 10, 20 would crowd at the left."""
+    baselines = set()
+    for order, arm in enumerate(arms):
+        found = _scores(arm, task, by)
+        measured = [tick for tick in ticks if tick in found]
+        if not measured:
+            continue
+        # Where curves coincide, a small offset keeps all of them visible.
+        x = [ticks.index(tick) + 0.06 * (order - (len(arms) - 1) / 2) for tick in measured]
+        style = {**_style(arm["style"]), "markersize": 6, "linewidth": 1.7, "label": arm["label"]}
+        _measured(axis, x, [found[tick] for tick in measured], measure, **style)
+        baselines |= {found[tick].get("majority_baseline") for tick in measured}
+    if measure == "accuracy" and len(baselines) == 1 and None not in baselines:
+        axis.axhline(100 * baselines.pop(), color="0.45", linestyle=":", linewidth=1.2, label=_BASELINE)
+    axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+    axis.set_xlim(-0.45, len(ticks) - 0.55)
+    _grid(axis, measure)
+
+
+def _grid(axis: Any, measure: str = "") -> None:
+    axis.grid(True, alpha=0.3)
+    axis.set_axisbelow(True)
+    if measure == "accuracy":
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+
+
+def _trade(axis: Any, arms: Sequence[Arm], task: str, shots: int | str, measure: str) -> None:
+    """A measure against training time, for the arms that have both."""
+    placed = [(arm, score) for arm in arms if (score := _scores(arm, task, "shots").get(shots)) and _seconds(arm)]
+    unit, size = largest_unit(max((_seconds(arm) for arm, _ in placed), default=0.0), "time")
+    for arm, score in placed:
+        style = {**_style(arm["style"]), "linestyle": "none", "markersize": 10, "label": arm["label"]}
+        _measured(axis, [_seconds(arm) / size], [score], measure, **style)
+    times = [_seconds(arm) for arm, _ in placed]
+    if times and max(times) > 20 * min(times):
+        axis.set_xscale("log")
+    elif times:
+        axis.set_xlim(0, 1.12 * max(times) / size)
+    axis.set_xlabel(f"Training time ({unit})")
+    axis.set_ylabel(MEASURES[measure])
+    _grid(axis, measure)
+
+
+def _seconds(arm: Arm) -> float:
+    return ((arm.get("cost") or {}).get("seconds") or {}).get("mean") or 0.0
+
+
+def _legend(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
+    """Under the figure, where it covers no data; every label once, the reference line last."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    found |= {_BASELINE: found.pop(_BASELINE)} if _BASELINE in found else {}
+    if found:
+        place = {"loc": "outside lower center", "ncols": min(columns, len(found)), "frameon": False, "handlelength": 4}
+        figure.legend(found.values(), found.keys(), **place)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@_literal
+def curves(
+    arms: Sequence[Arm], tasks: Sequence[str], ticks: Sequence[int], by: str = "shots", title: str | None = None
+) -> Any:
+    """Accuracy (upper row) and loss (lower row) against shots or update steps (``by``): a column per task."""
+    figure, axes = _panels(4.3 * len(tasks) + 0.7, 7.6, 2, len(tasks), sharex="col")
+    for column, task in enumerate(tasks):
+        for axis, measure in zip(axes[:, column], MEASURES, strict=True):
+            _curves(axis, arms, task, ticks, measure, by)
+            axis.set_ylabel("" if column else MEASURES[measure])
+        axes[0][column].set_title(MEAN if task == ALL_TASKS else task)
+        axes[1][column].set_xlabel("Number of shots" if by == "shots" else "Update steps of the adaptation")
+    figure.suptitle(title or "", fontsize=12)
+    _legend(figure, axes[0])
+    return figure
+
+
+@_literal
+def ablation(groups: Mapping[str, Sequence[tuple[float, Arm]]], label: str) -> Any:
+    """Accuracy and loss, mean of tasks and shot counts above 0, against a varied value: a curve per method."""
+    figure, axes = _panels(10.5, 4.6, 1, 2)
+    values = sorted({value for points in groups.values() for value, _ in points})
+    for order, (name, points) in enumerate(groups.items()):
+        found = [
+            (value, _scores(arm, ALL_TASKS, "shots").get(ALL_SHOTS))
+            for value, arm in sorted(points, key=lambda p: p[0])
+        ]
+        found = [(value, score) for value, score in found if score]
+        x = [values.index(value) + 0.05 * (order - (len(groups) - 1) / 2) for value, _ in found]
+        for axis, measure in zip(axes[0], MEASURES, strict=True):
+            _measured(axis, x, [score for _, score in found], measure, **_style(order), markersize=7, label=name)
+    for axis, measure in zip(axes[0], MEASURES, strict=True):
+        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axis.set_xlim(-0.45, len(values) - 0.55)
+        axis.set_xlabel(label)
+        axis.set_ylabel(MEASURES[measure])
+        _grid(axis, measure)
+    _legend(figure, axes[0])
+    return figure
+
+
+@_literal
+def overview(arms: Sequence[Arm], task: str, shots: int, title: str) -> Any:
+    """The guide's figure: few-shot curve of ``task``, training cost, accuracy (mean of tasks) against training time."""
+    figure, ((curve, costs, trade),) = _panels(18, 5.8, 1, 3)
+    figure.suptitle(title, fontsize=13)
+    ticks = sorted({n for arm in arms for n in _scores(arm, task, "shots") if isinstance(n, int)})
+    _curves(curve, arms, task, ticks, "accuracy", "shots")
+    name = MEAN if task == ALL_TASKS else task
+    curve.set(title=f"Few-shot learning curve: {name}", xlabel="Number of shots", ylabel=MEASURES["accuracy"])
+    curve.set_ylim(-3, 103)
+    measured = [arm for arm in arms if _seconds(arm)]
+    unmeasured = ", ".join(arm["label"] for arm in arms if not _seconds(arm))
+    costs.set_title("Training cost")
+    trade.set_title(f"Accuracy at {shots} shots against training time")
+    if measured:
+        _cost_bars(costs, measured)
+        _trade(trade, measured, ALL_TASKS, shots, "accuracy")
+        trade.set(ylim=(-3, 103), ylabel=f"{shots}-shot accuracy (%), {MEAN}")
+    for axis in (costs, trade):
+        # Not with wrap=True, where matplotlib looks for formulas whatever it has been told.
+        words = f"not measured:\n{textwrap.fill(unmeasured, 60)}" if not measured else f"not measured: {unmeasured}"
+        place = {"x": 0.98, "y": 0.98, "ha": "right", "va": "top"} if measured else {"x": 0.5, "y": 0.5, "ha": "center"}
+        axis.text(s=words if unmeasured else "", transform=axis.transAxes, fontsize=9, color="0.35", **place)
+        if not measured:
+            axis.set(xticks=[], yticks=[])
+    _legend(figure, [curve], 8)
+    return figure
+
+
+def _cost_bars(axis: Any, arms: Sequence[Arm]) -> None:
+    """Training time (left axis) and peak memory (right axis)."""
+    kinds = {arm["cost"]["memory_kind"] for arm in arms}
+    kind = MEMORY.get(kinds.pop() if len(kinds) == 1 else "", "memory")
+    for shift, key, owner, name, colour in (
+        (-0.18, "seconds", axis, "training time", "#5f6b7a"),
+        (0.18, "memory", axis.twinx(), f"peak {kind}", "#9c6b9e"),
+    ):
+        values = [arm["cost"][key]["mean"] if arm["cost"][key] else 0.0 for arm in arms]
+        unit, size = largest_unit(max(values), "time" if key == "seconds" else "memory")
+        places = [place + shift for place in range(len(arms))]
+        bars = owner.bar(places, [value / size for value in values], 0.36, color=colour)
+        owner.bar_label(bars, fmt=lambda value: f"{value:.3g}", padding=2, fontsize=8)
+        owner.set_ylim(0, 1.22 * max(values) / size or 1)
+        owner.set_ylabel(f"{name[0].upper()}{name[1:]} ({unit})", color=colour)
+        owner.tick_params(axis="y", colors=colour)
+    room = 0.6 if len(arms) == 1 else 0.0  # a single pair of bars would fill the panel
+    axis.set_xticks(range(len(arms)), [arm["label"] for arm in arms], rotation=20 if len(arms) > 3 else 0)
+    axis.set_xlim(-0.7 - room, len(arms) - 0.3 + room)
+
+
+@_literal
+def trade_off(arms: Sequence[Arm]) -> Any:
+    """Accuracy and loss, mean of tasks and shot counts above 0, against training time."""
+    figure, (axes,) = _panels(11, 5, 1, 2)
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        _trade(axis, arms, ALL_TASKS, ALL_SHOTS, measure)
+    _legend(figure, axes)
+    return figure
+
+
+# ---- training curves ------------------------------------------------------------------------------------------------
+
+
+def _line(axis: Any, arm: Arm, key: str, style: int, **how: Any) -> None:
+    found = arm["training"].get(key)
+    if found:
+        axis.plot(found["meta_steps"], found["values"], **{**_style(style), "markersize": 4, "linewidth": 1.5, **how})
+
+
+@_literal
+def training(arms: Sequence[Arm]) -> Any:
+    """Stage 1 loss (first and last inner step), stage 2 loss and adaptation gain against meta-steps, a line per arm."""
+    figure, (axes,) = _panels(13.5, 4.8, 1, 3)
+    panels = {
+        "inner/support_loss_last": "Stage 1: support loss, first step (faint)\nand last step of the inner loop",
+        "meta/query_loss_after": "Stage 2: query loss\nafter adaptation",
+        "meta/adaptation_gain": "Adaptation gain: query loss\nbefore minus after",
+    }
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for arm in arms:
+            _line(axis, arm, key, arm["style"], label=arm["label"])
+        _meta_steps(axis, title)
+    for arm in arms:
+        _line(axes[0], arm, "inner/support_loss_first", arm["style"], alpha=0.35, linestyle="-")
+    axes[0].set_ylabel(MEASURES["loss"])
+    axes[2].axhline(0, color="0.45", linewidth=1)
+    _legend(figure, axes)
+    return figure
+
+
+@_literal
+def gains(arms: Sequence[Arm]) -> Any:
+    """Adaptation gain of every training task against meta-steps, a panel per arm."""
+    figure, (axes,) = _panels(max(8.8, 1 + 3.6 * len(arms)), 4.4, 1, len(arms), sharey=True)
+    prefix = "meta/adaptation_gain/"
+    tasks = sorted({key.removeprefix(prefix) for arm in arms for key in arm["training"] if key.startswith(prefix)})
+    for axis, arm in zip(axes, arms, strict=True):
+        for style, task in enumerate(tasks):
+            _line(axis, arm, prefix + task, style, label=task)
+        axis.axhline(0, color="0.45", linewidth=1)
+        _meta_steps(axis, arm["label"])
+    axes[0].set_ylabel("Query loss before minus after (nats)")
+    _legend(figure, axes, 6)
+    return figure
+
+
+def _meta_steps(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("Meta-step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _grid(axis)

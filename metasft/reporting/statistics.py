@@ -1,0 +1,239 @@
+"""Every interval and test that is published, once.
+
+Values are crossed: each of S training seeds answers the same n items after adapting on the same R shot sets (runs).
+The variance of a mean is the sum over the three factors of the variance of that factor's own means, divided by their
+number (Owen, "The pigeonhole bootstrap", 2007: slightly conservative, since noise within a cell counts in every term),
+with the degrees of freedom of Welch (1947) and Satterthwaite (1946). A factor with one level contributes nothing: with
+one run an interval does not cover the choice of shots, with one seed not that of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated mean difference; interval and p-values belong together (Student's t).
+
+    Attributes:
+        difference: the plain mean.
+        centre: of its interval; see :func:`crossed_estimate`.
+        parts: (variance, degrees of freedom) of independent contributions to the variance of the mean; empty where
+            there is nothing to estimate it from.
+    """
+
+    difference: float
+    centre: float
+    parts: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Standard error; nan where it is unknown."""
+        return math.sqrt(sum(variance for variance, _ in self.parts)) if self.parts else math.nan
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom (Welch, Satterthwaite); inf where nothing varies."""
+        bottom = sum(variance**2 / freedom for variance, freedom in self.parts)
+        return sum(variance for variance, _ in self.parts) ** 2 / bottom if bottom > 0 else math.inf
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """(low, high), which contain ``centre``."""
+        half = float(stdtrit(self.freedom, 0.5 + level / 2)) * self.error
+        return self.centre - half, self.centre + half
+
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """The 95% interval; None where the variance is unknown."""
+        return self.interval() if self.parts else None
+
+    def p_above(self, bound: float) -> float:
+        """One-sided p-value against "the difference is at most ``bound``": non-inferiority for a negative bound."""
+        distance = self.centre - bound
+        if self.error == 0:
+            return 0.0 if distance > 0 else 1.0
+        return float(stdtr(self.freedom, -distance / self.error))
+
+    def p_difference(self) -> float:
+        """Two-sided p-value against "there is no difference"."""
+        if self.error == 0 and self.centre == 0:
+            return 1.0
+        upper = self.p_above(0.0)
+        return min(1.0, 2 * min(upper, 1 - upper))
+
+    def p_equivalence(self, margin: float) -> float:
+        """Two one-sided tests (Schuirmann 1987) against "the difference is at least ``margin`` either way"."""
+        below = Estimate(-self.difference, -self.centre, self.parts)
+        return max(self.p_above(-margin), below.p_above(-margin))
+
+
+def crossed_estimate(differences: Any) -> Estimate:
+    """The mean of paired differences with items and runs crossed.
+
+    The items' variance is taken over the n items and two made-up ones that spread over all four outcomes of a pair
+    (Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005): without them, two
+    methods that agree on every item would have an interval of width 0. They pull the centre to 0 by at most 2 / n.
+
+    Args:
+        differences: [R runs][n items], in [-1, 1].
+    """
+    values = np.asarray(differences, dtype=float)
+    runs, items = values.shape
+    by_item = values.mean(axis=0)
+    padded = items + 2
+    centre = float(by_item.sum()) / padded
+    # One made-up item agrees, the other is half a pair won and half a pair lost: 0 to the sum, 1 to the sum of squares.
+    spread = (float((by_item**2).sum()) + 1 - padded * centre**2) / (padded - 1)
+    parts = [(spread / padded, float(padded - 1))]
+    if runs > 1:
+        parts.append((float(values.mean(axis=1).var(ddof=1)) / runs, float(runs - 1)))
+    return Estimate(float(values.mean()), centre, tuple(parts))
+
+
+def run_estimate(differences: Sequence[float] | np.ndarray) -> Estimate:
+    """The mean of one difference per run: a paired t-test, which says nothing about other test items."""
+    values = np.asarray(differences, dtype=float)
+    mean, runs = float(values.mean()), len(values)
+    return Estimate(mean, mean, ((float(values.var(ddof=1)) / runs, float(runs - 1)),) if runs > 1 else ())
+
+
+def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each of the same weight; unknown variance of one makes that of all unknown."""
+    count = len(estimates)
+    parts = tuple((variance / count**2, freedom) for e in estimates for variance, freedom in e.parts)
+    return Estimate(
+        sum(e.difference for e in estimates) / count,
+        sum(e.centre for e in estimates) / count,
+        parts if all(e.parts for e in estimates) else (),
+    )
+
+
+def over_seeds(values: Sequence[np.ndarray], estimate: Callable[[np.ndarray], Estimate]) -> Estimate:
+    """The mean over tasks, which have items and runs of their own but share their seeds.
+
+    Args:
+        values: per task [S seeds][R runs] or [S][R][n items].
+        estimate: of one task from its mean over seeds.
+    """
+    pooled = mean_estimate([estimate(task.mean(axis=0)) for task in values])
+    seeds = np.mean([task.reshape(len(task), -1).mean(axis=1) for task in values], axis=0)
+    if len(seeds) == 1:
+        return pooled
+    part = (float(seeds.var(ddof=1)) / len(seeds), float(len(seeds) - 1))
+    return Estimate(pooled.difference, pooled.centre, (*pooled.parts, part))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment (1979); None (no test) stays None and does not count."""
+    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[index] = largest
+    return adjusted
+
+
+# ---- accuracies -----------------------------------------------------------------------------------------------------
+
+
+def accuracy_interval(correct: Any) -> tuple[float, float]:
+    """95% interval of one task's accuracy, which unlike the bootstrap does not collapse where all answers are alike.
+
+    Wilson's score interval (1927) at the effective sample size p (1 - p) / variance, with Student's t in place of the
+    normal quantile, so that three runs that disagree give an honestly wide interval. With one run and one seed, and
+    where nothing varies, it is Wilson's own interval over the n items.
+
+    Args:
+        correct: [R runs][n items] or [S seeds][R][n].
+
+    Returns:
+        (low, high), fractions in [0, 1] around the mean.
+    """
+    values = np.asarray(correct, dtype=float)
+    values = values.reshape((-1, *values.shape[-2:]))
+    p, size, axes = float(values.mean()), values.shape, (0, 1, 2)
+    parts = [
+        (float(values.mean(axis=tuple(a for a in axes if a != axis)).var(ddof=1)) / size[axis], size[axis] - 1)
+        for axis in axes
+        if size[axis] > 1
+    ]
+    variance = sum(part for part, _ in parts)
+    effective, freedom = float(size[2]), math.inf
+    if len(parts) > 1 and variance > 0:
+        # Never more information than independent answers, never less than one.
+        effective = float(min(max(p * (1 - p) / variance, 1.0), values.size))
+        freedom = variance**2 / sum(part**2 / f for part, f in parts)
+    t = float(stdtrit(freedom, 0.5 + LEVEL / 2))
+    shrink = 1 + t * t / effective
+    centre = (p + t * t / (2 * effective)) / shrink
+    half = t / shrink * math.sqrt(p * (1 - p) / effective + t * t / (4 * effective**2))
+    # Rounding must not push the mean out of its interval.
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
+
+
+def mover(means: Any, limits: Any, correlation: Any = None) -> tuple[float, float, float]:
+    """(mean, low, high) of several accuracies: the distances of the limits from the means add up in squares.
+
+    MOVER, "method of variance estimates recovery" (Zou and Donner 2008); ``correlation`` of the means is 0 by default.
+    """
+    means, limits = np.asarray(means, dtype=float), np.asarray(limits, dtype=float)
+    correlation = np.eye(len(means)) if correlation is None else correlation
+    distances = (means - limits[:, 0], limits[:, 1] - means)
+    below, above = (math.sqrt(max(0.0, float(d @ correlation @ d))) / len(means) for d in distances)
+    mean = float(means.mean())
+    return mean, max(0.0, mean - below), min(1.0, mean + above)
+
+
+def mean_interval(correct: Sequence[np.ndarray]) -> tuple[float, float]:
+    """95% interval of the mean accuracy of several tasks, each [S seeds][R runs][n items]."""
+    limits = [accuracy_interval(task) for task in correct]
+    return mover([task.mean() for task in correct], limits, _seed_correlation(correct))[1:]
+
+
+def _seed_correlation(correct: Sequence[np.ndarray]) -> np.ndarray:
+    """Correlation of the tasks' mean accuracies through their seeds, [T][T]; at least 0, so that it never narrows."""
+    identity = np.eye(len(correct))
+    seeds = len(correct[0])
+    if seeds == 1 or len(correct) == 1:
+        return identity
+    by_seed = np.array([task.mean(axis=(1, 2)) for task in correct])
+    errors = np.array([crossed_estimate(task.mean(axis=0)).error for task in correct])
+    covariance = np.cov(by_seed) / seeds
+    total = np.sqrt(errors**2 + np.diag(covariance))
+    return np.where(identity == 1, 1.0, np.clip(covariance / np.outer(total, total), 0.0, 1.0))
+
+
+def summarise_cells(
+    cells: Sequence[Mapping[str, Any]], predictions: Sequence[Sequence[Mapping[str, Any]]], baseline: float
+) -> dict[str, Any]:
+    """One entry of an evaluation's results: all runs of one task and N.
+
+    Args:
+        cells: one record per run.
+        predictions: the predictions of each run, in the order of the test items.
+        baseline: accuracy of always giving the most frequent answer.
+    """
+    correct = np.array([[p["correct"] for p in run] for run in predictions], dtype=float)
+    per_run = correct.mean(axis=1)
+    return {
+        "accuracy_mean": float(correct.mean()),
+        "accuracy_std": float(per_run.std(ddof=1)) if len(per_run) > 1 else 0.0,
+        "ci95": list(accuracy_interval(correct)),
+        "n_runs": len(cells),
+        "n_test": correct.shape[1],
+        "loss_mean": float(np.mean([cell["loss"] for cell in cells])),
+        "format_accuracy": float(np.mean([[p["formatted"] for p in run] for run in predictions])),
+        "majority_baseline": baseline,
+        "adapt_steps": cells[0]["adapt_steps"],
+        "adapt_seconds": float(np.mean([cell["adapt_seconds"] for cell in cells])),
+    }

@@ -1,0 +1,652 @@
+"""The report of an experiments folder: its numbers by hand, its rules on cases worked out by hand, what is missing, and
+the pages. ``document`` holds every number; ``write_report`` draws and writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiment_folder import (
+    ITEMS,
+    MATRIX_SUITE,
+    SHOTS,
+    FakeArm,
+    arm,
+    finding,
+    matrix_arms,
+    pooled,
+    read_report,
+    report_of,
+    score_of,
+    some_answers,
+    write_experiments,
+    write_export,
+)
+from scipy import stats
+
+import compare_methods
+from metasft import reporting
+from metasft.reporting.arms import compare, read_experiments, sharing
+from metasft.reporting.comparisons import ALL_SHOTS
+from metasft.reporting.report import COMPARISON_FIGURE, draw, pages, write_report
+
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "cpu"
+AXIS_SUITE = {
+    "title": "LoRA rank",
+    "question": "Which rank is enough?",
+    "arms": ["meta_lora_r4", "meta_lora_100"],
+    "comparisons": [],
+    "axis": {"label": "LoRA rank r", "key": "model.lora_rank", "values": {"meta_lora_r4": 4, "meta_lora_100": 16}},
+}
+TWO_STAGE_SUITE = {
+    "title": "Two stages against stage 1 only",
+    "question": "What does stage 2 add?",
+    "arms": ["meta_lora_100", "meta_lora_stage1"],
+    "comparisons": [{"a": "meta_lora_100", "b": "meta_lora_stage1", "margin": 0.03}],
+    "axis": None,
+}
+
+
+# ---- the published report -------------------------------------------------------------------------------------------
+
+
+def test_the_published_pages_are_those_of_the_published_numbers(tmp_path):
+    """After a change of the templates: draw(json.loads(...), docs/results/cpu)."""
+    found = json.loads((PUBLISHED / "report.json").read_text(encoding="utf-8"))
+    draw(found, tmp_path)
+    files = {file.relative_to(tmp_path) for file in tmp_path.glob("**/*") if file.is_file()}
+    assert files | {Path("report.json")} == {f.relative_to(PUBLISHED) for f in PUBLISHED.glob("**/*") if f.is_file()}
+    for name in ("report.md", "index.html"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (PUBLISHED / name).read_text(encoding="utf-8")
+
+
+def test_reporting_reads_files_only(tmp_path):
+    """Neither torch nor veRL is loaded by any of it, nor by a report from beginning to end."""
+    modules = sorted(path.stem for path in Path(reporting.__file__).parent.glob("*.py"))
+    code = (
+        f"import sys\nfrom metasft.reporting import {', '.join(m for m in modules if m != '__init__')}\n"
+        "report.pages(report.document(arms.read_experiments(__import__('pathlib').Path(sys.argv[1]))))\n"
+        "print(sorted({'torch', 'verl', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(write_experiments(tmp_path, items=4))]
+    finished = subprocess.run(command, cwd=PUBLISHED.parents[2], capture_output=True, text=True, check=True)
+    assert finished.stdout == "[]\n"
+
+
+# ---- numbers by hand ------------------------------------------------------------------------------------------------
+
+
+def test_scores_by_hand(tmp_path):
+    report = report_of(tmp_path)
+    assert {(s["task"], s["shots"]) for s in report["arms"]["meta_lora_100"]["scores"]} == {
+        (task, shots) for task in ("calculus", "theorem_proving", "all") for shots in (*SHOTS, ALL_SHOTS)
+    }
+    zero, few = (score_of(report, "meta_lora_100", *place) for place in (("calculus", 0), ("all", ALL_SHOTS)))
+    assert zero["accuracy"] == pytest.approx(2 / 60) and few["accuracy"] == pytest.approx(8 / 60)
+    assert (zero["n_items"], zero["n_runs"], zero["adapt_steps"]) == (60, 1, 0)
+    assert (few["n_items"], few["n_runs"], few["n_seeds"], few["adapt_steps"]) == (120, 2, 1, 10)
+    assert zero["loss"] == 2.0 and zero["loss_ci95"] is None
+    assert few["loss"] == pytest.approx(1.01)  # 1.00 and 1.02 after the two shot sets
+    # Two independent tasks, each the mean of two shot sets that lie 0.02 apart.
+    half = stats.t.ppf(0.975, 2) * math.sqrt(2 * 0.0002 / 2 / 4)
+    assert few["loss_ci95"] == pytest.approx([1.01 - half, 1.01 + half])
+    assert few["format_accuracy"] == pytest.approx(59 / 60) and few["majority_baseline"] == 0.25
+
+
+def test_costs_and_ratios_are_those_of_the_summaries(tmp_path):
+    write_experiments(tmp_path, matrix_arms(**arm("meta_lora_100", seeds=(1, 2))), items=ITEMS)
+    values = {ratio["name"]: ratio["value"] for ratio in read_report(tmp_path)["ratios"]}
+    assert values == {"time per meta-step": 2.0, "training time": 2.0, "peak memory": 2.5, "checkpoint": 27.0}
+    summary = tmp_path / "runs" / "train-meta_lora_100-seed2" / "run_summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds_total": 400.0}))
+    cost = read_report(tmp_path)["arms"]["meta_lora_100"]["cost"]
+    assert cost["seconds"] == {"mean": 380.0, "low": 360.0, "high": 400.0, "count": 2}
+    assert cost["process_seconds"]["mean"] == 400.0
+
+
+def test_memory_is_compared_model_by_model(tmp_path):
+    """FOMAML over 4 processes holds a quarter of the model in each, META-LORA over 4 all of it in each."""
+    memory = {"fomaml_300": (2e9, {"world_size": 4, "task_group_size": 4})}
+    memory["meta_lora_100"] = (4e9, {"world_size": 4, "task_group_size": 1})
+    arms = {name: arm(name, memory=of_process, sizes=sizes)[name] for name, (of_process, sizes) in memory.items()}
+    report = report_of(tmp_path, matrix_arms(**arms))
+    assert {ratio["name"]: ratio["value"] for ratio in report["ratios"]}["peak memory"] == 2.0
+    assert report["arms"]["fomaml_300"]["cost"]["memory"]["mean"] == 8e9
+
+
+def test_the_memory_of_a_model_is_what_was_measured_where_it_was(tmp_path):
+    sizes = {"world_size": 4, "task_group_size": 4, "model_memory_bytes": 7e9}
+    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=2e9, sizes=sizes)))
+    assert report["arms"]["fomaml_300"]["cost"]["memory"]["mean"] == 7e9
+
+
+def test_a_training_that_diverged_is_said(tmp_path):
+    write_experiments(tmp_path, matrix_arms(), items=ITEMS)
+    assert not any(of["diverged"] for of in read_report(tmp_path)["arms"].values())
+    path = tmp_path / "runs" / "train-fomaml_300-seed1" / "run_summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "diverged": {"meta/query_loss_after": 3.9}}))
+    report = read_report(tmp_path)
+    assert [name for name, of in report["arms"].items() if of["diverged"]] == ["fomaml_300"]
+
+
+def test_unmeasured_costs_are_none_and_not_zero(tmp_path):
+    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=None, step_seconds=None)))
+    values = {ratio["name"]: ratio["value"] for ratio in report["ratios"]}
+    assert values["peak memory"] is None and values["time per meta-step"] is None and values["training time"] == 2.0
+    assert finding(report, "Memory markedly below FOMAML")["status"] == "not measured"
+    assert finding(report, "Computational efficiency markedly above MAML")["status"] == "not measured"
+
+
+def test_runs_that_shared_the_machine_are_counted():
+    def run(name, start, end):
+        return {"name": name, "started": f"2030-01-01T{start}+00:00", "finished": f"2030-01-01T{end}+00:00"}
+
+    alone, first, second = run("x", "01:00", "02:00"), run("y", "02:00", "04:00"), run("z", "03:00", "05:00")
+    assert sharing([alone, first, second], [alone, first, second]) == 2
+    assert sharing([alone, first], [alone, first]) == 0  # one ended as the other began
+    assert sharing([first, {"name": "w"}], [first, second]) == 1
+
+
+def test_training_curves_are_means_over_seeds(tmp_path):
+    training = report_of(tmp_path)["arms"]["meta_lora_100"]["training"]
+    assert training["meta/query_loss_after"] == {
+        "meta_steps": [1, 2, 3, 4, 5, 6],
+        "values": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
+    }
+    assert set(training) >= {"meta/adaptation_gain/algebra", "meta/adaptation_gain/geometry"}
+
+
+def test_single_task_lora_is_the_mean_over_its_trainings(tmp_path):
+    """Six of 60 right after training on one task, 18 after the other: a fifth."""
+    write_experiments(tmp_path, matrix_arms(**arm("lora_single", few=6)), items=ITEMS)
+    path = tmp_path / "runs" / "evaluate-lora_single-geometry-seed1" / "lora_predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["correct"] = int(line["example_id"].rpartition("-")[2]) < 18
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert score_of(read_report(tmp_path), "lora_single", "all", ALL_SHOTS)["accuracy"] == pytest.approx(12 / 60)
+
+
+def test_the_speed_curve_by_hand(tmp_path):
+    report = report_of(tmp_path, matrix_arms(**arm("meta_lora_100", speed={0: 2, 1: 3, 5: 9})))
+    speed = {(s["task"], s["steps"]): s for s in report["arms"]["meta_lora_100"]["speed"]}
+    assert set(speed) == {(task, n) for task in ("calculus", "theorem_proving", "all") for n in (0, 1, 5)}
+    assert speed["all", 5]["accuracy"] == pytest.approx(9 / 60)
+
+
+# ---- several seeds --------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_averaged_and_paired(tmp_path):
+    """Seed 1 gives META-LORA 6 more right answers of 60, seed 2 gives 12 more."""
+
+    def right(task, n, run, seed):
+        return [i < 20 + 6 * seed for i in range(ITEMS)]
+
+    arms = matrix_arms(**arm("meta_lora_100", answers=right, seeds=(1, 2)), **arm("fomaml_300", few=20, seeds=(1, 2)))
+    experiments = read_experiments(write_experiments(tmp_path, arms, items=ITEMS))
+    row = compare(*(experiments.arms[name] for name in ("meta_lora_100", "fomaml_300")), 0.03).at()
+    assert row.accuracy.difference == pytest.approx(9 / 60) and row.n_seeds == 2
+    assert row.accuracy.parts[-1] == (pytest.approx(np.var([6 / 60, 12 / 60], ddof=1) / 2), 1.0)
+    report = read_report(tmp_path)
+    assert score_of(report, "meta_lora_100", "all", ALL_SHOTS)["accuracy"] == pytest.approx(29 / 60)
+    assert "Some arms were trained with one seed" in pages(report)["report.md"]
+
+
+def test_only_seeds_of_both_arms_are_compared_and_it_says_so(tmp_path):
+    arms = matrix_arms(**arm("meta_lora_100", seeds=(1, 2, 3)), **arm("fomaml_300", seeds=(2, 3)))
+    report = report_of(tmp_path, arms)
+    assert pooled(report["verdict"]["comparison"])["n_seeds"] == 2
+    note = "META-LORA, 100 has seeds 1, 2, 3, FOMAML-SFT, 300 2, 3: compared on 2, 3."
+    assert note in report["verdict"]["comparison"]["notes"] and note in pages(report)["report.md"]
+    arms = matrix_arms(**arm("meta_lora_100", seeds=(1,)), **arm("fomaml_300", seeds=(2,)))
+    assert "different seeds" in report_of(tmp_path / "none", arms)["verdict"]["comparison"]["reason"]
+
+
+def test_an_arm_without_training_serves_every_seed(tmp_path):
+    arms = matrix_arms(**arm("meta_lora_100", seeds=(1, 2, 3)))
+    experiments = read_experiments(write_experiments(tmp_path, arms, items=ITEMS))
+    assert compare(experiments.arms["meta_lora_100"], experiments.arms["base"], 0.03).at().n_seeds == 3
+
+
+def test_different_test_items_are_not_compared(tmp_path):
+    experiments = read_experiments(write_experiments(tmp_path / "a", items=40))
+    other = read_experiments(write_experiments(tmp_path / "b", items=50))
+    found = compare(experiments.arms["meta_lora_100"], other.arms["fomaml_300"], 0.03)
+    assert found.rows == () and "test items differ" in found.reason
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def verdict_of(folder, few, many, fomaml, **options):
+    """The verdict for so many right answers of Exp 2, 3 and 1, of the base model's 4."""
+    arms = matrix_arms(
+        **arm("meta_lora_100", few=few), **arm("meta_lora_300", few=many), **arm("fomaml_300", few=fomaml)
+    )
+    return report_of(folder, arms, **options)["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "fomaml", "items", "outcome"),
+    [
+        (40, 40, 40, 60, "success"),  # equal: 0 points
+        (50, 40, 40, 60, "success"),  # better
+        (30, 40, 40, 60, "partial"),  # 17 points below on 100 samples, level on 300
+        (10, 20, 40, 60, "failure"),  # 50 and 33 points below
+        (80, 68, 100, 200, "undecided"),  # 10 points below: failure, or just short of it
+        (90, 84, 100, 200, "neither"),  # 5 points below on 100 samples, 8 on 300
+        (38, 38, 40, 60, "undecided"),  # 3 points below
+        (10, 10, 10, 40, "undecided"),  # level, but with 40 items the interval reaches below -3 points
+        (32, 36, 40, 60, "undecided"),  # below on 100, cannot tell on 300
+    ],
+)
+def test_scenarios(tmp_path, few, many, fomaml, items, outcome):
+    verdict = verdict_of(tmp_path, few, many, fomaml, items=items)
+    assert verdict["outcome"] == outcome, verdict["conditions"]
+    assert all(condition["met"] for condition in verdict["conditions"]) == (outcome != "undecided")
+    assert bool(verdict["would_decide"]) == (outcome == "undecided")
+
+
+def test_interval_of_the_verdict_by_hand(tmp_path):
+    """Ten of 60 items lost in both tasks and all runs: two tasks of 62 items, the made-up ones among them."""
+    accuracy = pooled(verdict_of(tmp_path, 30, 40, 40)["comparison"])["accuracy"]
+    of_task = (10 + 1 - 62 * (10 / 62) ** 2) / 61 / 62
+    half = stats.t.ppf(0.975, 122) * math.sqrt(of_task / 2)
+    assert accuracy["difference"] == pytest.approx(-10 / 60)
+    assert accuracy["ci95"] == pytest.approx([-10 / 62 - half, -10 / 62 + half])
+
+
+def test_what_would_decide_by_hand(tmp_path):
+    """Level on 80 items: the variance per item that is measured, against what 3 points allow."""
+    verdict = verdict_of(tmp_path, 10, 10, 10, items=40)
+    assert verdict["leaning"] == "success"
+    assert math.ceil(80 * (1 / 41 / 42 / 2) / (0.03 / 1.96) ** 2) == 100
+    assert verdict["would_decide"] == ["about 100 test items instead of 80, all else as it is"]
+
+
+def test_more_items_alone_cannot_decide_when_shot_sets_disagree(tmp_path):
+    """One shot set gives META-LORA 20 right answers more, the other 20 fewer."""
+    swing = arm("meta_lora_100", answers=lambda task, n, run, seed: [i < 30 + (20, -20)[run % 2] for i in range(ITEMS)])
+    verdict = report_of(tmp_path, matrix_arms(**swing, **arm("fomaml_300", few=30)))["verdict"]
+    assert verdict["outcome"] == "undecided"
+    assert re.match(
+        r"about \d+\.\d times as many test items, shot sets and seeds \(now 120", verdict["would_decide"][0]
+    )
+
+
+def test_missing_runs_of_the_verdict_are_named(tmp_path):
+    failed = {"evaluate-meta_lora_300-seed1": {"state": "failed", "error": "boom"}}
+    verdict = verdict_of(tmp_path / "Exp 3", 10, 10, 40, states=failed)
+    assert verdict["outcome"] == "undecided" and verdict["leaning"] is None
+    assert verdict["would_decide"] == [
+        "the missing runs: META-LORA, 300 is missing: evaluate-meta_lora_300-seed1 failed"
+    ]
+    verdict = verdict_of(tmp_path / "Exp 1", 10, 10, 40, states={"train-fomaml_300-seed1": {"state": "failed"}})
+    assert verdict["outcome"] == "not measured" and "train-fomaml_300-seed1 failed" in verdict["would_decide"][0]
+    report = report_of(tmp_path / "no suite", {"base": FakeArm("Base", "base")})
+    assert report["verdict"]["outcome"] == "not measured"
+
+
+def test_a_success_where_nothing_was_learned_is_hollow(tmp_path):
+    """FOMAML answers no more than the base model: level with it is level with nothing."""
+    report = report_of(tmp_path, matrix_arms(**arm("base", few=8)))
+    assert report["verdict"]["outcome"] == "success" and report["verdict"]["hollow"]
+    assert finding(report, "Few-shot accuracy near or above FOMAML")["status"] == "inconclusive"
+    text = pages(report)["report.md"]
+    assert "by the rule, but hollow" in text and "not shown to be above the base" in text
+
+
+def test_the_margin_is_that_of_the_suite(tmp_path):
+    suite = {**MATRIX_SUITE, "comparisons": [{"a": "meta_lora_100", "b": "fomaml_300", "margin": 0.01}]}
+    verdict = verdict_of(tmp_path, 40, 40, 40, suites={"matrix": suite})
+    assert verdict["margin"] == 0.01 and verdict["outcome"] == "undecided"
+
+
+def test_arms_are_known_without_the_names_of_the_guide(tmp_path):
+    arms = {name: FakeArm(**{**vars(a), "experiment": None}) for name, a in matrix_arms().items()}
+    verdict = report_of(tmp_path, arms)["verdict"]
+    assert verdict["outcome"] == "success" and verdict["comparison"]["a"] == "meta_lora_100"
+
+
+# ---- checklists -----------------------------------------------------------------------------------------------------
+
+
+def test_every_item_of_the_guide_is_judged(tmp_path):
+    found = report_of(tmp_path)["checklists"]
+    assert [len(findings) for findings in found.values()] == [6, 5, 4, 5]
+    assert all(all(finding.values()) for findings in found.values() for finding in findings)
+
+
+FROZEN = "Base model completely frozen"
+STAGE_2 = "Stage 2: aggregated gradients update the shared LoRA"
+LORA_ONLY = "The checkpoint holds LoRA parameters only, and is small"
+
+
+@pytest.mark.parametrize(
+    ("changes", "item", "status"),
+    [
+        ({}, FROZEN, "supported"),
+        ({}, LORA_ONLY, "supported"),
+        ({}, STAGE_2, "supported"),
+        ({"base_stepped": True}, FROZEN, "not supported"),
+        ({"base_stepped": True}, "Only LoRA parameters are optimized", "not supported"),
+        ({"foreign": "model.embed_tokens.weight"}, LORA_ONLY, "not supported"),
+        ({"moved": False}, STAGE_2, "not supported"),
+        (None, FROZEN, "not measured"),
+        (None, STAGE_2, "not measured"),
+        (None, LORA_ONLY, "not measured"),
+    ],
+)
+def test_export_is_inspected(tmp_path, changes, item, status):
+    write_experiments(tmp_path, items=8, exports=changes is not None)
+    if changes is not None:
+        write_export(tmp_path / "runs" / "train-meta_lora_100-seed1", step=6, **changes)
+    assert finding(read_report(tmp_path), item)["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("queries", "status"),
+    [
+        ((1.0, 0.9, 0.8, 0.7, 0.6, 0.5), "supported"),
+        ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "not supported"),
+        ((1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "not supported"),
+        ((1.0,), "not measured"),  # tasks drawn once tell nothing about training
+    ],
+)
+def test_stage_2_loss_over_the_meta_steps(tmp_path, queries, status):
+    arms = matrix_arms(**arm("meta_lora_100", queries=queries, gains=(0.1,) * len(queries)))
+    found = finding(report_of(tmp_path, arms, items=8), "Stage 2 validation loss falls")
+    assert found["status"] == status
+    if len(queries) > 1:
+        first, last = sum(queries[:2]) / 2, sum(queries[4:]) / 2
+        assert f"{first:.3f} in the first third, {last:.3f} in the last" in found["figure"]
+
+
+@pytest.mark.parametrize(("samples", "status"), [(100, "supported"), (101, "not supported"), (None, "not measured")])
+def test_samples_per_task(tmp_path, samples, status):
+    report = report_of(tmp_path, matrix_arms(**arm("meta_lora_100", samples=samples)), items=8)
+    assert finding(report, "No more than 100 samples per task")["status"] == status
+
+
+@pytest.mark.parametrize(("memory", "status"), [(4e9, "supported"), (3.9e9, "not supported")])
+def test_markedly_less_memory_is_half(tmp_path, memory, status):
+    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=memory)), items=8)
+    assert finding(report, "Memory markedly below FOMAML")["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("mixed", "single", "status"),
+    [
+        (6, 6, "inconclusive"),  # 2 of 60 more: 3.3 points, in an interval that reaches below 0
+        (2, 2, "supported"),  # 6 more
+        (2, 14, "not supported"),  # better than one, worse than the other
+    ],
+)
+def test_better_than_standard_lora_means_both_kinds(tmp_path, mixed, single, status):
+    report = report_of(tmp_path, matrix_arms(**arm("lora_mixed", few=mixed), **arm("lora_single", few=single)))
+    assert finding(report, "Better than standard LoRA in multi-task learning")["status"] == status
+
+
+def test_fast_adaptation_is_measured_against_the_start(tmp_path):
+    """Loss from 2.0 to 1.00 and 1.02 after 10 steps, accuracy from 2 to 8 of 60."""
+    found = finding(report_of(tmp_path), "Adapts to new tasks in fewer than 20 steps")
+    assert found["status"] == "supported" and "accuracy +10.0 points [" in found["figure"]
+    assert found["figure"].startswith("10 update steps on 25 shots: loss −0.990 [")
+    rising = report_of(tmp_path / "rising", matrix_arms(**arm("meta_lora_100", loss=0.5)))
+    assert finding(rising, "Adapts to new tasks in fewer than 20 steps")["status"] == "not supported"
+
+
+def test_standard_lora_is_not_fixed_by_its_seed(tmp_path):
+    """veRL seeds a fresh adapter under full determinism alone."""
+    determined = {"train-lora_mixed-seed1": {"command": ["python", "sft_trainer.py", "engine.full_determinism=True"]}}
+    for folder, states, expected in (("as the suites have it", {}, True), ("determined", determined, False)):
+        report = report_of(tmp_path / folder, matrix_arms(lora_single=FakeArm("B", "base")), states=states, items=8)
+        assert report["arms"]["lora_mixed"]["undetermined"] == expected
+        assert ("engine.full_determinism=true, so that" in pages(report)["report.md"]) == expected
+
+
+# ---- missing and broken ---------------------------------------------------------------------------------------------
+
+
+def test_missing_arms_are_named_and_never_scored(tmp_path):
+    states = {
+        "train-reptile_300-seed1": {"state": "failed"},
+        "evaluate-reptile_300-seed1": {"state": "skipped"},
+        "evaluate-base-seed1": {"state": "running"},
+        "evaluate-lora_single-geometry-seed1": {"state": "waiting"},
+    }
+    report = report_of(tmp_path, states=states)
+    status = {name: found["status"] for name, found in report["arms"].items()}
+    assert status["reptile_300"] == "missing: train-reptile_300-seed1 failed"
+    assert status["base"] == "missing: evaluate-base-seed1 running"
+    assert status["lora_single"] == "partly measured: evaluate-lora_single-geometry-seed1 waiting"
+    assert status["meta_lora_100"] == "measured"
+    reptile = report["arms"]["reptile_300"]
+    assert reptile["scores"] == [] and reptile["cost"]["seconds"] is None and report["arms"]["lora_single"]["scores"]
+    reasons = [comparison["reason"] for comparison in report["suites"]["matrix"]["comparisons"]]
+    assert reasons[:2] == [None, None] and "Base model is missing" in reasons[2]
+
+
+def test_results_of_an_unfinished_run_do_not_count(tmp_path):
+    """Files of an earlier attempt lie there, but the run is under way again."""
+    write_experiments(tmp_path, items=8)
+    document = json.loads((tmp_path / "experiments.json").read_text())
+    document["runs"]["evaluate-fomaml_300-seed1"]["state"] = "running"
+    (tmp_path / "experiments.json").write_text(json.dumps(document))
+    assert read_report(tmp_path)["arms"]["fomaml_300"]["scores"] == []
+
+
+def damage(folder, what):
+    document = json.loads((folder / "experiments.json").read_text())
+    run = folder / "runs" / "evaluate-fomaml_300-seed1"
+    train = folder / "runs" / "train-fomaml_300-seed1"
+    if what == "no predictions":
+        (run / "fomaml_predictions.jsonl").unlink()
+    elif what == "cut predictions":
+        text = (run / "fomaml_predictions.jsonl").read_text()
+        (run / "fomaml_predictions.jsonl").write_text(text[: len(text) // 2])
+    elif what == "no results":
+        shutil.rmtree(run)
+    elif what == "broken settings":
+        (run / "fomaml_settings.json").write_text("{")
+    elif what == "no summary":
+        (train / "run_summary.json").unlink()
+    elif what == "list for a summary":
+        (train / "run_summary.json").write_text("[1]")
+    elif what == "broken metrics":
+        (train / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    elif what == "strings for numbers":
+        (train / "run_summary.json").write_text(json.dumps({"seconds_total": "many", "peak_memory_bytes": None}))
+    elif what == "bare":
+        document = {"format": 1}
+    elif what == "no runs":
+        document["runs"] = {}
+    elif what == "no suites":
+        document["suites"] = None
+    elif what == "unknown arms":
+        document["suites"]["matrix"]["arms"].append("phantom")
+        document["suites"]["matrix"]["comparisons"].append({"a": "phantom", "b": "base"})
+    elif what == "empty arms":
+        document["arms"] = {name: {} for name in document["arms"]}
+    (folder / "experiments.json").write_text(json.dumps(document))
+
+
+FILES = ("no predictions", "cut predictions", "no results", "broken settings", "no summary", "list for a summary")
+STRUCTURE = ("broken metrics", "strings for numbers", "bare", "no runs", "no suites", "empty arms")
+
+
+@pytest.mark.parametrize("what", [*FILES, *STRUCTURE, "unknown arms"])
+def test_damage_never_stops_the_report(tmp_path, what):
+    write_experiments(tmp_path, items=8)
+    damage(tmp_path, what)
+    report = read_report(tmp_path)
+    assert bool(report["problems"]) == (what not in STRUCTURE)
+    text = pages(report)
+    assert Page(text["index.html"]).open == [] and text["report.md"]
+    json.dumps(report, allow_nan=False)
+    if what in ("bare", "no results", "strings for numbers"):
+        assert (write_report(tmp_path) / "index.html").is_file()
+
+
+# ---- the pages ------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: unclosed tags, addresses, images, text."""
+
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.images, self.text = [], set(), [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [values[name] for name in ("href", "src") if name in values]
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A whole report: matrix, two_stage and an ablation, a failed run with markup in its log, odd labels, two seeds."""
+    folder = tmp_path_factory.mktemp("experiments")
+    arms = matrix_arms(
+        **arm("meta_lora_100", speed={0: 2, 1: 3, 5: 8}, answers=some_answers(0.3, 12)),
+        **arm("fomaml_300", speed={0: 2, 1: 3, 5: 8}, answers=some_answers(0.3, 12)),
+        meta_lora_r4=FakeArm("META-LORA, r = 4 $x_$", "meta_lora", few=5),
+        meta_lora_stage1=FakeArm("Stage 1 | <b>only</b>", "meta_lora", few=3),
+    )
+    states = {
+        "train-reptile_300-seed1": {
+            "state": "failed",
+            "returncode": 1,
+            "error": "Traceback:\n<script>alert(1)</script> & ``` | out of memory",
+        },
+        "evaluate-reptile_300-seed1": {"state": "skipped"},
+    }
+    suites = {"matrix": MATRIX_SUITE, "two_stage": TWO_STAGE_SUITE, "rank": AXIS_SUITE}
+    return write_report(write_experiments(folder, arms, suites=suites, states=states, items=12))
+
+
+def test_html_is_whole_and_needs_no_network(report):
+    text = (report / "index.html").read_text()
+    read = Page(text)
+    assert read.open == [] and not read.tags & {"script", "link"}
+    for link in read.links:
+        assert (link[1:] and f'id="{link[1:]}"' in text) if link.startswith("#") else (report / link).is_file(), link
+    assert all(image["alt"] for image in read.images) and len(read.images) >= 9
+    assert "http:" not in text and "https:" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_every_figure_is_shown_in_both_pages(report):
+    files = {str(file.relative_to(report)) for file in report.glob("**/*") if file.suffix in (".svg", ".png")}
+    names = ("matrix-few-shot", "matrix-trade-off", "matrix-training", "matrix-gain", "speed")
+    names += ("rank-ablation", "two_stage-few-shot")
+    assert {COMPARISON_FIGURE, *(f"figures/{name}.svg" for name in names)} <= files
+    markdown = (report / "report.md").read_text()
+    links = Page((report / "index.html").read_text()).links
+    for file in files:
+        assert f"]({file})" in markdown and file in links
+    assert sum(file.stat().st_size for file in report.glob("**/*") if file.is_file()) < 1.5e6
+
+
+def test_text_of_logs_and_labels_is_never_markup(report):
+    html_text = (report / "index.html").read_text()
+    assert "<script" not in html_text and "<b>" not in html_text
+    read = Page(html_text)
+    assert "<script>alert(1)</script> & ``` | out of memory" in read.text  # as the log had it
+    assert "Stage 1 | <b>only</b>" in read.text
+    markdown = (report / "report.md").read_text()
+    assert "Stage 1 \\| &lt;b>only&lt;/b>" in markdown and "<b>" not in markdown
+    # The log's own backticks do not end the block it is in.
+    assert "````text\nTraceback:\n<script>alert(1)</script> & ``` | out of memory\n````" in markdown
+
+
+def test_markdown_tables_have_as_many_cells_in_every_row(report):
+    blocks = re.split(r"\n\n", (report / "report.md").read_text())
+    tables = [block.splitlines() for block in blocks if block.startswith("| ")]
+    assert len(tables) > 12
+    for lines in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_page_says_what_is_missing_and_failed(report):
+    text = Page((report / "index.html").read_text()).text
+    assert "train-reptile_300-seed1 failed" in text and "exit code 1" in text
+    assert "python train.py --name 'a b'" in text  # commands as shell lines
+    assert "0123456789ab" in text and "bb" * 32 in text
+
+
+def test_numbers_of_the_page_are_those_of_the_document(report):
+    document = json.loads((report / "report.json").read_text())
+    text = Page((report / "index.html").read_text()).text
+    for name in ("base", "meta_lora_100", "lora_mixed", "meta_lora_r4"):
+        score = score_of(document, name, "all", ALL_SHOTS)
+        low, high = (100 * limit for limit in score["ci95"])
+        assert f"{score['accuracy']:.1%} [{low:.1f}, {high:.1f}]" in text
+
+
+def test_the_same_files_give_the_same_report(tmp_path):
+    write_experiments(tmp_path / "x", items=8)
+    one, two = (write_report(tmp_path / "x", tmp_path / name) for name in ("one", "two"))
+    files = sorted(file.relative_to(one) for file in one.glob("**/*") if file.is_file())
+    assert files == sorted(file.relative_to(two) for file in two.glob("**/*") if file.is_file())
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_report_and_copies_the_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_experiments(tmp_path / "e", items=8)
+    assert compare_methods.main(["--report", "e"]) == 0
+    assert "wrote e/report/index.html" in capsys.readouterr().out
+    figure = tmp_path / "e" / "report" / COMPARISON_FIGURE
+    assert (tmp_path / "results" / "comparison_meta_lora_vs_fomaml.png").read_bytes() == figure.read_bytes()
+    # Again, over the report that is there, to other places.
+    assert compare_methods.main(["--report", "e", "--output", "e/report", "--comparison-figure", "other.png"]) == 0
+    assert (tmp_path / "other.png").is_file()
+
+
+def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_experiments(tmp_path / "e", items=8)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "experiments.json").write_text('{"format": 99}')
+    for command, words in (
+        (["--report", "nowhere"], "nowhere holds no experiments.json"),
+        (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format is 99"),
+        (["--report", "e", "--output", "mine"], "holds no report.json"),
+        (["--report", "e", "--output", "mine/thesis.txt"], "holds no report.json"),
+        (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),
+        (["--comparison-figure", "x.png"], "--comparison-figure has no meaning without"),
+    ):
+        assert compare_methods.main(command) == 2, command
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
