@@ -34,8 +34,8 @@ def cost(summaries: Sequence[Mapping[str, Any] | None], process_seconds: Sequenc
 
     Returns:
         ``seconds`` (of the training loop), ``step_seconds`` (median of a (meta-)step), ``memory`` (peak bytes of all
-        processes that hold one copy of the model; ``memory_kind`` is ``rss`` or ``device``), ``checkpoint`` (bytes of one export), ``steps``, ``tokens``,
-        ``process_seconds``, each ``{mean, low, high, count}``; ``device``.
+        processes that hold one copy of the model; ``memory_kind`` is ``rss`` or ``device``), ``checkpoint`` (bytes of
+        one export), ``steps``, ``tokens``, ``process_seconds``, each ``{mean, low, high, count}``; ``device``.
     """
 
     def spread(values: Sequence[float | None]) -> dict[str, float] | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
+
+from metasft.result_files import model_memory
 
 MEAN = "mean of tasks"
 MINUS, SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
@@ -148,11 +151,11 @@ def overview(methods: Sequence[Mapping[str, Any]]) -> Table:
     def right(n: int) -> Callable[[Any], Any]:
         return lambda row: f"{row[2]:.1%}" if isinstance(row[2], float) else scored(n, accuracy)(row)
 
-    def spent(key: str, unit: float, digits: str) -> Callable[[Any], Any]:
+    def spent(cost_of: Callable[[Mapping[str, Any]], float], unit: float, digits: str) -> Callable[[Any], Any]:
         def read(row: Any) -> str | None:
             if isinstance(row[2], float):
                 return None
-            return "not measured" if row[2]["summary"] is None else f"{row[2]['cost'][key]['mean'] / unit:{digits}}"
+            return "not measured" if row[2]["summary"] is None else f"{cost_of(row[2]['summary']) / unit:{digits}}"
 
         return read
 
@@ -166,10 +169,10 @@ def overview(methods: Sequence[Mapping[str, Any]]) -> Table:
         **{f"Accuracy, {n} shots": right(n) for n in shots},
         f"Format, {shots[-1]} shots": scored(shots[-1], formatted),
         **{f"Loss, {n} shots": scored(n, lambda score: f"{score['loss']:.3f}") for n in ends},
-        "Training (s)": spent("seconds", 1, ".1f"),
-        "s/step": spent("step_seconds", 1, ".3g"),
-        "Peak memory (MB)": spent("memory", 1e6, ".0f"),
-        "Checkpoint (MB)": spent("checkpoint", 1e6, ".2f"),
+        "Training (s)": spent(itemgetter("seconds_total"), 1, ".1f"),
+        "s/step": spent(itemgetter("seconds_per_step_median"), 1, ".3g"),
+        "Peak memory (MB)": spent(model_memory, 1e6, ".0f"),
+        "Checkpoint (MB)": spent(itemgetter("checkpoint_bytes"), 1e6, ".2f"),
     }
     return _table("", rows, columns, (0, 1))
 

@@ -398,7 +398,7 @@ def test_memory_is_that_of_all_processes_that_hold_one_model(work):
     """A quarter of a model in each of 4 processes against a whole one."""
     sharded = {"world_size": 4, "task_group_size": 4}
     write_summary(work / "checkpoints" / "fomaml", "fomaml", 600.0, 5e8, **sharded)
-    table = markdown_table(methods_of(work, "fomaml", "meta_lora"))
+    table = overview_page(methods_of(work, "fomaml", "meta_lora"))
     cells = {row.split("|")[1].strip(): row for row in table.splitlines() if "| calculus |" in row}
     assert "| 2000 |" in cells["fomaml"] and "| 2000 |" in cells["meta_lora"]
     assert (
@@ -435,7 +435,7 @@ def test_differences_that_spoil_a_comparison_are_noted(work):
     spread = {**gpu, "summary": summary("lora", 1.0, 1.0, world_size=2, peak_memory_kind="device")}
     assert [note.split(" (")[0] for note in caveats([methods[1], spread])] == [
         "Training costs were measured on a different number of processes",
-        "Peak memory is resident memory of the process for some methods, device memory for others.",
+        "Peak memory is resident memory for some methods, device memory for others.",
     ]
     assert "No settings file beside the results of b" in caveats([methods[0], {**changed, "settings": {}}])[0]
 
@@ -443,7 +443,7 @@ def test_differences_that_spoil_a_comparison_are_noted(work):
 def test_a_training_that_diverged_is_noted(work):
     write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, diverged={"meta/query_loss_after": 3.9})
     write_summary(work / "checkpoints" / "meta_lora", "meta_lora", 1.0, 1.0, diverged={})
-    notes = differences(methods_of(work, "meta_lora", "fomaml"))
+    notes = caveats(methods_of(work, "meta_lora", "fomaml"))
     assert notes == ["Losses diverged in training: fomaml (run_summary.json, diverged)."]
 
 
