@@ -26,6 +26,11 @@ METHODS = {
     "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
     "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05, [], 1e-4),
+    "fomaml_bf16": (
+        *("maml_sft_trainer.py", "config_fomaml_math_science", 0.02),
+        ["engine.mixed_precision.param_dtype=bf16"],  # over fp32 weights
+        0.1,
+    ),
 }
 
 
@@ -57,6 +62,6 @@ def test_meta_gradient_on_the_gpu_matches_the_reference(method, padding, tiny_mo
     result = torch.load(tmp_path / f"{method}_rank0.pt", weights_only=False)
     rank = 8 if method == "bf16" else 4
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
-    reference = Reference(tiny_model, task_dir, settings if overrides else None)
+    reference = Reference(tiny_model, task_dir, settings if script == LORA[0] else None)
     expected = reference.first_order_gradient(result["theta_before"], result["episodes"], lr)
     assert relative_error(result["gradient"], expected) < tolerance
