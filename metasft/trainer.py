@@ -355,7 +355,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         """One meta-step: draw the meta-batch, run this group's episodes, reduce over the groups, update theta.
 
         Returns:
-            The metrics of the step, equal on every rank.
+            The metrics of the step, equal on every rank but for seconds and memory.
         """
         started = time.perf_counter()
         meta_batch = self.train_dataloader.next_meta_batch()

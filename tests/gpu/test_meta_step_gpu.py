@@ -29,6 +29,7 @@ METHODS = {
     "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
     "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM where there is a kernel for it
     "fomaml": (*FOMAML, [], 1e-4),
+    "fomaml_bf16": (*FOMAML[:2], 0.02, ["engine.mixed_precision.param_dtype=bf16"], 0.1),  # over fp32 weights
 }
 # Passes of several micro-batches; one rank's shards, or the base under its adapters, on the host between uses.
 GROUP = ["meta.task_group_size=2", "data.max_token_len_per_gpu=160"]
