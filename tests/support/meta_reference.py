@@ -19,7 +19,7 @@ def load_model(path, lora=None, **overrides):
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **lora))
-    return model
+    return model.train()  # some models compute otherwise when they are evaluated (Gemma 3n)
 
 
 def tokenize(tokenizer, messages):
