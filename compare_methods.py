@@ -31,9 +31,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from metasft.installed import require
-from metasft.refusal import ArgumentParser, refuse
-from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_files, find_results
+from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.requirements import require
+from metasft.config.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_files, find_results
 
 # Flag -> default, per way of use. A flag of another way is an error, so that none is ignored in silence.
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from metasft.evaluation import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
-from metasft.installed import require
-from metasft.refusal import ArgumentParser, refuse
+from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.requirements import require
+from metasft.evaluation.evaluate import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
 
 
 def _parser() -> ArgumentParser:

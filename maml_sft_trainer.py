@@ -13,9 +13,9 @@ Launch (any number of processes; the ranks of a task group share one model, shar
 
 from collections.abc import Sequence
 
-from metasft.episodes import Episode
-from metasft.launch import hydra_main, run
-from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.data.episodes import Episode
+from metasft.training.launch import hydra_main, run
+from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
 
 
 class FOMAMLTrainer(EpisodicSFTTrainer):

@@ -13,9 +13,9 @@ Launch (any number of processes; settings in the YAML, overrides on the command 
 
 from collections.abc import Sequence
 
-from metasft.episodes import Episode
-from metasft.launch import hydra_main, run
-from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.data.episodes import Episode
+from metasft.training.launch import hydra_main, run
+from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
 
 
 class MetaLoRATrainer(EpisodicSFTTrainer):

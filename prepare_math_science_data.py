@@ -38,17 +38,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft import tasks as task_source
-from metasft.durable import check_place, sole_user
-from metasft.installed import require
-from metasft.prompts import DEFAULT_DATE
-from metasft.refusal import ArgumentParser, refuse
-from metasft.sources import answers, commands
-from metasft.sources.build import Built, build
-from metasft.sources.local import OWN_DATA
-from metasft.sources.suite import SIZES, shipped_suites
-from metasft.tasks import Example
-from metasft.untrusted import read_json, sha256_of
+from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.requirements import require
+from metasft.config.prompts import DEFAULT_DATE
+from metasft.data import answers
+from metasft.data import embedded_tasks as task_source
+from metasft.data.embedded_tasks import Example
+from metasft.data.sources import commands
+from metasft.data.sources.build import Built, build
+from metasft.data.sources.local import OWN_DATA
+from metasft.data.sources.suite import SIZES, shipped_suites
+from metasft.files.atomic import check_place, sole_user
+from metasft.files.untrusted import read_json, sha256_of
 
 DEFAULT_OUTPUT = Path("data/math_science_meta")
 MIXED_SAMPLES, MIXED_PER_TASK = 600, 100
@@ -299,7 +300,7 @@ def baseline_config(
   # veRL's dataset would learn from every turn of the assistant. As in META-LORA and in the evaluation, the last one is
   # the response, and what comes before it is the prompt.
   custom_cls:
-    path: pkg://metasft.sft_dataset
+    path: pkg://metasft.backend.sft_dataset
     name: LastResponseDataset"""
     return f"""\
 # Standard LoRA without meta-learning, {what}: veRL's own trainer, unchanged. Run from the folder that
@@ -459,7 +460,8 @@ def code_sha256(source: str) -> str:
     if source == "reasoning_gym":
         paths.append(Path(answers.__file__))
     else:
-        paths += sorted(Path(answers.__file__).parent.glob("*.py"))
+        folder = Path(commands.__file__).parent
+        paths += [folder.parent / "answers.py", folder.parent / "scoring.py", *sorted(folder.glob("*.py"))]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())

@@ -17,10 +17,10 @@ Launch (any number of processes):
 
 from collections.abc import Sequence
 
-from metasft.episodes import Episode
-from metasft.launch import hydra_main, run
-from metasft.meta_gradient import MeanDifference
-from metasft.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.data.episodes import Episode
+from metasft.training.launch import hydra_main, run
+from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.training.update_rules import MeanDifference
 
 
 class ReptileTrainer(EpisodicSFTTrainer):

@@ -22,16 +22,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from metasft.installed import require
+from metasft.cli.requirements import require
 
 require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
 
-from metasft.durable import check_place  # noqa: E402  (after the check above)
+from metasft.cli.errors import ArgumentParser, refuse, user_path  # noqa: E402
 from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402
 from metasft.experiments.runner import run_all  # noqa: E402
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
-from metasft.refusal import ArgumentParser, refuse, user_path  # noqa: E402
+from metasft.files.atomic import check_place  # noqa: E402  (after the check above)
 
 _UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 

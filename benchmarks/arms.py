@@ -87,7 +87,7 @@ def process_group() -> Iterator[None]:
     """veRL's process group, of one process where torchrun has set nothing else."""
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-    from metasft import launch
+    from metasft.training import launch
 
     launch._single_process_defaults()
     initialize_global_process_group()
@@ -107,7 +107,7 @@ def build_trainer(
     """
     from hydra import compose, initialize_config_dir
 
-    from metasft import launch
+    from metasft.training import launch
 
     script, name, config_name = SCRIPTS[method]
     trainer_class = getattr(importlib.import_module(script), name)

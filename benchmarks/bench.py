@@ -28,8 +28,8 @@ if Path(sys.path[0]).resolve() == ROOT / "benchmarks":  # run as a script: its m
     sys.path[0] = str(ROOT)
 
 from benchmarks.arms import Settings  # noqa: E402
-from metasft.config import check_model_path  # noqa: E402
-from metasft.installed import require  # noqa: E402
+from metasft.cli.requirements import require  # noqa: E402
+from metasft.config.training import check_model_path  # noqa: E402
 
 SECTION_NAMES = (
     "inner_step",

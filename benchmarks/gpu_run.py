@@ -229,13 +229,15 @@ def environment(run: Run) -> dict[str, Any]:
     """What the machine has, and that everything can be imported."""
     from importlib.metadata import version
 
-    run.command("-c", "import metasft.trainer, maml_sft_trainer, meta_lora_trainer, benchmarks.sections.__main__")
+    run.command(
+        "-c", "import metasft.training.trainer, maml_sft_trainer, meta_lora_trainer, benchmarks.sections.__main__"
+    )
     import torch
 
     found: dict[str, Any] = {"python": sys.version.split()[0], "cores": os.cpu_count()}
     found["versions"] = {name: version(name) for name in ("torch", "transformers", *_requirements())}
     if run.device == "cuda":
-        from metasft.lora_batch import choose_strategy
+        from metasft.model.stacked_lora import choose_strategy
 
         found |= {
             "cuda": torch.version.cuda,

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 def size(tensors) -> int:
     """Bytes of the distinct storages behind ``tensors`` (tied weights count once)."""
-    from metasft.adaptation import local_tensor
+    from metasft.model.inner_loop import local_tensor
 
     storages = {
         local_tensor(t).untyped_storage().data_ptr(): local_tensor(t).untyped_storage().nbytes() for t in tensors
@@ -45,10 +45,10 @@ def main() -> None:
     from verl.utils.device import get_device_name, get_torch_device
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-    from metasft import launch
-    from metasft.cpu_platform import peak_rss_bytes
-    from metasft.lora_batch import TaskBatchedLoRA
-    from metasft.trainer import EpisodicSFTTrainer
+    from metasft.backend.cpu_platform import peak_rss_bytes
+    from metasft.model.stacked_lora import TaskBatchedLoRA
+    from metasft.training import launch
+    from metasft.training.trainer import EpisodicSFTTrainer
 
     launch._single_process_defaults()
     initialize_global_process_group()

@@ -100,7 +100,7 @@ class PeftLoop:
         (loss * weight).backward()
 
     def meta_step(self, episodes: Sequence[Any]) -> None:
-        """One meta-step over ``episodes`` (see :class:`metasft.episodes.Episode`)."""
+        """One meta-step over ``episodes`` (see :class:`metasft.data.episodes.Episode`)."""
         parameters = list(self.parameters.values())
         shared = [p.detach().clone() for p in parameters]
         meta_gradient = [torch.zeros_like(p) for p in parameters]

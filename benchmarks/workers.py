@@ -53,7 +53,7 @@ def _peak() -> int:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        from metasft.cpu_platform import peak_rss_bytes
+        from metasft.backend.cpu_platform import peak_rss_bytes
 
         return peak_rss_bytes()
 
@@ -120,7 +120,7 @@ def _peft_loop(job: dict[str, Any], settings: Settings) -> tuple[Any, int]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from benchmarks.peft_loop import PeftLoop
-    from metasft.episodes import EpisodeSampler
+    from metasft.data.episodes import EpisodeSampler
 
     before = _peak()
     supports = sorted(Path(settings.task_dir).glob("*_support.parquet"))
@@ -154,7 +154,7 @@ def data_parallel(job: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Seconds of META-LORA's meta-steps with a task group per process, and of the all-reduces at their end."""
     import torch.distributed as dist
 
-    from metasft.verl_backend import all_reduce_flat
+    from metasft.backend.engine import all_reduce_flat
 
     with tempfile.TemporaryDirectory() as folder, process_group():
         arm = TrainerArm(build_trainer("meta_lora", settings, Path(folder), _overrides(job, lora=True)))

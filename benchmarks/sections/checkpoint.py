@@ -13,7 +13,7 @@ from benchmarks.sections.common import sample_counts
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Bytes of what each method exports."""
-    from metasft.checkpoint import size_bytes
+    from metasft.checkpoint.exports import size_bytes
 
     sizes = {}
     arms = {"meta_lora_r16": ("meta_lora", 16), "meta_lora_r4": ("meta_lora", 4), "fomaml": ("fomaml", None)}

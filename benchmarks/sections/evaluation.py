@@ -21,7 +21,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     import time
     from unittest.mock import patch
 
-    from metasft.evaluation import EvaluationConfig, evaluate
+    from metasft.evaluation.evaluate import EvaluationConfig, evaluate
 
     data_dir = Path(settings.task_dir).parent
     if not (data_dir / "meta_test").is_dir():
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     def grid(
         cells_per_batch: int | None, n_shots: tuple[int, ...], limit: int, *, packed: bool = True
     ) -> dict[str, Any]:
-        unpacked = patch("metasft.few_shot.model.why_not_packed", lambda *_: "padded for the comparison")
+        unpacked = patch("metasft.evaluation.few_shot_model.why_not_packed", lambda *_: "padded for the comparison")
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()),

@@ -40,7 +40,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     import torch
 
     from benchmarks.peft_loop import PeftLoop
-    from metasft.episodes import EpisodeSampler
+    from metasft.data.episodes import EpisodeSampler
 
     tasks, steps = (2, 2) if settings.quick else (4, 5)
     batch = 4

@@ -116,7 +116,7 @@ def _inner_loop_run(arm: TrainerArm) -> Callable[[], dict[str, float]]:
 
 def build_sampler_like(arm: TrainerArm) -> Any:
     """A sampler that draws what the arm's own drew from its first meta-step on."""
-    from metasft.episodes import EpisodeSampler
+    from metasft.data.episodes import EpisodeSampler
 
     trainer = arm.trainer
     return EpisodeSampler(

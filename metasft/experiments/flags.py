@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metasft.evaluation.protocol import EvaluationConfig
 from metasft.experiments.suites import Scale, check_mapping
-from metasft.few_shot.protocol import EvaluationConfig
 
 _SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
 _KINDS = {
@@ -89,8 +89,8 @@ def check_data(scale: Scale) -> PreparedData:
     """
     # The script's own checks, so that there is one truth about its flags.
     import prepare_math_science_data as script
-    from metasft.sources.commands import resolve_source, select
-    from metasft.tasks import TRAIN_TASKS
+    from metasft.data.embedded_tasks import TRAIN_TASKS
+    from metasft.data.sources.commands import resolve_source, select
 
     where = f"data of the scale {scale.name}"
     known = [key for key in vars(script.parse_arguments([])) if key not in ("output_dir", "dry_run")]

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.config import (
+from metasft.config.prompts import DATE_ARGUMENT, DEFAULT_DATE, given_arguments
+from metasft.config.training import (
     METHOD_TITLES,
     check_micro_batches,
     check_model_path,
     check_training_config,
     resolve_task_group,
 )
-from metasft.experiments.config import compose, overrides_of
+from metasft.experiments.composition import compose, overrides_of
 from metasft.experiments.flags import (
     as_flags,
     check_data,
@@ -34,7 +35,6 @@ from metasft.experiments.flags import (
 )
 from metasft.experiments.search import Search, choose_searches, placeholders
 from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
-from metasft.prompts import DATE_ARGUMENT, DEFAULT_DATE, given_arguments
 
 CONFIG_DIR = "data/math_science_meta"
 SCRIPTS = {

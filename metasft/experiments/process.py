@@ -25,9 +25,9 @@ from typing import IO, Any
 
 import psutil
 
-from metasft.checkpoint import size_bytes, write_json
+from metasft.checkpoint.exports import size_bytes, write_json
+from metasft.config.records import read_record, write_record
 from metasft.experiments.provenance import device_name, package_versions
-from metasft.experiments.records import read_record, write_record
 from metasft.experiments.store import LOG_FILE, locked, now
 from metasft.experiments.suites import ROOT
 

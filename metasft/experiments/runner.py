@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from metasft.config.records import read_record
 from metasft.experiments.process import END_NOW_FILE, leaving_seconds
-from metasft.experiments.records import read_record
 from metasft.experiments.store import ExperimentStore, locked, now
 from metasft.experiments.suites import ROOT
 

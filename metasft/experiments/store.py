@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from metasft.durable import locked, remove, remove_leftovers, write_json
+from metasft.config.records import EXPERIMENTS_FILE, FORMAT, read_experiments, read_record, write_record
 from metasft.experiments.plan import Plan, identity
 from metasft.experiments.provenance import provenance
-from metasft.experiments.records import EXPERIMENTS_FILE, FORMAT, read_experiments, read_record, write_record
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.suites import META_LEARNERS, ROOT
+from metasft.files.atomic import locked, remove, remove_leftovers, write_json
 
 LOG_FILE = "log.txt"
 

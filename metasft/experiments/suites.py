@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.untrusted import read_yaml
+from metasft.files.untrusted import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, whose scripts the runs are; an installed package has none."""

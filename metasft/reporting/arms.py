@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from metasft.experiments.records import EXPERIMENTS_FILE
-from metasft.experiments.records import read_experiments as read_document
+from metasft.config.records import EXPERIMENTS_FILE
+from metasft.config.records import read_experiments as read_document
+from metasft.config.result_files import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, Row, differences, pools, scores
 from metasft.reporting.costs import number
 from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing, read_evaluation
-from metasft.result_files import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results
 
 FINISHED = "finished"
 LOG_LINES = 20

@@ -11,13 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.reporting import figures, tables
-from metasft.reporting.comparisons import ALL_TASKS, differences, document
-from metasft.reporting.costs import cost
-from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing
-from metasft.reporting.pages import render
-from metasft.reporting.statistics import LEVEL, mover
-from metasft.result_files import (
+from metasft.config.json_checks import fields, number
+from metasft.config.result_files import (
     RESULTS_SUFFIX,
     SUMMARY_FILE,
     check_entry,
@@ -28,8 +23,13 @@ from metasft.result_files import (
     read_settings,
     read_summary,
 )
-from metasft.shapes import fields, number
-from metasft.untrusted import printable
+from metasft.files.untrusted import printable
+from metasft.reporting import figures, tables
+from metasft.reporting.comparisons import ALL_TASKS, differences, document
+from metasft.reporting.costs import cost
+from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing
+from metasft.reporting.pages import render
+from metasft.reporting.statistics import LEVEL, mover
 
 PREFERRED_TASK, PREFERRED_SHOTS = "calculus", 10
 SPEED_REMEDY = "measure it with evaluate_few_shot.py first"

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metasft.result_files import model_memory
-from metasft.shapes import LARGEST, is_number
+from metasft.config.json_checks import LARGEST, is_number
+from metasft.config.result_files import model_memory
 
 _KEYS = {
     "seconds": ("seconds_total",),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.result_files import CELL, PREDICTION, RESULTS_SUFFIX, find_file, read_settings
-from metasft.shapes import Check, count, fields, read_checked_lines
+from metasft.config.json_checks import Check, count, fields, read_checked_lines
+from metasft.config.result_files import CELL, PREDICTION, RESULTS_SUFFIX, find_file, read_settings
 
 SPEED_SUFFIX = "_speed.json"
 # What of the settings is the protocol: every key that begins like this, and these. Where the optimizer and its rate

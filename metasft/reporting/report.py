@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.durable import replacing_folder, write_json
+from metasft.files.atomic import replacing_folder, write_json
 from metasft.reporting import compare, figures, tables
 from metasft.reporting.arms import (
     FINISHED,

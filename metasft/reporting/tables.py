@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from metasft.result_files import model_memory
+from metasft.config.result_files import model_memory
 
 MEAN = "mean of tasks"
 MINUS, SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"

@@ -15,9 +15,15 @@ from forked_ranks import ForkServer
 from script_runner import ROOT, run_script
 from spoilt_inputs import OUTPUT, SCRIPTS, BadInput, arguments_of, copy_inputs, make_inputs
 
-from metasft.durable import sole_user
+from metasft.files.atomic import sole_user
 
-IMPORTED = ("metasft.few_shot.model", "metasft.experiments.runner", "matplotlib.figure", "datasets", "reasoning_gym")
+IMPORTED = (
+    "metasft.evaluation.few_shot_model",
+    "metasft.experiments.runner",
+    "matplotlib.figure",
+    "datasets",
+    "reasoning_gym",
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from script_runner import ROOT, must_run, script_environment
 from tiny_model import CHAT_TEMPLATE
 
 import verl
-from metasft.experiments.config import overrides_of
+from metasft.evaluation.open_model import load_verl_lora
+from metasft.experiments.composition import overrides_of
 from metasft.experiments.suites import read_scale
-from metasft.few_shot.open import load_verl_lora
 
 TINY = (
     "data.train_max_samples=16 trainer.total_training_steps=2 trainer.resume_mode=disable model.lora_rank=4 "

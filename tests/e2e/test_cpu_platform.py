@@ -79,7 +79,7 @@ def test_the_plugin_steps_aside_for_an_accelerator_or_the_users_choice():
     """The accelerator is pretended (torch reports one); the plugin must leave veRL's own detection alone."""
     code = (
         "import os, torch; torch.cuda.is_available = lambda: True\n"
-        "import verl, metasft.cpu_platform as p; print(p.activate())\n"  # verl's import has called it too
+        "import verl, metasft.backend.cpu_platform as p; print(p.activate())\n"  # verl's import has called it too
         "os.environ['VERL_PLATFORM'] = 'cpu'; print(p.activate())\n"
         "torch.cuda.is_available = lambda: False\n"
         "os.environ['VERL_PLATFORM'] = 'nvidia'; print(p.activate())"

@@ -13,8 +13,8 @@ from script_runner import ROOT, must_run
 from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasft.checkpoint import attach_adapter, load_adapter_folder, load_meta_lora, save_meta_lora
-from metasft.tasks import score
+from metasft.checkpoint.exports import attach_adapter, load_adapter_folder, load_meta_lora, save_meta_lora
+from metasft.data.embedded_tasks import score
 
 LM_EVAL_TASKS = ROOT / "lm_eval_tasks"
 
@@ -174,7 +174,7 @@ def test_lm_eval_and_the_few_shot_evaluation_agree(harness, taught, tmp_path):
 def test_every_task_file_is_known_to_lm_eval_and_names_a_task_of_ours():
     from lm_eval.tasks import TaskManager
 
-    from metasft.tasks import TEST_TASKS, TRAIN_TASKS
+    from metasft.data.embedded_tasks import TEST_TASKS, TRAIN_TASKS
 
     known = set(TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=False).all_tasks)
     expected = {f"metasft_{task}" for task in (*TRAIN_TASKS, *TEST_TASKS)}

@@ -141,7 +141,7 @@ def test_memory_and_seconds_per_step_are_reported(records):
 
 def test_checkpoint_loads_onto_a_new_base_model(checkpoint, tmp_path):
     """checkpoint可以直接加载到新的base model: same architecture, other weights; another architecture is refused."""
-    from metasft.checkpoint import AdapterCheckpoint, attach_adapter
+    from metasft.checkpoint.exports import AdapterCheckpoint, attach_adapter
 
     fields = {k: checkpoint[k] for k in ("adapter_config", "base_model", "adaptation", "step")}
     loaded = AdapterCheckpoint(tensors=checkpoint["lora"], **fields)

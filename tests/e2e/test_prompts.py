@@ -12,7 +12,7 @@ from tiny_model import build_tiny_model
 from transformers import AutoTokenizer
 
 import evaluate_few_shot
-from metasft.experiments.config import overrides_of
+from metasft.experiments.composition import overrides_of
 
 SCRIPTS = {
     "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),

@@ -57,7 +57,7 @@ def test_suites_and_scales_come_with_the_wheel(installed):
     assert found[0].startswith(os.fspath(installed))
     assert set(found[1:]) == shipped | scales and len(shipped) > 3 and {"smoke", "cpu", "gpu"} <= scales
 
-    suites = in_wheel(installed, "from metasft.sources.suite import shipped_suites\nprint(*shipped_suites())")
+    suites = in_wheel(installed, "from metasft.data.sources.suite import shipped_suites\nprint(*shipped_suites())")
     assert set(suites) == {path.stem for path in (ROOT / "data" / "suites").glob("*.yaml")} and suites
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metasft import response_loss as module
-from metasft.lora_batch import Blocks, add_block_products, add_rows_times, choose_strategy, rows_times
-from metasft.response_loss import response_loss
+from metasft.model import response_loss as module
+from metasft.model.response_loss import response_loss
+from metasft.model.stacked_lora import Blocks, add_block_products, add_rows_times, choose_strategy, rows_times
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, none is visible")
 DEVICE = torch.device("cuda")

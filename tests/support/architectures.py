@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from metasft.layouts import changed  # noqa: E402
-from metasft.lora_batch import TaskBatchedLoRA  # noqa: E402
+from metasft.model.layouts import changed  # noqa: E402
+from metasft.model.stacked_lora import TaskBatchedLoRA  # noqa: E402
 from metasft.tiny_model import build_tiny_tokenizer  # noqa: E402
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER, LAYERS, LENGTH = 32, 4, 2, 8, 64, 2, 512

@@ -24,7 +24,7 @@ from spoilt_inputs import (
     write_rows,
 )  # fmt: skip
 
-from metasft.untrusted import SUMS_FILE
+from metasft.files.untrusted import SUMS_FILE
 
 GOOD = "model.path=good_model"
 FROM_FOLDER = f"--model-type meta_lora --model-path {ADAPTER}"

@@ -35,7 +35,7 @@ from spoilt_inputs import (
     write_yaml,
 )  # fmt: skip
 
-from metasft.untrusted import SUMS_FILE
+from metasft.files.untrusted import SUMS_FILE
 
 # ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------
 

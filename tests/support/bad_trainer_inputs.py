@@ -21,7 +21,7 @@ from spoilt_inputs import (
     write_yaml,
 )  # fmt: skip
 
-from metasft.untrusted import SUMS_FILE, write_sums
+from metasft.files.untrusted import SUMS_FILE, write_sums
 
 SETTINGS = [
     ("meta_lora", "meta.inner_lr=nan", "finite"),

@@ -25,12 +25,12 @@ from unittest.mock import patch
 
 from doc_pages import Page
 
-from metasft.config import check_micro_batches, check_model_path, check_training_config, resolve_task_group
+from metasft.config.training import check_micro_batches, check_model_path, check_training_config, resolve_task_group
+from metasft.data.embedded_tasks import all_tasks
+from metasft.evaluation.model_source import EMBEDDED_MODEL
+from metasft.evaluation.protocol import EvaluationConfig
 from metasft.experiments import plan, suites
-from metasft.experiments.config import compose
-from metasft.few_shot.protocol import EvaluationConfig
-from metasft.few_shot.source import EMBEDDED_MODEL
-from metasft.tasks import all_tasks
+from metasft.experiments.composition import compose
 
 ROOT = suites.ROOT
 PLACEHOLDERS = {"host": "localhost", "model": EMBEDDED_MODEL, "name": "name"}
@@ -204,7 +204,7 @@ class CommandChecker:
 
     def _prepare(self, script: str, arguments: Sequence[str], processes: int) -> None:
         import prepare_math_science_data as prepare
-        from metasft.sources import commands
+        from metasft.data.sources import commands
 
         with _refusals():
             options = prepare.parse_arguments(arguments)
@@ -330,7 +330,7 @@ _SCRIPTS = {
 }
 _MODULES = {
     "verl.trainer.sft_trainer": CommandChecker._verl,
-    "metasft.sources.chat_template": CommandChecker._flags_alone,
+    "metasft.chat_template": CommandChecker._flags_alone,
 }
 
 

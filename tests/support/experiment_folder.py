@@ -240,7 +240,7 @@ def write_export(
     import torch
     from safetensors.torch import save_file
 
-    from metasft.checkpoint import FORMAT, FORMAT_VERSION
+    from metasft.checkpoint.exports import FORMAT, FORMAT_VERSION
 
     tensors = {}
     for module in ("q_proj", "v_proj"):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from meta_step_worker import ROOT, trainer_class
 
-from metasft.adaptation import local_tensor
+from metasft.model.inner_loop import local_tensor
 
 
 def train(script, config_name, overrides, crash=None, stop=None, poison=None, drift=None, full=None, apart=None):
@@ -29,7 +29,7 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
     """
     from hydra import compose, initialize_config_dir
 
-    from metasft import launch
+    from metasft.training import launch
 
     cls = trainer_class(script)
     if crash and crash["rank"] == int(os.environ["RANK"]):

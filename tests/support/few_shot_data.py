@@ -74,7 +74,7 @@ def save_random_adapter(folder: Path, base_model: Path, *, seed: int = 0) -> Pat
     """Export a random adapter as the META-LORA trainer does. Returns the ``.pt`` file; the PEFT folder is beside it."""
     from peft import get_peft_model_state_dict
 
-    from metasft.checkpoint import save_meta_lora
+    from metasft.checkpoint.exports import save_meta_lora
 
     model = random_adapter(base_model, seed=seed)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -83,7 +83,7 @@ def save_random_adapter(folder: Path, base_model: Path, *, seed: int = 0) -> Pat
 
 def base_config(model: Path, data_dir: Path, output_dir: Path, **changes):
     """A small evaluation of ``model`` with a fresh LoRA."""
-    from metasft.few_shot.protocol import EvaluationConfig
+    from metasft.evaluation.protocol import EvaluationConfig
 
     settings = {
         "n_shots": (0, 2, 5),
@@ -106,11 +106,11 @@ def without_lora_flags(config, **changes):
 
 def load(config):
     """(model with its data prepared, task name -> task)."""
-    from metasft.evaluation import needed_shots
-    from metasft.few_shot.model import FewShotModel
-    from metasft.few_shot.open import open_model
-    from metasft.few_shot.protocol import plan_cells, read_test_tasks
-    from metasft.few_shot.source import find_model_source
+    from metasft.evaluation.evaluate import needed_shots
+    from metasft.evaluation.few_shot_model import FewShotModel
+    from metasft.evaluation.model_source import find_model_source
+    from metasft.evaluation.open_model import open_model
+    from metasft.evaluation.protocol import plan_cells, read_test_tasks
 
     tasks = {task.name: task for task in read_test_tasks(config)}
     model = FewShotModel(config, open_model(config, find_model_source(config)))
@@ -120,7 +120,7 @@ def load(config):
 
 def run_cell(model, tasks, task: str, n_shots: int, run: int = 0, seed: int = 1):
     """The outcome of one cell."""
-    from metasft.few_shot.protocol import shot_indices
+    from metasft.evaluation.protocol import shot_indices
 
     shots = shot_indices(len(tasks[task].pool), n_shots, seed=seed, task=task, run=run)
     return model.adapt_and_test(task, shots, run=run)

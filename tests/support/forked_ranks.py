@@ -137,8 +137,8 @@ def _serve() -> None:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import metasft.launch
-    import metasft.trainer  # noqa: F401
+    import metasft.training.launch
+    import metasft.training.trainer  # noqa: F401
 
     for module in sys.argv[1:]:
         importlib.import_module(module)

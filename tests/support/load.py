@@ -82,7 +82,7 @@ def count_reads(script: str, config_name: str, overrides: list[str], counts: str
     from fault_ranks import train
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
-    from metasft.trainer import EpisodicSFTTrainer
+    from metasft.training.trainer import EpisodicSFTTrainer
 
     files: Counter[str] = Counter()
     tokenised, started, first = 0, time.perf_counter(), None

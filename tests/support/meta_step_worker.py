@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 def trainer_class(script):
     """The one EpisodicSFTTrainer subclass that a root script defines."""
-    from metasft.trainer import EpisodicSFTTrainer
+    from metasft.training.trainer import EpisodicSFTTrainer
 
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +44,7 @@ def build_trainer(script, config_name, overrides):
     """A trainer as the script itself builds it, without running it. The process group must exist."""
     from hydra import compose, initialize_config_dir
 
-    from metasft import launch
+    from metasft.training import launch
 
     with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
         config = compose(config_name, overrides=list(overrides))

@@ -352,7 +352,7 @@ def write_mgsm(root: Path, languages: tuple[str, ...], count: int = 60) -> None:
 
 def write_everything(root: Path) -> None:
     """Copies of every source of the catalog."""
-    from metasft.sources import bbh, competition, science, word_problems
+    from metasft.data.sources import bbh, competition, science, word_problems
 
     write_math(root, competition.MATH_SUBJECTS)
     write_math(root, competition.MATH_SUBJECTS, owner="DigitalLearningGmbH")

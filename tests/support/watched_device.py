@@ -137,8 +137,8 @@ def register() -> None:
 
     from verl.plugin.platform import set_platform
 
-    from metasft import packed_attention
-    from metasft.cpu_platform import PlatformCPU
+    from metasft.backend.cpu_platform import PlatformCPU
+    from metasft.model import packed_attention
 
     class PlatformWatched(PlatformCPU):
         @property
@@ -202,7 +202,7 @@ def reduce_across_devices(out: Path) -> None:
     """all_reduce_flat over tensors on the host (as shards are under engine.offload_policy) and on the device."""
     import torch.distributed as dist
 
-    from metasft.verl_backend import all_reduce_flat
+    from metasft.backend.engine import all_reduce_flat
 
     original, places = dist.all_reduce, []
 
@@ -226,7 +226,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from verl.utils.distributed import initialize_global_process_group
 
-    from metasft import launch
+    from metasft.training import launch
 
     launch._single_process_defaults()
     with contextlib.redirect_stdout(sys.stderr):

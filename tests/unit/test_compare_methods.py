@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 
 import compare_methods
+from metasft.config.result_files import find_files, find_results
 from metasft.reporting.compare import (
     caveats,
     choose_shots,
@@ -28,7 +29,6 @@ from metasft.reporting.compare import (
 )
 from metasft.reporting.evaluations import SPEED_SUFFIX
 from metasft.reporting.statistics import summarise_cells
-from metasft.result_files import find_files, find_results
 
 SHOTS = (0, 5, 10)
 # Correct answers of 20 per task and N, by method.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from script_runner import ROOT
 
-from metasft.config import METHODS, MetaConfig, check_micro_batches, check_training_config, resolve_task_group
+from metasft.config.training import METHODS, MetaConfig, check_micro_batches, check_training_config, resolve_task_group
 
 CONFIGS = {
     "meta_lora": "config_meta_lora_example",
@@ -185,7 +185,7 @@ def test_micro_batches_must_divide_the_share_of_a_rank():
 
 
 def test_checks_need_neither_torch_nor_verl():
-    modules = "metasft.config, metasft.episodes, metasft.task_data"
+    modules = "metasft.config.training, metasft.data.episodes, metasft.data.task_sets"
     code = f"import sys, {modules}; print(sorted({{'torch', 'verl'}} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"

@@ -13,8 +13,8 @@ from doc_commands import CommandChecker, commands_of, expand
 from doc_pages import Page, broken_links, paths_in_tree, read_page
 from script_runner import ROOT
 
-from metasft.config import METHODS, MetaConfig
-from metasft.experiments.config import compose
+from metasft.config.training import METHODS, MetaConfig
+from metasft.experiments.composition import compose
 from metasft.experiments.plan import CONFIG_DIR, SCRIPTS, make_plan
 from metasft.experiments.suites import read_scale, read_suites
 

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 
-from metasft.durable import (
+from metasft.files.atomic import (
     PARTIAL,
     locked,
     remove,

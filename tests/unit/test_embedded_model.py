@@ -9,7 +9,8 @@ import torch
 from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasft import embedded_model, tasks
+from metasft import embedded_model
+from metasft.data import embedded_tasks as tasks
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 MULTILINE = "x  12 café\n\n  3 ∫ 2*x dx ▁ ° × don't <|im_end|>."

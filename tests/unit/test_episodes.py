@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasft.episodes import EpisodeSampler, ShuffledStream
+from metasft.data.episodes import EpisodeSampler, ShuffledStream
 
 
 def sampler(seed=1, tasks=("a", "b", "c", "d", "e"), support=10, query=6, **changes):

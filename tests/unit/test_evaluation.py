@@ -19,10 +19,10 @@ from few_shot_data import (
     write_unseen_tasks,
 )
 
-from metasft.few_shot.open import open_model
-from metasft.few_shot.protocol import Cell, plan_cells, read_test_tasks, shot_indices
-from metasft.few_shot.source import find_model_source, recorded_adaptation, resolve_adaptation
-from metasft.few_shot.store import ResultStore
+from metasft.evaluation.model_source import find_model_source, recorded_adaptation, resolve_adaptation
+from metasft.evaluation.open_model import open_model
+from metasft.evaluation.protocol import Cell, plan_cells, read_test_tasks, shot_indices
+from metasft.evaluation.store import ResultStore
 
 
 @pytest.fixture

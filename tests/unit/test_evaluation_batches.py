@@ -13,12 +13,12 @@ import torch
 from few_shot_data import base_config, load, random_adapter, without_lora_flags
 from transformers import AutoModelForCausalLM
 
-from metasft.few_shot.model import CELLS_CPU, Job
-from metasft.few_shot.packed import PackedRunner
-from metasft.few_shot.packing import RowCache, why_not_packed
-from metasft.few_shot.padded import PaddedRunner
-from metasft.few_shot.protocol import shot_indices
-from metasft.packed_attention import PackedSequences, rows_are, use_packed_attention
+from metasft.evaluation.few_shot_model import CELLS_CPU, Job
+from metasft.evaluation.packed_runner import PackedRunner
+from metasft.evaluation.padded_runner import PaddedRunner
+from metasft.evaluation.protocol import shot_indices
+from metasft.evaluation.row_cache import RowCache, why_not_packed
+from metasft.model.packed_attention import PackedSequences, rows_are, use_packed_attention
 
 SAMPLES = ([5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32])
 
@@ -79,7 +79,7 @@ def test_cells_together_are_peft_one_at_a_time(config):
 def load_padded(config):
     """A model that takes the path of models whose attention packing does not cover."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metasft.few_shot.model.why_not_packed", lambda *_: "for this test")
+        patch.setattr("metasft.evaluation.few_shot_model.why_not_packed", lambda *_: "for this test")
         model, tasks = load(config)
     assert isinstance(model.runner, PaddedRunner)
     return model, tasks

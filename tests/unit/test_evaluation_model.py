@@ -22,10 +22,10 @@ from few_shot_data import (
 from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasft.episodes import ShuffledStream
-from metasft.few_shot.open import load_verl_lora
-from metasft.few_shot.protocol import shot_indices
-from metasft.few_shot.source import EMBEDDED_MODEL, find_model_source
+from metasft.data.episodes import ShuffledStream
+from metasft.evaluation.model_source import EMBEDDED_MODEL, find_model_source
+from metasft.evaluation.open_model import load_verl_lora
+from metasft.evaluation.protocol import shot_indices
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from few_shot_data import (
 )
 from safetensors.torch import load_file
 
-from metasft.evaluation import evaluate
-from metasft.few_shot import search as few_shot_search
-from metasft.few_shot.model import Job
-from metasft.few_shot.protocol import EvaluationConfig, in_context, read_test_tasks, read_training_tasks, shot_indices
-from metasft.few_shot.search import SEARCH_GRID, choose, read_search, search
+from metasft.evaluation import search as few_shot_search
+from metasft.evaluation.evaluate import evaluate
+from metasft.evaluation.few_shot_model import Job
+from metasft.evaluation.protocol import EvaluationConfig, in_context, read_test_tasks, read_training_tasks, shot_indices
+from metasft.evaluation.search import SEARCH_GRID, choose, read_search, search
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def test_vllm_generates_with_the_adapted_parameters(config, adapter, fake_vllm, 
 
 
 def test_vllm_needs_a_lora_it_can_hold(config, fake_vllm, tiny_model):
-    from metasft.few_shot.vllm import VllmGenerator
+    from metasft.evaluation.vllm import VllmGenerator
 
     whole = without_lora_flags(config, model_type="reptile", backend="vllm")
     with pytest.raises(ValueError, match="adapted with all parameters: leave --backend out"):

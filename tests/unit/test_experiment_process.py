@@ -13,8 +13,8 @@ import psutil
 import pytest
 from script_runner import ROOT
 
+from metasft.config.records import read_record, write_record
 from metasft.experiments.process import END_NOW_FILE, SAVING_SECONDS, _last_lines, _logged, _write_summary
-from metasft.experiments.records import read_record, write_record
 from metasft.experiments.store import locked
 
 PYTHON = sys.executable

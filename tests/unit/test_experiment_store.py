@@ -10,10 +10,10 @@ import pytest
 from experiment_files import ARMS, BASE, META_LORA, SEARCH, SEARCHED, SLOWER, flag, opened, plan_of
 
 import run_experiments
-from metasft.durable import PARTIAL
-from metasft.experiments.records import read_experiments, read_record, write_record
+from metasft.config.records import read_experiments, read_record, write_record
 from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.store import command_of, locked
+from metasft.files.atomic import PARTIAL
 
 
 def leave(folder, states, arms=ARMS, changes=None):
@@ -243,7 +243,7 @@ def test_a_run_that_starts_over_is_gone_as_a_whole_or_not_at_all(tmp_path, monke
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metasft.durable.shutil.rmtree", killed)
+    monkeypatch.setattr("metasft.files.atomic.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, changes={"evaluate/all/n_runs": 3})
     assert not folder.exists()

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from script_runner import ROOT
 
-from metasft.experiments.config import overrides_of
+from metasft.experiments.composition import overrides_of
 from metasft.experiments.plan import identity, make_plan
 from metasft.experiments.suites import read_scale, read_suites
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from metasft.episode_table import EpisodeRecord, EpisodeRow, from_table, step_metrics, to_table
-from metasft.faults import WATCHED_LOSSES, DivergenceWatch, RunFault, first_fault, theta_checksum, writing
+from metasft.training.faults import WATCHED_LOSSES, DivergenceWatch, RunFault, first_fault, theta_checksum, writing
+from metasft.training.metrics import EpisodeRecord, EpisodeRow, from_table, step_metrics, to_table
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")

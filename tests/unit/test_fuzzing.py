@@ -21,18 +21,19 @@ from hypothesis import strategies as st
 from script_runner import ROOT
 
 import prepare_math_science_data as prepare_data
-from metasft import tasks, untrusted
-from metasft.checkpoint import load_adapter_folder, load_meta_lora
-from metasft.config import METHODS, MetaConfig, check_training_config
-from metasft.episodes import EpisodeSampler, ShuffledStream
-from metasft.few_shot.protocol import read_test_tasks
-from metasft.few_shot.source import find_model_source
-from metasft.model_folder import check_model_files
-from metasft.sources import scoring
-from metasft.sources.answers import extract_answer, last_boxed, unwrap
-from metasft.sources.commands import split_sizes
-from metasft.task_data import find_task_files
-from metasft.tasks import Example, score
+from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
+from metasft.checkpoint.model_folder import check_model_files
+from metasft.config.training import METHODS, MetaConfig, check_training_config
+from metasft.data import embedded_tasks as tasks
+from metasft.data import scoring
+from metasft.data.answers import extract_answer, last_boxed, unwrap
+from metasft.data.embedded_tasks import Example, score
+from metasft.data.episodes import EpisodeSampler, ShuffledStream
+from metasft.data.sources.commands import split_sizes
+from metasft.data.task_sets import find_task_files
+from metasft.evaluation.model_source import find_model_source
+from metasft.evaluation.protocol import read_test_tasks
+from metasft.files import untrusted
 
 
 def tiers(few: int, many: int):

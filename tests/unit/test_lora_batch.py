@@ -10,10 +10,17 @@ from meta_reference import relative_error
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from metasft.adaptation import InnerLoop
-from metasft.lora_batch import Blocks, TaskBatchedLoRA, add_block_products, add_rows_times, choose_strategy, rows_times
-from metasft.packed_attention import PackedSequences, rows_are, use_packed_attention
-from metasft.verl_backend import check_shardable
+from metasft.backend.engine import check_shardable
+from metasft.model.inner_loop import InnerLoop
+from metasft.model.packed_attention import PackedSequences, rows_are, use_packed_attention
+from metasft.model.stacked_lora import (
+    Blocks,
+    TaskBatchedLoRA,
+    add_block_products,
+    add_rows_times,
+    choose_strategy,
+    rows_times,
+)
 
 TOLERANCE = 1e-5
 LR = 0.02  # larger rates make these random models chaotic, and rounding grows with every inner step

@@ -31,7 +31,8 @@ ATTRIBUTES = {
     ("tempfile", "mktemp"),
 }
 PARQUET = {"read_table", "read_parquet", "ParquetFile", "ParquetDataset"}
-"""Read in ``metasft.untrusted`` alone, which looks at the size first; benchmarks and harness tasks read their own."""
+"""Read in ``metasft.files.untrusted`` alone, which looks at the size first; benchmarks and harness tasks read their
+own."""
 
 
 def _constant(call: ast.Call, name: str):
@@ -49,8 +50,8 @@ def faults_of(source: str, name: str = "x.py") -> list[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if (node.value.id, node.attr) in ATTRIBUTES:
                 found.append(where + f"{node.value.id}.{node.attr}")
-            if node.attr in PARQUET and name.startswith("metasft/") and name != "metasft/untrusted.py":
-                found.append(where + f"{node.value.id}.{node.attr} outside metasft.untrusted")
+            if node.attr in PARQUET and name.startswith("metasft/") and name != "metasft/files/untrusted.py":
+                found.append(where + f"{node.value.id}.{node.attr} outside metasft.files.untrusted")
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -101,5 +102,5 @@ def test_the_check_sees(line):
 
 def test_parquet_is_read_in_one_place():
     assert faults_of("pq.read_table(path)", "metasft/new.py")
-    assert not faults_of("pq.read_table(path)", "metasft/untrusted.py")
+    assert not faults_of("pq.read_table(path)", "metasft/files/untrusted.py")
     assert not faults_of("torch.load(path, weights_only=True)\nmodel.eval()\nyaml.safe_load(text)", "metasft/new.py")

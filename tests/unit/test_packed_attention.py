@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from metasft.packed_attention import PackedSequences, packed_sdpa, rows_are
+from metasft.model.packed_attention import PackedSequences, packed_sdpa, rows_are
 
 LAYER = SimpleNamespace(layer_idx=0)
 

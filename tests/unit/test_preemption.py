@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from metasft.preemption import Preemption
+from metasft.training.preemption import Preemption
 
 
 @pytest.mark.parametrize(

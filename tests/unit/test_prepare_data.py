@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import prepare_math_science_data as prepare_data
-from metasft import tasks
+from metasft.data import embedded_tasks as tasks
 
 ROOT = Path(prepare_data.__file__).resolve().parent
 SCRIPT = ROOT / "prepare_math_science_data.py"

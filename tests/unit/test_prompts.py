@@ -19,12 +19,12 @@ from script_runner import ROOT
 from tiny_model import build_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from metasft.checkpoint import load_adapter_folder, load_meta_lora, save_hf_model, save_meta_lora
-from metasft.evaluation import evaluate
-from metasft.experiments.config import compose
-from metasft.few_shot.model import Job
-from metasft.prompts import DEFAULT_DATE, Prompts, check_arguments
-from metasft.task_data import TokenizedSet
+from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora, save_hf_model, save_meta_lora
+from metasft.config.prompts import DEFAULT_DATE, Prompts, check_arguments
+from metasft.data.task_sets import TokenizedSet
+from metasft.evaluation.evaluate import evaluate
+from metasft.evaluation.few_shot_model import Job
+from metasft.experiments.composition import compose
 
 NO_THINKING = {"enable_thinking": False}
 CONFIGS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from metasft.durable import check_place
-from metasft.refusal import Ranks, read_ranks, refuse, refuse_on_rank_0, user_path
+from metasft.cli.errors import Ranks, read_ranks, refuse, refuse_on_rank_0, user_path
+from metasft.files.atomic import check_place
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metasft import response_loss as module
-from metasft.response_loss import response_loss
+from metasft.model import response_loss as module
+from metasft.model.response_loss import response_loss
 
 
 def whole(hidden, weight, labels, token_weights):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from metasft.lineage import Lineage, Start
-from metasft.resume import MetricsLog, _find_state, check_layout, prune, read_metrics, take_charge
+from metasft.training.lineage import Lineage, Start
+from metasft.training.resume import MetricsLog, _find_state, check_layout, prune, read_metrics, take_charge
 
 EARLIEST = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0}
 LATER = {

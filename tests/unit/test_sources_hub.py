@@ -11,10 +11,10 @@ import pytest
 import source_files
 
 import prepare_math_science_data as prepare_data
-from metasft.sources import hub as hub_module
-from metasft.sources.catalog import SOURCES
-from metasft.sources.hub import Access, SourceUnavailable, describe_size, fetch, locate
-from metasft.sources.reading import open_source, read_items
+from metasft.data.sources import hub as hub_module
+from metasft.data.sources.catalog import SOURCES
+from metasft.data.sources.hub import Access, SourceUnavailable, describe_size, fetch, locate
+from metasft.data.sources.reading import open_source, read_items
 
 ROOT = Path(prepare_data.__file__).resolve().parent
 GSM8K = SOURCES["gsm8k"]

@@ -9,12 +9,13 @@ import pytest
 import source_files
 from datasets import Features, Value
 
-from metasft import tasks
-from metasft.sources import bbh, competition, science, scoring, word_problems
-from metasft.sources.catalog import SOURCES
-from metasft.sources.hub import Access, SourceUnavailable
-from metasft.sources.reading import open_source, read_items
-from metasft.sources.source import Item
+from metasft.data import embedded_tasks as tasks
+from metasft.data import scoring
+from metasft.data.sources import bbh, competition, science, word_problems
+from metasft.data.sources.catalog import SOURCES
+from metasft.data.sources.hub import Access, SourceUnavailable
+from metasft.data.sources.reading import open_source, read_items
+from metasft.data.sources.source import Item
 
 WRITERS = {
     "math": lambda root: source_files.write_math(root, competition.MATH_SUBJECTS),

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import prepare_math_science_data as prepare_data
-from metasft import tasks
-from metasft.sources import chat_template
+from metasft import chat_template
+from metasft.data import embedded_tasks as tasks
 
 SIZES = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
 
@@ -551,8 +551,8 @@ def test_a_plain_chat_template_trains_and_evaluates(bare_model, tmp_path):
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 
-    from metasft.few_shot.open import load_transformers
-    from metasft.task_data import TokenizedSet
+    from metasft.data.task_sets import TokenizedSet
+    from metasft.evaluation.open_model import load_transformers
 
     before = {path.name: path.read_bytes() for path in bare_model.iterdir()}
     assert chat_template.main(["--model", str(bare_model), "--output", str(tmp_path / "chat")]) == 0

@@ -9,9 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasft import tasks
-from metasft.sources import scoring
-from metasft.sources.scoring import judge
+from metasft.data import embedded_tasks as tasks
+from metasft.data import scoring
+from metasft.data.scoring import judge
 
 PLANETS = ["Mars", "Venus", "The Moon", "Neither of them"]
 

@@ -14,12 +14,12 @@ import yaml
 from datasets import Dataset
 
 import prepare_math_science_data as prepare_data
-from metasft import tasks
-from metasft.sources.build import Candidate, splits_of, stratified
-from metasft.sources.catalog import SOURCES
-from metasft.sources.duplicates import Questions, normalised_question
-from metasft.sources.source import Item
-from metasft.sources.suite import SUITES_DIR, read_suite, shipped_suites, suite_from
+from metasft.data import embedded_tasks as tasks
+from metasft.data.sources.build import Candidate, splits_of, stratified
+from metasft.data.sources.catalog import SOURCES
+from metasft.data.sources.duplicates import Questions, normalised_question
+from metasft.data.sources.source import Item
+from metasft.data.sources.suite import SUITES_DIR, read_suite, shipped_suites, suite_from
 
 SMALL = ["--samples-per-task", "30", "--test-samples", "10", "--shot-pool", "8"]
 

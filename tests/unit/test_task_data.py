@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from metasft.config import MetaConfig
-from metasft.task_data import TokenizedSet, _Packed, find_task_files
+from metasft.config.training import MetaConfig
+from metasft.data.task_sets import TokenizedSet, _Packed, find_task_files
 
 
 def conversation(prompt, response="Answer: 1"):

@@ -13,8 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasft import tasks
-from metasft.tasks import Example, extract_answer, generate_examples, majority_baseline, row_for, score, stream_examples
+from metasft.data import embedded_tasks as tasks
+from metasft.data.embedded_tasks import (
+    Example,
+    extract_answer,
+    generate_examples,
+    majority_baseline,
+    row_for,
+    score,
+    stream_examples,
+)
 
 FAMILIES = [family for families in tasks.all_tasks().values() for family in families]
 TASK_OF = {family: task for task, families in tasks.all_tasks().items() for family in families}
@@ -52,7 +60,8 @@ def reasoning_gym_row(family: str, answer: str, **metadata) -> dict:
 
 
 def test_import_is_light():
-    code = "import sys, metasft.tasks; print([m for m in ('torch', 'sympy', 'reasoning_gym') if m in sys.modules])"
+    code = "import sys, metasft.data.embedded_tasks\n"
+    code += "print([m for m in ('torch', 'sympy', 'reasoning_gym') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -107,7 +116,7 @@ def test_same_examples_under_every_hash_seed():
     """Python's per-process hash seed reaches reasoning-gym through sets of sympy terms."""
     code = (
         "import hashlib, json, random\n"
-        "from metasft import tasks\n"
+        "from metasft.data import embedded_tasks as tasks\n"
         "random.seed()\n"
         "rows = [tasks.row_for(e) for t in tasks.all_tasks() for e in tasks.generate_examples(t, 60, 4)]\n"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"

@@ -15,17 +15,17 @@ from few_shot_data import base_config, sum_rows, write_unseen_tasks
 from script_runner import ROOT
 
 import prepare_math_science_data as prepare_data
-from metasft import untrusted
-from metasft.config import MetaConfig
+from metasft.config.training import MetaConfig
+from metasft.data.embedded_tasks import score
+from metasft.data.sources.catalog import SOURCES
+from metasft.data.sources.hub import Access
+from metasft.data.sources.local import read_mapping
+from metasft.data.sources.reading import open_source, read_items
+from metasft.data.sources.suite import read_suite
+from metasft.data.task_sets import find_task_files
+from metasft.evaluation.protocol import read_test_tasks
 from metasft.experiments.suites import read_scale, read_suites
-from metasft.few_shot.protocol import read_test_tasks
-from metasft.sources.catalog import SOURCES
-from metasft.sources.hub import Access
-from metasft.sources.local import read_mapping
-from metasft.sources.reading import open_source, read_items
-from metasft.sources.suite import read_suite
-from metasft.task_data import find_task_files
-from metasft.tasks import score
+from metasft.files import untrusted
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -21,14 +21,14 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import evaluate_few_shot
-from metasft.checkpoint import attach_adapter, load_adapter_folder, load_meta_lora
-from metasft.config import MetaConfig
-from metasft.few_shot.open import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
-from metasft.model_folder import check_model_files, check_vocabulary
+from metasft.checkpoint.exports import attach_adapter, load_adapter_folder, load_meta_lora
+from metasft.checkpoint.model_folder import check_model_files, check_vocabulary
+from metasft.config.training import MetaConfig
+from metasft.data.task_sets import TokenizedSet, find_task_files
+from metasft.evaluation.open_model import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
+from metasft.files.untrusted import check_data_file, check_sums, read_json, read_yaml, sha256_of
 from metasft.reporting.exports import read_export
-from metasft.resume import _find_state
-from metasft.task_data import TokenizedSet, find_task_files
-from metasft.untrusted import check_data_file, check_sums, read_json, read_yaml, sha256_of
+from metasft.training.resume import _find_state
 
 DEEP = "[" * 100_000
 RENDERED_ON_IMPORT = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

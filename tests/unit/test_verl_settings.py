@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from script_runner import ROOT
 
-from metasft.verl_settings import FLAGS, GROUPS, RULES, check_groups, check_verl_settings
+from metasft.config.verl_groups import FLAGS, GROUPS, RULES, check_groups, check_verl_settings
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,791 @@
+"""Every touch of veRL's internals: the engine under the episodic trainers, its task groups and its batches.
+
+Written against veRL 0.9.0 (the version pyproject pins). :class:`MetaFSDPEngine` is veRL's FSDP engine with these
+differences: the data-parallel group is the task group; a group of one rank is not wrapped by FSDP; LoRA parameters stay
+in fp32 and outside the shards; only trained parameters reach the optimizer; one pass can carry the examples of several
+tasks, each with a loss of its own; the output layer runs at response positions only; and packed sequences attend each
+to itself without a mask over the whole row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from hydra.errors import InstantiationException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
+from verl.utils.model import _architecture_to_auto_class
+from verl.utils.py_functional import convert_to_regular_types
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.utils import prepare_micro_batches
+from verl.workers.engine_workers import TrainingWorker
+
+from metasft.checkpoint.exports import load_adapter_folder, with_adapter_of
+from metasft.checkpoint.model_folder import why_not_loaded
+from metasft.files.untrusted import reason
+from metasft.model import packed_attention
+from metasft.model.inner_loop import local_tensor, upload
+from metasft.model.layouts import Example, Layout, first_right, looks_ahead, why_wrong
+from metasft.model.packed_attention import PackedSequences
+from metasft.model.response_loss import response_loss
+from metasft.model.stacked_lora import TaskBatchedLoRA
+
+MODEL_TYPE = "meta_language_model"
+Output = Literal["loss", "selected", "logits"]
+OUTPUTS: tuple[Output, ...] = ("loss", "selected", "logits")
+"""What the output layer gives: the loss, the logits of response positions, or those of all positions."""
+
+
+@dataclass
+class _Response:
+    """The positions of one micro-batch whose next token is trained on, in the order of the flattened batch.
+
+    Attributes:
+        index: into the rows of the output layer's input, [n].
+        labels: the tokens to predict, [n].
+        weights: of each token in the loss, [n] fp32.
+        tasks: which task each token belongs to, [n].
+        loss: the weighted sum, and ``nll`` [n] its terms; set by the output layer.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    tasks: torch.Tensor
+    loss: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu", "cpu"])
+class MetaFSDPEngine(FSDPEngineWithLMHead):
+    """veRL's FSDP2 engine over a (task groups) x (ranks of a group) mesh.
+
+    ``engine_config.fsdp_size`` is the size of a task group. The ranks of a group hold one model (sharded by FSDP2 when
+    there is more than one) and split the examples of an episode; different groups work on different episodes and never
+    communicate here. veRL normalises the loss over ``get_data_parallel_group()``, which therefore is the group.
+    """
+
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        # TrainingWorker stores the registry key here; veRL's model loading expects its own name.
+        model_config.model_type = "language_model"
+        self.task_batch: TaskBatchedLoRA | None = None
+        # The model's own forward, example by example, until choose_layout() has proven something better.
+        self.layout = Layout("padded", "own")
+        self.output: Output = "logits"
+        self._response: _Response | None = None
+        super().__init__(model_config, *args, **kwargs)
+
+    # ---- task groups ------------------------------------------------------------------------------------------------
+
+    def _init_device_mesh(self) -> None:
+        world_size, group_size = dist.get_world_size(), self.engine_config.fsdp_size
+        assert group_size >= 1 and world_size % group_size == 0, (world_size, group_size)
+        self.mesh = init_device_mesh(
+            get_device_name(), (world_size // group_size, group_size), mesh_dim_names=("task", "shard")
+        )
+        self.device_mesh = self.mesh["shard"]
+        self.ulysses_device_mesh = None
+        self.ulysses_parallel_group = None
+        self.ulysses_sequence_parallel_size = 1
+        self.use_ulysses_sp = False
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh["shard"].get_local_rank()
+
+    def get_data_parallel_size(self) -> int:
+        return self.mesh["shard"].size()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh["shard"].get_group()
+
+    @property
+    def task_group_index(self) -> int:
+        return self.mesh["task"].get_local_rank()
+
+    @property
+    def num_task_groups(self) -> int:
+        return self.mesh["task"].size()
+
+    # ---- model and optimizer ----------------------------------------------------------------------------------------
+
+    def use_configured_optimizer(self) -> None:
+        """Put the settings of the command in the place of those that loading a resume state brings back.
+
+        The state holds the optimizer's settings and the learning rate of the schedule it was saved under: a changed
+        ``optim.lr`` would be ignored, and the first step after extending a schedule would be taken at its old end.
+        """
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        for group, share in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group.update({key: value for key, value in optimizer.defaults.items() if key in group})
+            group["initial_lr"] = optimizer.defaults["lr"]
+            group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def _build_module(self) -> torch.nn.Module:
+        with reading_model(self.model_config.path), _as_verl_reads(self.model_config.hf_config):
+            return super()._build_module()
+
+    def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        path = self.model_config.lora_adapter_path
+        if path is not None and Path(path).is_dir():
+            load_adapter_folder(Path(path))  # peft would read pickled weights, and settings of any kind
+        module = super()._build_lora_module(module)
+        # veRL makes the embeddings' output require a gradient, for reentrant checkpointing; the checkpointing used here
+        # is not reentrant, and nothing below the first adapter needs a backward.
+        module.disable_input_require_grads()
+        # veRL casts the adapter to the dtype of the base, because FSDP1 flattens both together. Here adapters are not
+        # sharded: they stay in fp32 over a bf16 base. An existing adapter is read again, unrounded.
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+        if self.model_config.lora_adapter_path is not None:
+            from peft import load_peft_weights, set_peft_model_state_dict
+            from verl.utils.fs import copy_to_local
+
+            path = copy_to_local(self.model_config.lora_adapter_path, use_shm=self.model_config.use_shm)
+            set_peft_model_state_dict(module, load_peft_weights(path, device="cpu"))
+        return module
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        precision = self.engine_config.mixed_precision or {}
+        param_dtype = PrecisionType.to_dtype(precision.get("param_dtype", "bf16"))
+        reduce_dtype = PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32"))
+        if param_dtype == torch.float16:
+            raise ValueError(
+                "engine.mixed_precision.param_dtype=fp16 needs loss scaling, which inner steps do not have; use bf16"
+            )
+        self._autocast_dtype = param_dtype
+        self._model_dtype = module.get_input_embeddings().weight.dtype
+        self.scaler = None
+        if self.get_data_parallel_size() == 1:
+            module = self._place_whole(module)
+        else:
+            module = self._shard(module, param_dtype, reduce_dtype)
+        if self.model_config.enable_activation_offload:
+            from verl.utils.activation_offload import enable_activation_offloading
+
+            enable_activation_offloading(
+                module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
+            )
+        self._drops_out = _drops_out(module)
+        self._own_attention = base_model(module).config._attn_implementation
+        self._watch_output_layer(module)
+        return module
+
+    def _place_whole(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A task group of one rank: FSDP over one rank would only copy all weights at every forward."""
+        if self.engine_config.offload_policy:
+            raise ValueError(
+                "engine.offload_policy=true needs FSDP2, and a task group of one rank is not sharded; use "
+                "engine.param_offload, or meta.task_group_size above 1"
+            )
+        module = module.to(get_device_id())
+        # Every rank drew its own initial adapter; rank 0's is the run's.
+        for tensor in [p.data for p in module.parameters() if p.requires_grad]:
+            dist.broadcast(tensor, src=0)
+        return module
+
+    def _shard(self, module: torch.nn.Module, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> torch.nn.Module:
+        check_shardable(module)
+        offload_policy = None
+        if self.engine_config.offload_policy:
+            offload_policy = CPUOffloadPolicy(pin_memory=get_device_name() != "cpu")
+            self._is_offload_param = self._is_offload_optimizer = False
+            self._uses_fsdp2_cpu_offload_policy = True
+        kwargs: dict[str, Any] = {
+            "mesh": self.device_mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=True
+            ),
+            "offload_policy": offload_policy,
+            "reshard_after_forward": self.engine_config.reshard_after_forward,
+        }
+        if self._is_lora:
+            # The adapters stay whole on every rank: they are small, and inner steps on them need no gather.
+            kwargs["ignored_params"] = {p for p in module.parameters() if p.requires_grad}
+        full_state = module.state_dict()
+        apply_fsdp2(module, kwargs, self.engine_config)
+        fsdp2_load_full_state_dict(module, full_state, self.device_mesh, offload_policy)
+        if self._is_lora and offload_policy is not None:
+            # veRL has moved everything to the host; FSDP brings back what it shards, when it is needed, and no adapter.
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(get_device_id())
+        return module
+
+    def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        from verl.workers.config.optimizer import build_optimizer
+
+        # veRL hands over all parameters; the frozen base has no business in an optimizer.
+        return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """theta: the parameters that inner and outer steps change, in a fixed order."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().save_checkpoint(local_path, *args, **kwargs)
+        except Exception:
+            # veRL waits for all ranks once before the files and twice behind them. A rank that cannot write has to
+            # arrive there, too: the others would wait for ever, and nobody could agree on what has happened.
+            dist.barrier()
+            dist.barrier()
+            raise
+
+    def batch_tasks(self, *, lr: float, optimizer: str, clip_grad: float | None) -> TaskBatchedLoRA:
+        """Let passes carry several tasks, each with a copy of the adapter; the settings are those of an inner step.
+
+        Raises:
+            ValueError: the adapter is of a kind that cannot be stacked.
+        """
+        self.task_batch = TaskBatchedLoRA(
+            self.module, lr=lr, optimizer=optimizer, clip_grad=clip_grad, dtype=self._autocast_dtype
+        )
+        return self.task_batch
+
+    # ---- losses and gradients ---------------------------------------------------------------------------------------
+
+    def loss_and_backward(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
+        """Mean response loss of each task of this group's batch; leaves the gradient of their sum.
+
+        The gradient is in ``.grad``, or in the stacked adapters while :attr:`task_batch` is adapting, averaged over the
+        ranks of the group.
+
+        Args:
+            batch: from :func:`make_batch`.
+            num_tasks: T; the batch's task numbers are below it.
+
+        Returns:
+            [T] on the device, this rank's part: their mean over the group is the tasks' loss.
+        """
+        losses = self._run(batch, num_tasks, backward=True)
+        if self._is_lora and self.get_data_parallel_size() > 1:
+            # FSDP reduces the gradients of its shards; the replicated adapters are ours to reduce.
+            if self._is_task_batched:
+                gradients = [self.task_batch.gradient]
+            else:
+                gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+            all_reduce_flat(gradients, self.get_data_parallel_group())
+            torch._foreach_mul_(gradients, 1.0 / self.get_data_parallel_size())
+        return losses
+
+    def loss_only(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
+        """As :meth:`loss_and_backward`, without gradient."""
+        return self._run(batch, num_tasks, backward=False)
+
+    @property
+    def _is_task_batched(self) -> bool:
+        return self.task_batch is not None and self.task_batch.active
+
+    def _run(self, batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
+        """veRL's ``forward_backward_batch`` with one loss per task, and without its waits for the device.
+
+        veRL divides a batch by the token count over the data-parallel group; the weights of :func:`make_batch` do that
+        for each task by itself. It also asks the ranks of the group which needs most micro-batches, so that all run as
+        many; here the batch says so (:func:`count_micro_batches`).
+        """
+        tu.assign_non_tensor(batch, sp_size=1)
+        least = tu.get_non_tensor_data(data=batch, key="least_micro_batches", default=None)
+        micro_batches, _ = prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)
+        losses = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if backward:
+                with self._gradient_sync_context(is_last_micro_batch=number == len(micro_batches)):
+                    response = self._forward(micro_batch, backward=True)
+            else:
+                with torch.no_grad():
+                    response = self._forward(micro_batch, backward=False)
+            losses.index_add_(0, response.tasks, response.nll * response.weights * self.get_data_parallel_size())
+        return losses
+
+    def _forward(self, micro_batch: Any, *, backward: bool) -> _Response:
+        """Forward, and backward, of one micro-batch; its response tokens with the loss of each."""
+        device = torch.device(get_device_id())
+        packed = self.layout.rows != "padded"
+        tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
+        micro_batch = self._grouped_by_task(micro_batch)
+        # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
+        lengths = micro_batch["input_ids"].offsets().diff()
+        response = self._response_of(micro_batch, lengths, packed)
+        rows = None
+        if self.layout.rows == "shared":
+            rows = self._packed_rows(micro_batch, response, device)
+        if self._is_task_batched:
+            counts = (
+                self._rows_per_task(micro_batch["task"], lengths if packed else None) if rows is None else rows.counts
+            )
+            outputs = torch.bincount(response.tasks, minlength=self.task_batch.num_tasks).tolist()
+            self.task_batch.route(counts, outputs)
+        for name in ("index", "labels", "weights", "tasks"):
+            setattr(response, name, upload(getattr(response, name), device))
+
+        if rows is None:
+            model_inputs, _ = super().prepare_model_inputs(micro_batch)
+            model_inputs = {
+                name: upload(value, device) if isinstance(value, torch.Tensor) else value
+                for name, value in model_inputs.items()
+            }
+        else:
+            model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
+        autocast = self._autocast_dtype != torch.float32
+        self._response = response
+        try:
+            with packed_attention.rows_are(rows):
+                with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
+                    output = self.module(**model_inputs, use_cache=False)
+                    if response.loss is None:
+                        self._loss_from_logits(output.logits, response)
+                if backward:
+                    # FSDP averages over the ranks of the group, each of which holds a part of the sum.
+                    (response.loss * self.get_data_parallel_size()).backward()
+        finally:
+            self._response = None
+        if not backward:
+            # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
+            # computing with them when the shards have changed.
+            for part in self.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+        return response
+
+    def _grouped_by_task(self, micro_batch: Any) -> Any:
+        """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""
+        task = micro_batch["task"]
+        if not self._is_task_batched or bool((task.diff() >= 0).all()):
+            return micro_batch
+        return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
+
+    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool) -> _Response:
+        # Position t predicts token t + 1.
+        is_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
+        flat = is_response.nonzero().squeeze(-1)
+        offsets = micro_batch["input_ids"].offsets()
+        row = torch.searchsorted(offsets, flat, right=True) - 1
+        return _Response(
+            index=flat if packed else row * int(lengths.max()) + (flat - offsets[row]),
+            labels=torch.roll(micro_batch["input_ids"].values(), shifts=-1, dims=0)[flat],
+            weights=micro_batch["loss_weight"][row],
+            tasks=micro_batch["task"][row],
+        )
+
+    def _packed_rows(self, micro_batch: Any, response: _Response, device: torch.device) -> PackedSequences:
+        """All sequences in one row; moves the index of ``response`` to it."""
+        batched = self._is_task_batched
+        # Without stacked adapters all examples meet the same parameters, whatever their task.
+        slots = micro_batch["task"].tolist() if batched else [0] * len(micro_batch["task"])
+        sequences = [ids.tolist() for ids in micro_batch["input_ids"].unbind()]
+        rows = PackedSequences(
+            list(zip(slots, sequences, strict=True)),
+            self.task_batch.num_tasks if batched else 1,
+            device,
+            share=not self._drops_out,  # sequences that share states would share random masks, too
+        )
+        entry = torch.tensor([node for path in rows.paths for node in path.nodes])
+        response.index = entry[response.index]
+        return rows
+
+    def _rows_per_task(self, task: torch.Tensor, lengths: torch.Tensor | None) -> list[int]:
+        """Rows of each task's stacked adapter: tokens when packed, examples when padded."""
+        rows = torch.zeros(self.task_batch.num_tasks, dtype=torch.long)
+        return rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths).tolist()
+
+    # ---- how examples are laid out ----------------------------------------------------------------------------------
+
+    def choose_layout(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[str]:
+        """Choose :attr:`output` and :attr:`layout`: the fastest of each with the losses of the model's own forward.
+
+        Every rank computes the same, so that all come to the same choice.
+
+        Args:
+            examples: two or more, some of one task and alike at their beginning, among them the longest of the run.
+            settings: veRL's batch settings; ``use_remove_padding`` false asks for padded rows.
+
+        Returns:
+            What was not chosen, and why.
+
+        Raises:
+            ValueError: the model predicts a token from what comes after it, or its losses in a padded batch are not
+                those of its own forward.
+        """
+        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+
+        def alone(example: Example) -> torch.Tensor:
+            return self._token_losses([example], settings)[0]
+
+        self.module.eval()
+        try:
+            self._use_layout(Layout("padded", "own"))
+            self.output = "logits"
+            short = min(examples, key=lambda example: len(example.tensors["input_ids"]))
+            model = f"model.path={self.model_config.path} ({base_model(self.module).config.model_type})"
+            try:
+                ahead = looks_ahead(alone, short, dtype)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{model} cannot compute the loss of an example ({type(error).__name__}: {reason(error)}); use "
+                    "another model, or name fewer modules in model.target_modules"
+                ) from error
+            if ahead:
+                raise ValueError(
+                    f"{model} with {self._own_attention} attention predicts a token from the tokens after it, so that "
+                    "its loss says nothing; use a causal language model (an encoder may need is_decoder=true in its "
+                    "config.json, a decoder +model.override_config.attn_implementation=eager)"
+                )
+            expected = [alone(example) for example in examples]
+            reasons = []
+            for output in OUTPUTS:
+                self.output = output
+                if not (why := why_wrong(lambda e: [alone(e[0])], expected[:1], examples[:1], dtype)):
+                    break
+                reasons.append(f"output layer with {output}: {why}")
+            wanted = [Layout("packed", "own"), Layout("padded", "own")]
+            if self._own_attention == "sdpa":
+                wanted = [Layout("shared", "packed"), Layout("packed", "own")]
+                wanted += [Layout("padded", "packed"), Layout("padded", "own")]
+            if not settings["use_remove_padding"]:
+                wanted = [layout for layout in wanted if layout.rows == "padded"]
+
+            def why_not(layout: Layout) -> str:
+                def losses(together: Sequence[Example]) -> list[torch.Tensor]:
+                    self._use_layout(layout)
+                    return self._token_losses(together, settings)
+
+                return why_wrong(losses, expected, examples, dtype)
+
+            layout, of_layouts = first_right(wanted, why_not)
+            if layout is None:
+                raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
+            self._use_layout(layout)
+            return [*reasons, *of_layouts]
+        finally:
+            self.module.train()
+
+    def why_not_stacked(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> str:
+        """What is wrong with several tasks in one pass over this model; empty where nothing is.
+
+        Compares two tasks, whose adapters are drawn at random, with each of them loaded into the model alone.
+
+        Args:
+            examples, settings: as of :meth:`choose_layout`, which has to come first.
+        """
+        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+
+        def stacked(compute: Callable[[TaskBatchedLoRA], Any]) -> Any:
+            with self.task_batch.adapting(2) as adaptation:
+                adaptation.draw(torch.Generator().manual_seed(0))
+                return compute(adaptation)
+
+        own = [parameter.data for parameter in self.task_batch.parameters]
+        theta = [tensor.clone() for tensor in own]
+        self.module.eval()
+        try:
+            adapted = stacked(lambda batch: [[part.clone() for part in batch.task_tensors(task)] for task in (0, 1)])
+            expected = []
+            for example in examples:
+                torch._foreach_copy_(own, adapted[example.task])
+                expected += self._token_losses([example], settings)
+            torch._foreach_copy_(own, theta)
+            return stacked(lambda _: why_wrong(lambda e: self._token_losses(e, settings), expected, examples, dtype))
+        finally:
+            torch._foreach_copy_(own, theta)
+            self.module.train()
+
+    def _use_layout(self, layout: Layout) -> None:
+        base, self.layout = base_model(self.module), layout
+        if layout.attention == "packed":
+            packed_attention.use_packed_attention(base)
+        elif base.config._attn_implementation != self._own_attention:
+            base.set_attn_implementation(self._own_attention)
+
+    @torch.no_grad()
+    def _token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The loss of each response token of each example, computed together; fp32 on the device."""
+        tasks = [example.task for example in examples]
+        response = self._forward(
+            make_batch([example.tensors for example in examples], tasks, [1.0] * len(examples), settings),
+            backward=False,
+        )
+        lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
+        return list(response.nll.float().split(lengths))
+
+    # ---- the output layer -------------------------------------------------------------------------------------------
+
+    def _watch_output_layer(self, module: torch.nn.Module) -> None:
+        """Let the output layer see only the hidden states whose next token is trained on.
+
+        With vocabularies of 50,000 to 150,000 tokens and prompts longer than responses, the output layer over all
+        positions costs a large part of a small model's time. Where it is a plain matrix whose logits nothing touches
+        afterwards, it returns the loss itself, and the logits never exist as a whole.
+        """
+        layer = module.get_output_embeddings()
+        if layer is None:
+            return
+        layer.register_forward_pre_hook(self._select_response)
+        if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
+            return
+        original = layer.forward
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            response = self._response
+            if response is None or self.output != "loss":
+                return original(hidden)
+            weight = layer.weight
+            if torch.is_autocast_enabled(hidden.device.type):
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
+            response.loss, response.nll = response_loss(hidden, weight, response.labels, response.weights)
+            return response.loss
+
+        layer.forward = forward
+
+    def _select_response(
+        self, _layer: torch.nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if self._response is None or self.output == "logits":
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._response.index), *args[1:])
+
+    def _loss_from_logits(self, logits: torch.Tensor, response: _Response) -> None:
+        logits = logits.reshape(-1, logits.shape[-1])
+        if self.output == "logits":  # of all positions
+            logits = logits.index_select(0, response.index)
+        nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
+        response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
+
+
+# veRL would load GPT-2 and its relatives, whose classes are called ...LMHeadModel, without their output layer.
+_architecture_to_auto_class.setdefault("LMHeadModel", AutoModelForCausalLM)
+
+
+@contextmanager
+def _as_verl_reads(config: Any) -> Iterator[None]:
+    """What veRL's loader asks of every configuration, and older models do not have.
+
+    Numbers of heads are lent while the model is loaded; models without ``sdpa`` get transformers' ``eager``.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    lent = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(text, name)]
+    for name in lent:
+        setattr(text, name, heads)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if config._attn_implementation == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for name in lent:
+            delattr(text, name)
+
+
+@contextmanager
+def reading_model(path: str) -> Iterator[None]:
+    """Turn whatever veRL and transformers raise over a model folder, or over a group of settings, into a ValueError.
+
+    What a broken folder, or one that brings code of its own, leads them into is no closed list.
+    """
+    try:
+        yield
+    except InstantiationException as error:
+        group = re.search(r"full_key: (\w+)", str(error))
+        if group is not None and (group[1] != "model" or isinstance(error.__cause__, TypeError)):
+            why = reason(error.__cause__ or error)
+            raise ValueError(f"the settings of the group {group[1]} cannot be used ({why}); correct them") from error
+        raise ValueError(_unreadable_model(path, error.__cause__ or error)) from error
+    except Exception as error:
+        raise ValueError(_unreadable_model(path, error)) from error
+
+
+def _unreadable_model(path: str, error: BaseException) -> str:
+    return f"model.path={path} cannot be loaded ({why_not_loaded(error)}); mend the folder, or use another model"
+
+
+def check_optimizer(optimizer_config: Any) -> None:
+    """Take a step with the optimizer, which veRL would look up behind the loading of the model.
+
+    Raises:
+        ValueError: there is none, or it cannot be built from the settings or step as the trainers do.
+    """
+    from verl.workers.config.optimizer import build_optimizer
+
+    module, name = optimizer_config.optimizer_impl, optimizer_config.optimizer
+    others = optimizer_config.override_optimizer_config
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, device=get_device_id()))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        getattr(importlib.import_module(module), name)  # veRL's own words list the whole module
+        build_optimizer([parameter], optimizer_config).step()
+    except Exception as error:  # whatever is in whatever module
+        also = f" with optim.override_optimizer_config={others}" if others else ""
+        raise ValueError(
+            f"optim.optimizer={name} of optim.optimizer_impl={module}{also} cannot be used ({reason(error)}); "
+            f"{'correct these, or ' if others else ''}set AdamW and torch.optim"
+        ) from error
+
+
+def check_adapter(model_config: Any) -> None:
+    """Put the adapter on a model without weights: whether the two fit is known before the weights are read.
+
+    Raises:
+        ValueError: no module has a name among ``model.target_modules``; or ``model.lora_adapter_path`` is no adapter,
+            or one of another rank or model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    path, rank, model = model_config.lora_adapter_path, model_config.lora_rank, model_config.path
+    if path is not None and not Path(path).is_dir():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return  # of the hub
+        raise ValueError(f"model.lora_adapter_path={path} does not exist; give a PEFT adapter folder")
+    adapter = None if path is None else load_adapter_folder(Path(path))
+    if adapter is not None and adapter.adapter_config["r"] != rank:
+        found = adapter.adapter_config["r"]
+        raise ValueError(f"model.lora_rank={rank} is not the rank of {path}; set model.lora_rank={found}")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config.hf_config, trust_remote_code=False)
+    except Exception:  # of another kind, or with code of its own: loading tells
+        return
+    with torch.device("meta"):
+        if adapter is not None:
+            with_adapter_of(skeleton, adapter, remedy=f"set model.path to that model, or leave out {path}")
+            return
+        wanted = convert_to_regular_types(model_config.target_modules)
+        if wanted is None or model_config.target_parameters is not None:
+            return
+        others = convert_to_regular_types(model_config.exclude_modules)
+        try:
+            get_peft_model(skeleton, LoraConfig(r=1, target_modules=wanted, exclude_modules=others))
+        except (ValueError, re.error) as error:
+            raise ValueError(
+                f"model.target_modules={wanted} cannot be found in model.path={model} ({reason(error)}); name modules "
+                "of that model, or set all-linear"
+            ) from error
+
+
+def check_shardable(module: torch.nn.Module) -> None:
+    """Raise ValueError where FSDP2 cannot wrap what veRL asks it to: an untied output layer under an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = getattr(module.config, "tie_word_embeddings", False)
+    if isinstance(module.get_output_embeddings(), BaseTunerLayer) and not tied:
+        raise ValueError(
+            "model.target_modules adapts the output layer, which veRL cannot shard over a task group; leave it out of "
+            "model.target_modules, or set meta.task_group_size=1"
+        )
+
+
+def base_model(module: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside an adapter, or the model itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    """Whether training draws random masks: sequences that share states would share them, too."""
+    config = module.config.get_text_config()
+    return bool(getattr(config, "attention_dropout", 0)) or any(
+        isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()
+    )
+
+
+def build_training_worker(**configs: Any) -> TrainingWorker:
+    """veRL's training worker around a :class:`MetaFSDPEngine`; ``configs`` as for veRL's ``TrainingWorkerConfig``."""
+    return TrainingWorker(config=TrainingWorkerConfig(model_type=MODEL_TYPE, **configs))
+
+
+def make_batch(
+    examples: Sequence[Mapping[str, torch.Tensor]],
+    tasks: Sequence[int],
+    weights: Sequence[float],
+    settings: Mapping[str, Any],
+) -> Any:
+    """Tokenised examples -> the batch that the engine takes (jagged tensors plus ``settings``).
+
+    Args:
+        examples: this rank's share, dicts of 1-D tensors.
+        tasks: which task of the pass each example belongs to.
+        weights: of each response token of an example in its task's loss: 1 / response tokens of the task's whole batch.
+        settings: veRL's batch settings, and ``least_micro_batches`` from :func:`count_micro_batches`.
+    """
+    collate = SFTTensorCollator(settings["pad_mode"])
+    tensors = {
+        **collate(list(examples)),
+        "task": torch.tensor(tasks, dtype=torch.long),
+        "loss_weight": torch.tensor(weights, dtype=torch.float32),
+    }
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=dict(settings))
+
+
+def count_micro_batches(shares: Iterable[Sequence[int]], most_tokens: int) -> int:
+    """Micro-batches of the rank that needs most: under FSDP all ranks of a group have to run as many.
+
+    All of them know all the examples, so that none has to ask, and to wait for its device, as veRL would.
+
+    Args:
+        shares: of each rank of a task group, the tokens of its examples.
+        most_tokens: of a micro-batch, ``data.max_token_len_per_gpu``.
+    """
+    return max(min(len(lengths), -(-sum(lengths) // most_tokens)) for lengths in shares)
+
+
+def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *, bucket_elements: int = 2**26) -> None:
+    """Sum ``tensors`` (fp32, local shards where distributed) over ``group`` in place, flattened into few collectives.
+
+    One collective as long as everything fits a bucket (256 MiB of fp32), which LoRA adapters practically always do. It
+    takes place on the accelerator, also for tensors that lie on the host.
+    """
+    device = torch.device(get_device_id())
+    bucket: list[torch.Tensor] = []
+    size = 0
+
+    def flush() -> None:
+        if not bucket:
+            return
+        flat = torch.cat([tensor.reshape(-1).to(device, torch.float32) for tensor in bucket])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        bucket.clear()
+
+    for tensor in map(local_tensor, tensors):
+        if size + tensor.numel() > bucket_elements:
+            flush()
+            size = 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    flush()
+
+
+def copy_to_hdfs(folder: Path, destination: str) -> None:
+    """Copy a saved folder to ``trainer.default_hdfs_dir``."""
+    from verl.utils import hdfs_io
+
+    hdfs_io.makedirs(destination, exist_ok=True)
+    hdfs_io.copy(src=str(folder), dst=destination, dirs_exist_ok=True)
+
+
+def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole model's tensors in host memory on rank 0, gathered tensor by tensor; empty on every other rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if dist.get_rank() == 0 else {}

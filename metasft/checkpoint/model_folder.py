@@ -1,0 +1,198 @@
+"""Whether a model folder is whole and its parts fit together, as far as it can be told without reading a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from metasft.cli.errors import user_path
+from metasft.files.untrusted import MAX_JSON_BYTES, check_sums, printable, read_json, reason
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_END_BYTES = 1024**2
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def check_model_files(name: str, setting: str) -> None:
+    """Check configuration, tokenizer, weight files and checksums of a model; one in no local folder is left to the hub.
+
+    Args:
+        name: folder or hub name.
+        setting: what names it, for the message, such as ``model.path``.
+
+    Raises:
+        ValueError: a file is missing, cut off, unreadable, or not the one that was exported; or the configuration asks
+            for more layers than there are weights.
+    """
+    folder = user_path(name)
+    if not folder.is_dir():
+        return
+    where = f"{setting}={name!r}"
+    config = read_json(folder / "config.json", "copy the Hugging Face model folder again")
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{where} has a config.json without model_type; give a Hugging Face model folder")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{where} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it into the folder")
+    if (folder / TOKENIZER_FILES[0]).is_file():
+        read_json(folder / TOKENIZER_FILES[0], f"copy the tokenizer of {printable(name)} again")
+    weights = _weights(folder)
+    if not weights:
+        raise ValueError(f"{where} holds no weights (*.safetensors, pytorch_model*.bin); copy the whole folder")
+    for file in weights:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which the index of the weights names; copy the whole folder")
+    if all(file.suffix == ".safetensors" for file in weights):
+        tensors = sum(map(check_safetensors, weights))
+        # Each would be built, and take memory, before the weights are found to be missing.
+        for key, layers in _layer_counts(config):
+            if layers > tensors:
+                raise ValueError(
+                    f"{folder / 'config.json'} says {key}={layers}, but the weights beside it are {tensors} tensors; "
+                    "copy the Hugging Face model folder again"
+                )
+    _check_end_tokens(folder, config)
+    check_sums(folder)
+
+
+def _check_end_tokens(folder: Path, config: dict[str, Any]) -> None:
+    file = folder / "generation_config.json"
+    settings = read_json(file, "copy the model again") if file.is_file() else {}
+    size = _vocabulary_size(config)
+    ends = settings.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not (type(end) is int and 0 <= end < size):
+            raise ValueError(
+                f"{file} has eos_token_id={printable(str(end))[:80]}, which is no token of the model; "
+                "correct it, or copy the model again"
+            )
+
+
+def _vocabulary_size(config: dict[str, Any]) -> float:
+    """Tokens that a model knows; infinity where its configuration does not tell."""
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) else math.inf
+
+
+def check_language_model(config: Any, model: str) -> None:
+    """Refuse a model that veRL would load without a layer that predicts tokens.
+
+    Args:
+        config: its transformers configuration.
+        model: what it belongs to, for the message.
+
+    Raises:
+        ValueError: its configuration names another kind of model.
+    """
+    from verl.utils.model import get_hf_auto_model_class
+
+    if not config.architectures or getattr(config, "auto_map", None):  # loading tells
+        return
+    loaded = get_hf_auto_model_class(config).__name__
+    if loaded not in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq"):
+        raise ValueError(
+            f"{model} is a {printable(str(config.architectures[0]))} ({config.model_type}), which veRL does not load "
+            "as a language model; use one whose config.json names an architecture ...ForCausalLM"
+        )
+
+
+def check_vocabulary(tokenizer: Any, config: Any, model: str, keywords: Mapping[str, Any]) -> None:
+    """Compare the ids that a tokenizer gives with what the model knows, before one is looked up in vain.
+
+    Special tokens beyond the vocabulary are let be where no conversation has them: some models ship with such.
+
+    Args:
+        tokenizer: with its chat template.
+        config: the transformers configuration of the model.
+        model: what they belong to, for the message.
+        keywords: arguments of the template.
+
+    Raises:
+        ValueError: the tokenizer gives larger ids.
+    """
+    size = _vocabulary_size(config.to_dict())
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    rendered = tokenizer.apply_chat_template(turns, return_dict=True, **keywords)["input_ids"]
+    used = ({*tokenizer.get_vocab().values()} - special) | {*rendered, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    largest = max(used - {None}, default=0)
+    if largest >= size:
+        raise ValueError(
+            f"{model} has vocab_size={size} in its configuration, but its tokenizer gives ids up to {largest}; use the "
+            "tokenizer that belongs to the model, or resize the model's embeddings"
+        )
+
+
+def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of layers that a configuration states, those of parts such as ``text_config`` included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif key in LAYER_KEYS and isinstance(value, int):
+            yield key, value
+
+
+def _weights(folder: Path) -> list[Path]:
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            shards = read_json(folder / index, "copy the model again").get("weight_map")
+            if isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values()):
+                return sorted({folder / Path(shard).name for shard in shards.values()})
+            raise ValueError(f"{folder / index} has no weight_map; copy the model again")
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def check_safetensors(path: Path) -> int:
+    """Compare the size of a safetensors file with what its header says is in it.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ValueError: it is cut off, or no such file.
+    """
+    remedy = "it was cut off or is another file: copy or export it again"
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_JSON_BYTES:
+                raise ValueError("its header is too large")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as safetensors ({reason(error)}); {remedy}") from error
+    if path.stat().st_size != whole:
+        raise ValueError(f"{path} has {path.stat().st_size} of {whole} bytes; {remedy}")
+    return len(ends)
+
+
+def fingerprint(name: str) -> str:
+    """What tells the model in a folder from others of its shape; the name itself where it is no folder.
+
+    SHA-256 over the names, sizes and both ends (1 MiB each) of configuration and weight files: the whole of large
+    weights would take minutes to read.
+    """
+    folder = user_path(name)
+    if not folder.is_dir():
+        return name
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *_weights(folder)]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_END_BYTES)
+            file.seek(max(size - _END_BYTES, 0))
+            total.update(f"{path.name} {size}\n".encode() + head + file.read(_END_BYTES))
+    return total.hexdigest()[:16]
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What transformers says of a model that it cannot load, where that speaks of the model."""
+    said = reason(error)
+    return "its weights do not fit its config.json" if "ignore_mismatched_sizes" in said else said

@@ -1,0 +1,1 @@
+"""Episodes, task sets, embedded tasks, scoring; public benchmarks and own files in ``sources``."""

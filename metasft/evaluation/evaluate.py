@@ -1,0 +1,323 @@
+"""Few-shot evaluation: adapt a model on N shots of an unseen task, then test the adapted model.
+
+The protocol is in :mod:`metasft.evaluation.protocol`. This module plans, checks and counts, without torch;
+:mod:`metasft.evaluation.few_shot_model` holds what needs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from metasft.checkpoint.exports import write_json
+from metasft.config.prompts import Prompts
+from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
+from metasft.evaluation.protocol import (
+    BACKENDS,
+    DTYPES,
+    MODEL_TYPES,
+    Cell,
+    EvaluationConfig,
+    TestTask,
+    plan_cells,
+    read_test_tasks,
+    read_training_tasks,
+    shot_indices,
+)
+from metasft.evaluation.store import ResultStore
+from metasft.files.atomic import sole_user
+from metasft.files.untrusted import reason, sha256_of
+from metasft.reporting.statistics import summarise_cells
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "MODEL_TYPES",
+    "EvaluationConfig",
+    "evaluate",
+]
+
+
+def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
+    """Run what is missing of an evaluation and write its result files.
+
+    Everything that can be checked without a model is checked before torch is imported.
+
+    Returns:
+        The results (task -> shot count as text -> entry, as in ``<model_type>_results.json``; empty with
+        ``speed_only``) and the stores that wrote them: the evaluation's, the speed curve's, as far as asked for.
+
+    Raises:
+        ValueError: a setting, a data file or a checkpoint is unusable.
+    """
+    config.check()
+    tasks = read_test_tasks(config)
+    # Flags come first: with a rate given there is nothing to search for.
+    searching = config.search_adaptation and config.adaptation_lr is None
+    training_tasks = _training_tasks(config) if searching else []
+    source = find_model_source(config)
+    _check_scoring([*tasks, *training_tasks])
+    with sole_user(config.output_dir, name=f".{config.model_type}.lock", setting="--output-dir"):
+        return _evaluate(config, tasks, training_tasks, source)
+
+
+def _check_scoring(tasks: Sequence[TestTask]) -> None:
+    """Score an empty answer to every test item: one that cannot be scored would show behind the last generation."""
+    from metasft.data.embedded_tasks import score
+
+    for task in tasks:
+        for number, row in enumerate(task.test):
+            try:
+                score("", row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{task.test_path} row {number} cannot be scored ({reason(error)}): prepare the data again"
+                ) from error
+
+
+def _evaluate(
+    config: EvaluationConfig, tasks: Sequence[TestTask], training_tasks: Sequence[TestTask], source: ModelSource
+) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
+    from metasft.evaluation.checks import check_before_loading
+    from metasft.evaluation.open_model import open_model
+
+    searching = bool(training_tasks)
+    opened = open_model(config, source)
+    by_name = {task.name: task for task in tasks}
+    largest = plan_cells(list(by_name), [config.largest_n], config.n_runs)  # the shots of smaller N are among its
+    prompts = check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
+    settings = _settings(config, tasks, source, opened, prompts)
+    loaded = _LoadedOnce(config, opened)
+    if searching:
+        chosen = _search(config, settings, training_tasks, loaded)
+        settings |= _adaptation_settings(chosen)
+        if loaded.model is not None:
+            loaded.model.use(chosen)
+        loaded.opened = replace(opened, adaptation=chosen)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    stores = []
+    if not config.speed_only:
+        cells = plan_cells([task.name for task in tasks], config.n_shots, config.n_runs)
+        stores.append(ResultStore(config.output_dir, config.model_type))
+        grid = {**settings, "n_shots": sorted(config.n_shots)}
+        results = _run(config, tasks, grid, stores[-1], cells, loaded, by="n_shots")
+    if config.speed_steps:
+        cells = [
+            Cell(task.name, config.speed_shots, run, step)
+            for task in tasks
+            for step in sorted(config.speed_steps)
+            for run in range(config.n_runs)
+        ]
+        stores.append(ResultStore(config.output_dir, config.model_type, "speed"))
+        curve = {**settings, "n_shots": [config.speed_shots], "adaptation_steps": sorted(config.speed_steps)}
+        _run(config, tasks, curve, stores[-1], cells, loaded, by="step")
+    return results, stores
+
+
+class _LoadedOnce:
+    """The model, loaded when something needs it."""
+
+    def __init__(self, config: EvaluationConfig, opened: Any) -> None:
+        self.config, self.opened, self.model = config, opened, None
+
+    def get(self) -> Any:
+        if self.model is None:
+            from metasft.evaluation.few_shot_model import FewShotModel
+
+            self.model = FewShotModel(self.config, self.opened)
+        return self.model
+
+
+def _run(
+    config: EvaluationConfig,
+    tasks: Sequence[TestTask],
+    settings: dict[str, Any],
+    store: ResultStore,
+    planned: Sequence[Cell],
+    loaded: _LoadedOnce,
+    *,
+    by: str,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run the planned cells that ``store`` lacks, and write its results: task -> value of the field ``by`` -> entry."""
+    from metasft.data.embedded_tasks import majority_baseline
+
+    store.open(settings, overwrite=config.overwrite)
+    by_name = {task.name: task for task in tasks}
+    if any(cell not in store.cells for cell in planned):
+        _run_missing(config, by_name, settings, store, planned, loaded.get())
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks:
+        baseline = majority_baseline(task.test)
+        own = [cell for cell in planned if cell.task == task.name]
+        results[task.name] = {}
+        for value in sorted({getattr(cell, by) for cell in own}):
+            cells = [cell for cell in own if getattr(cell, by) == value]
+            results[task.name][str(value)] = summarise_cells(
+                [store.cells[cell] for cell in cells], [store.predictions[cell] for cell in cells], baseline
+            )
+    write_json(store.results_path, results)
+    return results
+
+
+def _run_missing(
+    config: EvaluationConfig,
+    tasks: Mapping[str, TestTask],
+    settings: dict[str, Any],
+    store: ResultStore,
+    planned: Sequence[Cell],
+    model: Any,
+) -> None:
+    from tqdm import tqdm
+
+    from metasft.evaluation.few_shot_model import Job
+
+    missing = [cell for cell in planned if cell not in store.cells]
+    # Cells that differ in the step alone are points of one adaptation.
+    adaptations = list(dict.fromkeys(cell._replace(step=None) for cell in missing))
+    steps = sorted({cell.step for cell in missing if cell.step is not None}) or None
+    model.prepare(tasks.values(), needed_shots(config, missing, tasks))
+    jobs = [Job(cell.task, _shots_of(tasks[cell.task], cell, config), cell.run) for cell in adaptations]
+    model.runner.tokens = type(model.runner.tokens)()
+
+    def measured() -> dict[str, Any]:
+        return {
+            **settings,
+            "trained_parameters": model.trained_parameters,
+            "cells_per_batch": model.cells_per_batch,
+            "one_at_a_time_because": model.one_at_a_time_because,
+            "tokens": model.runner.tokens.as_settings(),
+        }
+
+    write_json(store.settings_path, measured())
+    with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="evaluating", unit="cell") as progress:
+        for number, step, outcome in model.run_jobs(jobs, test_after=steps):
+            cell = adaptations[number]._replace(step=None if steps is None else step)
+            if cell in store.cells:  # measured before an interruption; the trajectory passes through it again
+                continue
+            after = "" if cell.step is None else f", after {cell.step} steps"
+            progress.set_postfix_str(f"{cell.task}, {cell.n_shots} shots, run {cell.run}{after}")
+            store.add(*_record(tasks[cell.task], cell, jobs[number].shots, outcome))
+            progress.update()
+    write_json(store.settings_path, measured())
+
+
+def _training_tasks(config: EvaluationConfig) -> list[TestTask]:
+    from metasft.evaluation.search import SEARCH_SHOTS
+
+    return read_training_tasks(config, shots=SEARCH_SHOTS, limit=config.search_limit)
+
+
+def _search(
+    config: EvaluationConfig, settings: Mapping[str, Any], tasks: Sequence[TestTask], loaded: _LoadedOnce
+) -> Adaptation:
+    """The searched adaptation, from the output folder where an equal search is there already."""
+    from metasft.evaluation.search import SEARCH_GRID, choose, means, read_search, search, search_settings
+
+    path = config.output_dir / f"{config.model_type}_search.json"
+    own = search_settings(config, settings, tasks)
+    if config.overwrite:
+        path.unlink(missing_ok=True)
+    losses = read_search(path, own)
+    if len(losses) < len(SEARCH_GRID):
+        losses = search(loaded.get(), tasks, own, path)
+    chosen = choose(losses, config.adaptation_optimizer)
+    choice = {"optimizer": chosen.optimizer, "lr": chosen.lr}
+    write_json(path, {"settings": own, "losses": losses, "mean": means(losses), "choice": choice})
+    return chosen
+
+
+def _shots_of(task: TestTask, cell: Cell, config: EvaluationConfig) -> list[int]:
+    return shot_indices(len(task.pool), cell.n_shots, seed=config.seed, task=task.name, run=cell.run)
+
+
+def needed_shots(
+    config: EvaluationConfig, cells: Sequence[Cell], tasks: Mapping[str, TestTask]
+) -> dict[str, list[int]]:
+    """Task -> indices of the shots that ``cells`` adapt on."""
+    needed: dict[str, set[int]] = {name: set() for name in tasks}
+    for cell in cells:
+        needed[cell.task].update(_shots_of(tasks[cell.task], cell, config))
+    return {name: sorted(indices) for name, indices in needed.items()}
+
+
+def _record(
+    task: TestTask, cell: Cell, shots: Sequence[int], outcome: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(record of the cell, one prediction per test item)."""
+    from metasft.data.embedded_tasks import score
+
+    place = {"task": cell.task, "n_shots": cell.n_shots, "run": cell.run}
+    if cell.step is not None:
+        place["step"] = cell.step
+    predictions = []
+    for row, output in zip(task.test, outcome.outputs, strict=True):
+        verdict = score(output, row)
+        predictions.append(
+            {
+                **place,
+                "example_id": row["example_id"],
+                "prompt": row["prompt"],
+                "gold": row["answer"],
+                "output": output,
+                "extracted": verdict.extracted,
+                "correct": verdict.correct,
+                "formatted": verdict.formatted,
+            }
+        )
+    record = {
+        **place,
+        "n_test": len(predictions),
+        "accuracy": sum(p["correct"] for p in predictions) / len(predictions),
+        "loss": outcome.loss,
+        "adapt_steps": len(outcome.support_losses),
+        "adapt_seconds": outcome.adapt_seconds,
+        "support_losses": outcome.support_losses,
+        "shots": [task.pool[index]["example_id"] for index in shots],
+    }
+    return record, predictions
+
+
+def _adaptation_settings(adaptation: Adaptation) -> dict[str, Any]:
+    return {
+        "adaptation_optimizer": adaptation.optimizer,
+        "adaptation_lr": adaptation.lr,
+        "adaptation_origin": adaptation.origin,
+    }
+
+
+def _settings(
+    config: EvaluationConfig, tasks: Sequence[TestTask], source: ModelSource, opened: Any, prompts: Prompts
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "model_type": config.model_type,
+        "model_path": config.model_path,
+        "model_kind": source.kind,
+        "weights_sha256": source.sha256,
+        "base_model": opened.base_model,
+        "adapts": "nothing: the shots are in the prompt" if config.shots_in_prompt else opened.adapts,
+        "protocol": "in_context" if config.shots_in_prompt else "adaptation",
+        "adaptation_steps": 0 if config.shots_in_prompt else config.adaptation_steps,
+        **_adaptation_settings(opened.adaptation),
+        "adaptation_batch_size": config.adaptation_batch_size,
+        "eval_tasks": [task.name for task in tasks],
+        "domain": {task.name: task.domain for task in tasks},
+        "n_runs": config.n_runs,
+        "seed": config.seed,
+        "limit": config.limit,
+        "n_test": {task.name: len(task.test) for task in tasks},
+        "shot_pool": {task.name: len(task.pool) for task in tasks},
+        "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
+        "decoding": "greedy",
+        "backend": config.backend,
+        "max_new_tokens": config.max_new_tokens,
+        "max_length": config.max_length,
+        "chat_template_sha256": prompts.sha256,
+        "chat_template_kwargs": prompts.arguments,
+        "batch_size": config.batch_size,
+        "device": opened.device_name,
+        "dtype": config.dtype,
+        "versions": {name: version(name) for name in ("metasft", "torch", "transformers", "peft", "reasoning-gym")},
+    }

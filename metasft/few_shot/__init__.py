@@ -1,1 +1,0 @@
-"""Few-shot evaluation in parts; :mod:`metasft.evaluation` puts them together."""

@@ -1,0 +1,1 @@
+"""Files that a crash cannot tear, and files from somebody else."""

@@ -1,0 +1,1 @@
+"""What happens to tensors: the inner loop, stacked adapters, packed attention, the response loss."""

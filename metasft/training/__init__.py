@@ -1,0 +1,1 @@
+"""The episodic trainer: meta-steps, update rules, metrics, faults, resume, launch."""

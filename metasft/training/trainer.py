@@ -1,0 +1,720 @@
+"""The episodic base trainer: veRL's ``SFTTrainer`` with meta-batches of tasks instead of batches of examples.
+
+Three levels: :meth:`EpisodicSFTTrainer.fit` (the run), :meth:`EpisodicSFTTrainer.train_step` (one meta-step: sample,
+run, log), and :meth:`EpisodicSFTTrainer.meta_step` (the algorithm, in the scripts at the repository root).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.utils.device import get_device_id, get_torch_device
+
+from metasft.backend.engine import (
+    MetaFSDPEngine,
+    all_reduce_flat,
+    build_training_worker,
+    check_adapter,
+    check_optimizer,
+    copy_to_hdfs,
+    count_micro_batches,
+    full_state_dict_on_rank_0,
+    make_batch,
+    reading_model,
+)
+from metasft.backend.tracking import start_tracking, track
+from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora
+from metasft.checkpoint.model_folder import check_language_model, check_vocabulary, fingerprint
+from metasft.cli.errors import user_path
+from metasft.config.prompts import Prompts, check_arguments, given_arguments
+from metasft.config.result_files import SUMMARY_FILE
+from metasft.config.training import METHOD_TITLES, MetaConfig, Method
+from metasft.data.episodes import Episode, EpisodeSampler
+from metasft.data.task_sets import TaskFiles, TokenizedSet
+from metasft.files.atomic import remove_leftovers, replacing_file
+from metasft.files.untrusted import check_chat_template, sha256_of
+from metasft.model.inner_loop import InnerLoop, local_tensor, total_norm
+from metasft.model.layouts import Example
+from metasft.model.stacked_lora import TaskBatchedLoRA
+from metasft.training.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
+from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
+from metasft.training.preemption import Preemption
+from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
+from metasft.training.run_summary import peaks_of_ranks, write_summary
+from metasft.training.update_rules import MetaGradient
+
+logger = logging.getLogger(__name__)
+
+
+CPU_TOKENS, CPU_TOKENS_ALONE = 512, 256
+"""Where tasks in one pass stop gaining on a CPU core (docs/performance.md, one inner step)."""
+
+
+class EpisodicSFTTrainer(SFTTrainer):
+    """Meta-trains a model on episodes. Subclasses say what one meta-step computes.
+
+    Args:
+        config: the composed Hydra configuration (struct mode off).
+        meta: its validated ``meta`` group.
+        group_size: ranks per task group, from :func:`metasft.config.training.resolve_task_group`.
+        task_files: from :func:`metasft.data.task_sets.find_task_files`.
+
+    Raises:
+        ValueError: a setting that only shows once the model is loaded (for instance no module to adapt).
+    """
+
+    method: ClassVar[Method]
+
+    def __init__(self, config: Any, *, meta: MetaConfig, group_size: int, task_files: Sequence[TaskFiles]) -> None:
+        self.meta = meta
+        self.task_files = list(task_files)
+        self.lora = config.model.lora_rank > 0
+        config.engine.fsdp_size = group_size
+        if self.lora:
+            config.checkpoint.save_lora_only = True  # the frozen base is never part of a checkpoint
+        self.run_dir = user_path(config.trainer.default_local_dir)
+        self.config, self._group_size = config, group_size
+        self._state, self.skipped_steps = self._find_state()
+        self._preemption = Preemption()
+        _seed_everything(config.trainer.seed)
+        with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
+            super().__init__(config)
+        self.inner_loop = self._prove_the_passes()
+        if self._state is not None:
+            self.engine.use_configured_optimizer()
+        self._last_saved = self.resume_global_step
+        self._updates_since_save = 0
+
+    # ---- seams of veRL's trainer ------------------------------------------------------------------------------------
+
+    def _build_config(self) -> None:
+        with reading_model(self.config.model.path):
+            super()._build_config()
+        check_optimizer(self.optimizer_config)
+        check_language_model(self.model_config.hf_config, f"model.path={self.config.model.path}")
+        if self.lora:
+            check_adapter(self.model_config)
+
+    def _build_dataset(self) -> None:
+        tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
+        if not getattr(tokenizer, "chat_template", None) and not getattr(processor, "chat_template", None):
+            raise ValueError(
+                f"the tokenizer of model.path={self.config.model.path} has no chat template; set "
+                "model.custom_chat_template"
+            )
+        model = f"model.path={self.config.model.path}"
+        self._prompts = Prompts.of(processor or tokenizer, self.config.data)
+        given = given_arguments(self.config.data)
+        check_arguments(self._prompts.template, given, "data.apply_chat_template_kwargs")
+        check_chat_template(processor or tokenizer, model, self._prompts.keywords)
+        check_vocabulary(tokenizer, self.model_config.hf_config, model, self._prompts.keywords)
+        load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
+        self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
+        self.query_sets = {
+            t.task: TokenizedSet(t.query, t.query_samples, **load) for t in self.task_files if t.query is not None
+        }
+        self._check_examples()
+
+    def _check_examples(self) -> None:
+        """Find the examples that cannot be computed before hours of meta-steps come to one of them."""
+        data = self.config.data
+        limit, setting = data.max_length, "data.max_length"
+        if data.use_dynamic_bsz and data.max_token_len_per_gpu < limit:
+            limit, setting = data.max_token_len_per_gpu, "data.max_token_len_per_gpu"
+        sets = [*self.support_sets.values(), *self.query_sets.values()]
+        hidden = None if dist.get_rank() == 0 else True  # None: shown on a terminal
+        for examples in tqdm(sets, desc="checking examples", unit="file", leave=False, disable=hidden):
+            examples.check(limit, setting)
+            examples.check_template()
+
+    def _build_engine(self) -> None:
+        self.training_client = build_training_worker(
+            model_config=self.model_config,
+            engine_config=self.engine_config,
+            optimizer_config=self.optimizer_config,
+            checkpoint_config=self.checkpoint_config,
+            profiler_config=self.profiler_config,
+        )
+        self.engine: MetaFSDPEngine = self.training_client.engine
+
+    def _init_engine(self) -> None:
+        super()._init_engine()
+        # Those of the model folder: a resume state, loaded later, is the run's own.
+        parameters = self.engine.module.named_parameters()
+        mine = first_not_finite({name: local_tensor(parameter.detach()) for name, parameter in parameters})
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        if (name := next(filter(None, found), None)) is not None:
+            raise ValueError(
+                f"model.path={self.config.model.path} has numbers that are not finite in {name}; copy the folder "
+                "again, or use another model"
+            )
+
+    def _prove_the_passes(self) -> InnerLoop | TaskBatchedLoRA:
+        """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
+        notes = self.engine.choose_layout(self._examples_to_prove(), self._batch_settings)
+        inner_loop = self._build_inner_loop(notes)
+        if self.rank == 0:
+            rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
+            batched = isinstance(inner_loop, TaskBatchedLoRA)
+            tasks = "several tasks in a pass" if batched else "one task at a time" if self.lora else "all parameters"
+            print(f"rows: {rows[self.engine.layout.rows]}; {tasks} (compared with the model's own losses)", flush=True)
+            for note in notes:
+                logger.warning("not used: %s", note)
+        return inner_loop
+
+    def _build_inner_loop(self, notes: list[str]) -> InnerLoop | TaskBatchedLoRA:
+        meta = self.meta
+        inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
+        if self.lora and meta.task_batching is not False:
+            try:
+                inner_loop = self.engine.batch_tasks(**inner)
+                if why := self.engine.why_not_stacked(self._examples_to_prove(), self._batch_settings):
+                    raise ValueError(f"stacked adapters do not compute what each of them does alone ({why})")
+                return inner_loop
+            except ValueError as error:
+                self.engine.task_batch = None
+                if meta.task_batching:
+                    raise ValueError(f"meta.task_batching=true cannot be used: {error}") from error
+                notes.append(f"several tasks in a pass: {error}")
+        return InnerLoop(self.engine.trained_parameters(), **inner)
+
+    def _examples_to_prove(self) -> list[Example]:
+        """The longest example of the run between short ones, of two tasks where there are two."""
+        sets = [*self.support_sets.values(), *self.query_sets.values()]
+        longest = max((examples[examples.by_length()[-1]] for examples in sets), key=lambda e: len(e["input_ids"]))
+        first, *others = self.support_sets.values()
+        other = others[0] if others else first
+        alike = [first[index] for index in first.by_length()[:2]]
+        return [*(Example(0, tensors) for tensors in (*alike, longest)), Example(1, other[other.by_length()[0]])]
+
+    def _build_dataloader(self) -> None:
+        # veRL's checkpoint handler saves and restores whatever is called train_dataloader.
+        self.train_dataloader = EpisodeSampler(
+            {task: len(examples) for task, examples in self.support_sets.items()},
+            {task: len(examples) for task, examples in self.query_sets.items()},
+            num_inner_steps=self.meta.num_inner_steps,
+            inner_batch_size=self.meta.inner_batch_size,
+            query_batch_size=self.meta.query_batch_size,
+            meta_batch_size=self.meta.meta_batch_size,
+            seed=self.config.trainer.seed,
+        )
+        data = self.config.data
+        self._batch_settings = {
+            "use_remove_padding": self.config.model.use_remove_padding,  # asks; the engine's layout decides
+            "use_dynamic_bsz": data.use_dynamic_bsz,
+            "max_token_len_per_gpu": data.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+            "temperature": 1.0,
+            "pad_mode": data.pad_mode,
+            "pad_token_id": self.model_config.tokenizer.pad_token_id,
+        }
+
+    def _build_ckpt_handler(self) -> None:
+        super()._build_ckpt_handler()
+        # The sampler's file is named after this rank; task-group ranks would collide, global ranks do not.
+        self.ckpt_handler.dp_rank = self.rank
+        # veRL's handler would take what the tracker file names, complete or not.
+        self.ckpt_handler._determine_resume_path = lambda: None if self._state is None else str(self._state)
+
+    def _find_state(self) -> tuple[Path | None, int]:
+        """The state to go on from and the meta-steps that were skipped up to it; (None, 0) at the beginning."""
+        settings = self.config.trainer
+        state = find_state(self.run_dir, settings.resume_mode, settings.resume_from_path)
+        return state, 0 if state is None else check_layout(state, self._layout()).get("skipped_steps", 0)
+
+    def _layout(self) -> dict[str, Any]:
+        """What the files of the resume state depend on, besides the model itself."""
+        template = self.config.model.custom_chat_template
+        return {
+            "method": self.method,
+            "world_size": dist.get_world_size(),
+            "task_group_size": self._group_size,
+            "lora_rank": self.config.model.lora_rank,
+            "lora_alpha": self.config.model.lora_alpha if self.lora else None,
+            "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
+            "seed": self.config.trainer.seed,
+            "custom_chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
+            "chat_template_kwargs": given_arguments(self.config.data),
+            **self._fingerprints,
+        }
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str | None]:
+        """Of what the run reads, as rank 0 finds it."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            files = [file for task in self.task_files for file in (task.support, task.query) if file is not None]
+            digests = "".join(map(sha256_of, files))
+            found[0] = {
+                # All parameters are in the state; a frozen base is not.
+                "base_model": fingerprint(self.config.model.path) if self.lora else None,
+                "data": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            }
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to ``trainer.total_training_steps`` meta-steps, then write the last checkpoint and the summary.
+
+        Asked to stop (SIGTERM), the run saves behind the meta-step that is under way and returns.
+
+        Raises:
+            CannotTrack: a logger cannot be started.
+            RunFault: files cannot be written, ranks differ, or too many meta-steps were skipped.
+        """
+        is_logging = self.rank == 0
+        log = None
+        is_done = self.resume_global_step >= self.total_training_steps
+        tracking = None if is_done else start_tracking(self.config)
+        with writing("the settings and metrics of the run", self.run_dir):
+            if is_logging:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.run_dir)
+                if not is_done:
+                    (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, or of one started over
+                    self._lineage = take_charge(self.run_dir, self._state)
+                    with replacing_file(self.run_dir / "config.yaml") as temporary:
+                        OmegaConf.save(self.config, temporary)
+                log = MetricsLog(self.run_dir / "metrics.jsonl", self.resume_global_step)
+        if is_done:
+            self._nothing_to_do(log)
+            return
+        earlier_seconds = sum(cost.seconds for cost in log.costs) if is_logging else 0.0
+        get_torch_device().reset_peak_memory_stats()
+        start = time.perf_counter()
+        progress = tqdm(
+            range(self.resume_global_step + 1, self.total_training_steps + 1),
+            initial=self.resume_global_step,
+            total=self.total_training_steps,
+            desc=METHOD_TITLES[self.method],
+            unit="meta-step",
+            disable=not is_logging,
+        )
+        with self._preemption:
+            for step in progress:
+                metrics = self.train_step(step)
+                if is_logging:
+                    track(tracking, metrics, step)
+                    for divergence in log.append({"step": step, **metrics}):
+                        logger.warning("%s; %s", divergence.text(), self._calmer_settings())
+                    progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
+                    self._preemption.check_notice(metrics["perf/step_seconds"])
+                is_last = step == self.total_training_steps
+                is_due = is_last or self._stop_requested or (self.save_freq > 0 and step % self.save_freq == 0)
+                self._check_theta(step, is_due)
+                if is_due:
+                    checkpoint = self.save(step, log)
+                if self._stop_requested and not is_last:
+                    if is_logging:
+                        progress.close()
+                        print(f"stopped by SIGTERM: meta-step {step} is saved, the same command goes on from there")
+                        tracking.finish()
+                    return
+        seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
+        with writing("the summary of the run", self.run_dir):
+            if is_logging:
+                write_summary(self, checkpoint, log, seconds, peaks)
+                print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
+                for divergence in log.divergence.found:
+                    print(f"but {divergence.text()}")
+        if is_logging:
+            tracking.finish()
+        dist.barrier()
+
+    def _nothing_to_do(self, log: MetricsLog | None) -> None:
+        """The run has its meta-steps; write its summary where it was killed between the last checkpoint and that."""
+        done = self.resume_global_step
+        with writing("the summary of the run", self.run_dir):
+            if self.rank == 0:
+                if done == self.total_training_steps and not (self.run_dir / SUMMARY_FILE).is_file():
+                    seconds = sum(cost.seconds for cost in log.costs)
+                    write_summary(self, self._export_path(done), log, seconds)
+                print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One meta-step: draw the meta-batch, run this group's episodes, reduce over the groups, update theta.
+
+        Returns:
+            The metrics of the step, equal on every rank but for seconds and memory.
+        """
+        started = time.perf_counter()
+        meta_batch = self.train_dataloader.next_meta_batch()
+        episodes = self.episodes_of_this_group(meta_batch)
+        lr = self.engine.lr_scheduler.get_last_lr()[0]
+        self._measure_gain = bool(self.meta.adaptation_gain_freq) and step % self.meta.adaptation_gain_freq == 0
+        # Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU.
+        offloads = self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
+        grad_norm = fault = None
+        with self.engine.train_mode(disable_auto_offload=not offloads):
+            self.step, self._tasks = step, [episode.task for episode in meta_batch]
+            try:
+                _, grad_norm = self.meta_step(episodes)
+            except SkipMetaStep as skipped:
+                fault = str(skipped)
+        if self.meta.update_shared:
+            self.engine.lr_scheduler_step()
+        metrics = step_metrics(self._rows)
+        metrics["train/lr"] = lr
+        if grad_norm is not None:
+            metrics["meta/grad_norm"] = grad_norm
+            if not math.isfinite(grad_norm):  # veRL's optimizer step has left theta alone
+                fault = f"the norm of the meta-gradient is {grad_norm}"
+        if fault is not None:
+            self._count_skipped(step, fault)
+        else:
+            self._updates_since_save += 1
+        metrics["meta/skipped_steps"] = self.skipped_steps
+        seconds = time.perf_counter() - started
+        metrics["perf/step_seconds"] = seconds
+        metrics["perf/peak_memory_gb"] = get_torch_device().max_memory_allocated() / 1024**3
+        metrics["perf/tokens_per_second"] = metrics["perf/tokens"] / seconds
+        return metrics
+
+    def _calmer_settings(self) -> str:
+        """What to change where a loss grows."""
+        meta = self.meta
+        is_interpolating = self.method == "reptile" and meta.reptile_update == "interpolate"
+        outer = (
+            f"meta.reptile_step_size={meta.reptile_step_size}"
+            if is_interpolating
+            else f"optim.lr={self.config.optim.lr}"
+        )
+        if not meta.num_inner_steps:
+            return f"lower {outer}"
+        if meta.inner_clip_grad is None:
+            return f"lower {outer} or meta.inner_lr={meta.inner_lr}, or set meta.inner_clip_grad"
+        return f"lower {outer}, meta.inner_lr={meta.inner_lr} or meta.inner_clip_grad={meta.inner_clip_grad}"
+
+    def _count_skipped(self, step: int, fault: str) -> None:
+        self.skipped_steps += 1
+        most = self.meta.max_skipped_steps
+        if self.skipped_steps > most:
+            raise RunFault(
+                f"meta-step {step}: {fault}; more than meta.max_skipped_steps={most} meta-steps were skipped, so the "
+                "run ends here: lower meta.inner_lr or optim.lr, set meta.inner_clip_grad, or allow more; the last "
+                f"checkpoint is that of meta-step {self._last_saved}"
+            )
+        if self.rank == 0:
+            logger.warning(
+                "meta-step %d: %s; theta is left as it was, and the meta-step counts as skipped (%d of at most %d)",
+                step,
+                fault,
+                self.skipped_steps,
+                most,
+            )
+
+    def episodes_of_this_group(self, meta_batch: Sequence[Episode]) -> Sequence[Episode]:
+        """The contiguous part of the meta-batch that this rank's task group works on."""
+        per_group = len(meta_batch) // self.engine.num_task_groups
+        first = self.engine.task_group_index * per_group
+        return meta_batch[first : first + per_group]
+
+    # ---- pieces of a meta-step --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+        """Run ``episodes`` and update theta. Returns their records and the norm of the meta-gradient before clipping
+        (None when the algorithm has none or theta is not updated)."""
+
+    def passes(self, episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
+        """The episodes in the portions that are adapted together: one by one without task batching.
+
+        With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
+        tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Without a limit, a
+        pass on a CPU holds :data:`CPU_TOKENS`, and tasks of :data:`CPU_TOKENS_ALONE` or more are alone. Every rank of a
+        task group cuts alike, since all of them know all the examples.
+        """
+        if not isinstance(self.inner_loop, TaskBatchedLoRA):
+            yield from ([episode] for episode in episodes)
+            return
+        limit, budget = self.meta.task_batch_limit, self._pass_budget
+        alone = budget + 1
+        if limit is None and self.device_name == "cpu" and self.config.data.use_dynamic_bsz:
+            # A core's products run at full speed from a few hundred rows on: more of them only take more memory.
+            budget, alone = min(budget, CPU_TOKENS), CPU_TOKENS_ALONE
+        portion: list[Episode] = []
+        used = 0
+        for episode in episodes:
+            size = self._size_in_a_pass(episode)
+            size = budget if size >= alone else size
+            if portion and (len(portion) == limit or used + size > budget):
+                yield portion
+                portion, used = [], 0
+            portion.append(episode)
+            used += size
+        yield portion
+
+    @property
+    def _pass_budget(self) -> int:
+        """Tokens (examples, without dynamic micro-batches) that one pass of a rank may hold."""
+        data = self.config.data
+        return data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
+
+    def _size_in_a_pass(self, episode: Episode) -> int:
+        """What the episode's largest batch adds to a pass of one rank, in the unit of :attr:`_pass_budget`."""
+        group = self.engine.get_data_parallel_size()
+        if not self.config.data.use_dynamic_bsz:
+            return max(self.meta.inner_batch_size, self.meta.query_batch_size) // group
+        support, query = self.support_sets[episode.task], self.query_sets.get(episode.task)
+        sizes = [support.tokens(batch) for batch in episode.support_batches]
+        if episode.query_batch:
+            sizes.append(query.tokens(episode.query_batch))
+        return -(-max(sizes) // group)
+
+    def adapt(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports."""
+        sets = [self.support_sets[episode.task] for episode in episodes]
+        for indices in zip(*(episode.support_batches for episode in episodes), strict=True):
+            batch = self._batch(sets, indices, records)
+            losses = self.engine.loss_and_backward(batch, len(episodes))
+            for record, loss in zip(records, losses.unbind(), strict=True):
+                record.support_losses.append(loss)
+            self.inner_loop.step()
+
+    def query_backward(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Backward of the query losses at whatever parameters are loaded."""
+        for record, loss in zip(records, self._query_losses(episodes, records, backward=True), strict=True):
+            record.query_loss_after = loss
+
+    def measure_before(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Query losses at theta, for the adaptation gain, every ``meta.adaptation_gain_freq`` meta-steps."""
+        if self._measure_gain and self.meta.query_batch_size:
+            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
+                record.query_loss_before = loss
+
+    def measure_after(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+        """Query losses at the adapted parameters, for algorithms that take no gradient there."""
+        if self._measure_gain and self.meta.query_batch_size:
+            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
+                record.query_loss_after = loss
+
+    def _query_losses(
+        self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord], *, backward: bool
+    ) -> tuple[torch.Tensor, ...]:
+        sets = [self.query_sets[episode.task] for episode in episodes]
+        batch = self._batch(sets, [episode.query_batch for episode in episodes], records if backward else None)
+        run = self.engine.loss_and_backward if backward else self.engine.loss_only
+        return run(batch, len(episodes)).unbind()
+
+    def first_order_meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+        """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
+
+        For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
+        theta back. Then one reduction over the task groups, one clip, one optimizer step. With task batching the tasks
+        of a pass go through all of it together, each with its own copy of theta.
+        """
+        weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
+        meta_gradient = MetaGradient(self.inner_loop.parameters, weight)
+        records = []
+        for portion in self.passes(episodes):
+            of_pass = [EpisodeRecord(episode.task) for episode in portion]
+            self.measure_before(portion, of_pass)
+            with self.inner_loop.adapting(len(portion)):
+                self.adapt(portion, of_pass)
+                # Inside the block: under activation checkpointing the backward recomputes activations from the
+                # parameters it finds, so theta must not be back yet.
+                self.query_backward(portion, of_pass)
+                for record, norm in zip(of_pass, self.inner_loop.gradient_norms().unbind(), strict=True):
+                    record.contribution_norm = norm
+            meta_gradient.take()
+            records += of_pass
+        if not self.meta.update_shared:
+            self.reduce([], records)
+            return records, None
+        self.reduce(meta_gradient.tensors(), records)
+        meta_gradient.hand_over()
+        return records, self.engine.optimizer_step()
+
+    def reduce(self, tensors: Sequence[torch.Tensor], records: Sequence[EpisodeRecord]) -> None:
+        """The one communication of a meta-step: sum ``tensors`` over the task groups, with the loss table riding along.
+
+        The table has one row per episode of the whole meta-batch; every group fills its own rows.
+
+        Raises:
+            SkipMetaStep: on every rank, when a loss or gradient of any episode is not finite: nobody gets to update
+                theta.
+        """
+        if records[0].contribution_norm is None:
+            norm = total_norm(tensors)
+            for record in records:
+                record.contribution_norm = norm
+        table = to_table(
+            records,
+            torch.device(get_device_id()),  # not that of theta, which engine.offload_policy keeps on the host
+            first=self.engine.task_group_index * len(records),
+            rows=self.meta.meta_batch_size,
+            stopping=self._preemption.requested,
+        )
+        if self.engine.get_data_parallel_size() > 1:
+            dist.all_reduce(table, group=self.engine.get_data_parallel_group())
+            table[:-1, :-COUNTS] /= self.engine.get_data_parallel_size()
+        if self.engine.num_task_groups > 1:
+            all_reduce_flat([*tensors, table], self.engine.mesh["task"].get_group())
+        self._rows, self._stop_requested = from_table(table, self._tasks, records)
+        fault = first_fault(self._rows)
+        if fault is not None:
+            raise SkipMetaStep(fault)
+
+    def _batch(
+        self,
+        sets: Sequence[TokenizedSet],
+        indices: Sequence[Sequence[int]],
+        records: Sequence[EpisodeRecord] | None = None,
+    ) -> Any:
+        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``records``."""
+        rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        examples: list[Any] = []
+        tasks: list[int] = []
+        weights: list[float] = []
+        lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
+        for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
+            for other, lengths in enumerate(lengths_of_ranks):
+                lengths += [task_set.tokens([index]) for index in chosen[other::size]]
+            share = task_set.batch(chosen[rank::size])
+            examples += share
+            tasks += [task] * len(share)
+            weights += [1.0 / task_set.response_tokens(chosen)] * len(share)
+        if records is not None:
+            lengths = [len(example["input_ids"]) for example in examples]
+            width = max(lengths) if self.engine.layout.rows == "padded" else 0
+            for task, length in zip(tasks, lengths, strict=True):
+                records[task].tokens += length
+                records[task].padding += max(width - length, 0)
+        least = count_micro_batches(lengths_of_ranks, self._batch_settings["max_token_len_per_gpu"])
+        return make_batch(examples, tasks, weights, {**self._batch_settings, "least_micro_batches": least})
+
+    # ---- what a run leaves behind -----------------------------------------------------------------------------------
+
+    def save(self, step: int, log: MetricsLog | None = None) -> Path:
+        """The export of the method, then the resume state in veRL's layout. Returns the export's path.
+
+        In this order, a run that is killed in between repeats the meta-steps since the last resume state; the other way
+        round the export would never be made.
+
+        Args:
+            step: meta-steps done.
+            log: of rank 0; its lines up to ``step`` belong to the state.
+
+        Raises:
+            RunFault: a file cannot be written; the previous checkpoint is intact.
+        """
+        path = self.export(step)
+        with writing("metrics.jsonl", self.run_dir):
+            if log is not None:
+                log.flush()
+        layout = {**self._layout(), "skipped_steps": self.skipped_steps}
+        if log is not None:
+            layout["start"] = self._lineage.id
+        save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout)
+        self._last_saved = step
+        with writing(f"the copy of meta-step {step}", self.run_dir):
+            if self.rank == 0:
+                # Where every meta-step since the last save was skipped, theta may be past saving, and what is kept of
+                # earlier ones may be the only way back.
+                if self._updates_since_save:
+                    prune(self.run_dir, self._export_names, self._lineage, self.config.trainer.max_ckpt_to_keep)
+                if self.config.trainer.default_hdfs_dir:
+                    copy_to_hdfs(self.run_dir / STATE.format(step=step), self.config.trainer.default_hdfs_dir)
+        self._updates_since_save = 0
+        return path
+
+    def _check_theta(self, step: int, before_a_save: bool) -> None:
+        """Every ``meta.theta_check_freq`` meta-steps, and before a save: ranks that share theta hold the same bits."""
+        every = self.meta.theta_check_freq
+        if every and (before_a_save or step % every == 0):
+            shards = 1 if self.lora else self.engine.get_data_parallel_size()
+            check_theta(self.inner_loop.parameters, shards, torch.device(get_device_id()), step, self._last_saved)
+
+    @property
+    def _export_names(self) -> tuple[str, ...]:
+        """What one export consists of, with ``{step}`` for the meta-step."""
+        if self.lora:
+            return (f"{self.method}_checkpoint_step_{{step}}.pt", "adapter_step_{step}")
+        return ("step_{step}",)
+
+    def _export_path(self, step: int) -> Path:
+        return self.run_dir / self._export_names[0].format(step=step)
+
+    def export(self, step: int) -> Path:
+        """Write theta for use outside veRL; called on all ranks, rank 0 writes. Returns the export's path.
+
+        Raises:
+            RunFault: it cannot be written.
+        """
+        adaptation = {
+            "method": self.method,
+            "inner_lr": self.meta.inner_lr,
+            "inner_optimizer": self.meta.inner_optimizer,
+            "num_inner_steps": self.meta.num_inner_steps,
+            "inner_batch_size": self.meta.inner_batch_size,
+            "chat_template_kwargs": self._prompts.arguments,
+        }
+        if self.lora:
+            from peft import get_peft_model_state_dict
+
+            # Adapters are whole on every rank (also over a sharded base): nothing to gather.
+            tensors = get_peft_model_state_dict(self.engine.module, save_embedding_layers=False)
+        else:
+            tensors = full_state_dict_on_rank_0(self.engine.module)
+        with writing(f"the export of meta-step {step}", self.run_dir):
+            if self.rank == 0 and self.lora:
+                save_meta_lora(
+                    self.run_dir,
+                    step,
+                    self.engine.module,
+                    base_model=self.config.model.path,
+                    adaptation=adaptation,
+                    tensors=tensors,
+                    method=self.method,
+                    chat_template=self._prompts.template,
+                )
+            elif self.rank == 0:
+                processor = self.model_config.get_processor()
+                save_hf_model(self.run_dir, tensors, self.model_config.hf_config, processor, adaptation, step)
+        return self._export_path(step)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _without_line(unwanted: str) -> Iterator[None]:
+    """Pass on what is printed to stdout, except the line ``unwanted``."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        print(printed.getvalue().replace(unwanted + "\n", ""), end="", flush=True)
+
+
+def _short(metrics: dict[str, float], key: str) -> str:
+    return f"{metrics[key]:.3f}" if key in metrics else "-"
+
+
+def _query(metrics: dict[str, float]) -> str:
+    before, after = _short(metrics, "meta/query_loss_before"), _short(metrics, "meta/query_loss_after")
+    return f"{before}->{after}" if before != "-" else after
