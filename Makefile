@@ -43,6 +43,7 @@ bench: $(STAMP) $(MODEL)/config.json
 lint: $(STAMP)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv results checkpoints

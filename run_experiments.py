@@ -26,12 +26,13 @@ from metasft.cli.requirements import require
 
 require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
 
-from metasft.cli.errors import ArgumentParser, refuse, user_path  # noqa: E402
+from metasft.cli.errors import ArgumentParser, refuse  # noqa: E402
 from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402
 from metasft.experiments.runner import run_all  # noqa: E402
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
 from metasft.files.atomic import check_place  # noqa: E402  (after the check above)
+from metasft.files.paths import user_path  # noqa: E402
 
 _UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 

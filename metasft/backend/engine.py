@@ -38,7 +38,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from metasft.checkpoint.exports import load_adapter_folder, with_adapter_of
 from metasft.checkpoint.model_folder import why_not_loaded
-from metasft.files.untrusted import reason
+from metasft.files.untrusted import printable, reason
 from metasft.model import packed_attention
 from metasft.model.inner_loop import local_tensor, upload
 from metasft.model.layouts import Example, Layout, first_right, looks_ahead, why_wrong
@@ -789,3 +789,25 @@ def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor
 
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state if dist.get_rank() == 0 else {}
+
+
+def check_language_model(config: Any, model: str) -> None:
+    """Refuse a model that veRL would load without a layer that predicts tokens.
+
+    Args:
+        config: its transformers configuration.
+        model: what it belongs to, for the message.
+
+    Raises:
+        ValueError: its configuration names another kind of model.
+    """
+    from verl.utils.model import get_hf_auto_model_class
+
+    if not config.architectures or getattr(config, "auto_map", None):  # loading tells
+        return
+    loaded = get_hf_auto_model_class(config).__name__
+    if loaded not in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq"):
+        raise ValueError(
+            f"{model} is a {printable(str(config.architectures[0]))} ({config.model_type}), which veRL does not load "
+            "as a language model; use one whose config.json names an architecture ...ForCausalLM"
+        )

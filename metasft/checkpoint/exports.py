@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from metasft.checkpoint.tensors import read_tensors
 from metasft.config.json_checks import is_number
 from metasft.config.prompts import are_arguments
 from metasft.config.training import INNER_OPTIMIZERS
 from metasft.config.verl_groups import LARGEST_RATE
 from metasft.files.atomic import replacing_file, replacing_folder, write_json
-from metasft.files.untrusted import check_sums, printable, read_json, read_template, read_tensors, reason, write_sums
+from metasft.files.untrusted import check_sums, printable, read_json, read_template, reason, write_sums
 
 FORMAT = "metasft.meta_lora"
 FORMAT_VERSION = 1
@@ -166,7 +167,6 @@ def save_hf_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from verl.utils.transformers_compat import drop_tied_target_keys
 
     target = folder / f"step_{step}"
     tensors = dict(state_dict)
@@ -174,7 +174,13 @@ def save_hf_model(
     with torch.device("meta"):
         # The class without FSDP's wrapping names the architecture; its weights are never allocated.
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    drop_tied_target_keys(tensors, skeleton, config)
+    if getattr(config, "tie_word_embeddings", False):
+        # One entry per tied parameter: gathered tensors no longer share memory, and a file with both loads untied.
+        skeleton.tie_weights()
+        first = {name for name, _ in skeleton.named_parameters()}
+        for name, _ in skeleton.named_parameters(remove_duplicate=False):
+            if name not in first:
+                tensors.pop(name, None)
     with replacing_folder(target) as temporary:
         skeleton.save_pretrained(temporary, state_dict=tensors)
         tokenizer.save_pretrained(temporary)

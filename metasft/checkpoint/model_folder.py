@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metasft.cli.errors import user_path
+from metasft.files.paths import user_path
 from metasft.files.untrusted import MAX_JSON_BYTES, check_sums, printable, read_json, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -78,28 +78,6 @@ def _vocabulary_size(config: dict[str, Any]) -> float:
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     return size if isinstance(size, int) else math.inf
-
-
-def check_language_model(config: Any, model: str) -> None:
-    """Refuse a model that veRL would load without a layer that predicts tokens.
-
-    Args:
-        config: its transformers configuration.
-        model: what it belongs to, for the message.
-
-    Raises:
-        ValueError: its configuration names another kind of model.
-    """
-    from verl.utils.model import get_hf_auto_model_class
-
-    if not config.architectures or getattr(config, "auto_map", None):  # loading tells
-        return
-    loaded = get_hf_auto_model_class(config).__name__
-    if loaded not in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq"):
-        raise ValueError(
-            f"{model} is a {printable(str(config.architectures[0]))} ({config.model_type}), which veRL does not load "
-            "as a language model; use one whose config.json names an architecture ...ForCausalLM"
-        )
 
 
 def check_vocabulary(tokenizer: Any, config: Any, model: str, keywords: Mapping[str, Any]) -> None:
@@ -196,3 +174,40 @@ def why_not_loaded(error: BaseException) -> str:
     """What transformers says of a model that it cannot load, where that speaks of the model."""
     said = reason(error)
     return "its weights do not fit its config.json" if "ignore_mismatched_sizes" in said else said
+
+
+def check_chat_template(tokenizer: Any, model: str, keywords: Mapping[str, Any]) -> None:
+    """Render with the template that came with a model; it is a program, which transformers sandboxes.
+
+    Args:
+        tokenizer: or a processor, which takes the turns in parts.
+        model: what it belongs to, for the message.
+        keywords: arguments of the template.
+
+    Raises:
+        ValueError: the template fails, reaches for what the sandbox forbids, leaves out what a turn says, or does not
+            render two prompts in a row, from which veRL's dataset learns what stands around a turn.
+    """
+    remedy = "use another model, or give it another template (--chat-template, in training model.custom_chat_template)"
+    texts = {"user": "Which word comes before fifty?", "assistant": "forty-nine"}
+    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
+    turns = [
+        {"role": role, "content": text if inner is None else [{"type": "text", "text": text}]}
+        for role, text in texts.items()
+    ]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, **keywords)
+    except Exception as error:  # the template's own: of Jinja, of its sandbox, of Python
+        raise ValueError(
+            f"the chat template of {model} cannot be rendered ({reason(error)}); use a tokenizer with another one"
+        ) from error
+    for role, text in texts.items():
+        if text not in rendered:
+            raise ValueError(f"the chat template of {model} leaves out what the turn of the {role} says; {remedy}")
+    try:
+        (inner or tokenizer).apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False, **keywords)
+    except Exception as error:
+        raise ValueError(
+            f"the chat template of {model} does not render two prompts in a row ({reason(error)}), as veRL's dataset "
+            f"needs it to; {remedy}"
+        ) from error

@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
@@ -32,19 +31,6 @@ def refuse(error: object, *, rank: int = 0) -> int:
     if rank == 0:
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     return 2
-
-
-def user_path(text: str | Path, *, resolve: bool = False) -> Path:
-    """A path as a user writes it, with ``~`` for a home; with ``resolve`` absolute, and its links followed.
-
-    Raises:
-        ValueError: there is no such home, or a link in it leads back to itself.
-    """
-    try:
-        path = Path(text).expanduser()
-        return path.resolve() if resolve else path
-    except RuntimeError as error:
-        raise ValueError(f"{text} leads nowhere ({error}): give another path") from error
 
 
 class Ranks(NamedTuple):

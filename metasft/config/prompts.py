@@ -14,8 +14,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
-from metasft.cli.errors import user_path
 from metasft.config.verl_groups import RULES
+from metasft.files.paths import user_path
 from metasft.files.untrusted import printable, read_template
 
 DATE_ARGUMENT = "date_string"

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from metasft.cli.errors import user_path
 from metasft.config.verl_groups import LARGEST_RATE, check_groups, check_verl_settings
+from metasft.files.paths import user_path
 from metasft.files.untrusted import printable
 
 Method = Literal["meta_lora", "fomaml", "reptile"]

@@ -10,8 +10,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from metasft.cli.errors import user_path
 from metasft.files.atomic import check_place
+from metasft.files.paths import user_path
 
 LARGEST_RATE = 1e4
 """A learning rate above it is a typing error."""

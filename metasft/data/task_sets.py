@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.cli.errors import user_path
 from metasft.config.prompts import Prompts
 from metasft.config.training import MetaConfig
+from metasft.files.paths import user_path
 from metasft.files.untrusted import printable, read_columns, reason
 
 SUPPORT_SUFFIX = "_support.parquet"
@@ -361,7 +361,7 @@ class TokenizedSet:
             index: of the example.
             messages: what the prompt says; None = the example up to its last response.
         """
-        from verl.utils.tokenizer import normalize_token_ids
+        from metasft.backend.dataset import normalize_token_ids
 
         dataset = self._dataset
         if messages is None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from metasft.checkpoint.exports import write_json
 from metasft.config.prompts import Prompts
 from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
 from metasft.evaluation.protocol import (
@@ -26,7 +25,7 @@ from metasft.evaluation.protocol import (
     shot_indices,
 )
 from metasft.evaluation.store import ResultStore
-from metasft.files.atomic import sole_user
+from metasft.files.atomic import sole_user, write_json
 from metasft.files.untrusted import reason, sha256_of
 from metasft.reporting.statistics import summarise_cells
 

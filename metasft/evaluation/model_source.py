@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metasft.checkpoint.exports import ADAPTATION_FILE, check_recorded
-from metasft.cli.errors import user_path
 from metasft.evaluation.protocol import (
     DEFAULT_LR_ALL,
     DEFAULT_LR_LORA,
     DEFAULT_OPTIMIZER,
     EvaluationConfig,
 )
+from metasft.files.paths import user_path
 from metasft.files.untrusted import check_sums, printable, read_json, sha256_of
 
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"

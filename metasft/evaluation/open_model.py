@@ -20,7 +20,8 @@ from metasft.checkpoint.exports import (
     load_adapter_folder,
     load_meta_lora,
 )
-from metasft.checkpoint.model_folder import why_not_loaded
+from metasft.checkpoint.model_folder import check_chat_template, why_not_loaded
+from metasft.checkpoint.tensors import read_tensors
 from metasft.config.prompts import Prompts, chosen_arguments, chosen_template
 from metasft.evaluation.model_source import (
     Adaptation,
@@ -30,7 +31,7 @@ from metasft.evaluation.model_source import (
     resolve_adaptation,
 )
 from metasft.evaluation.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
-from metasft.files.untrusted import check_chat_template, read_json, read_template, read_tensors
+from metasft.files.untrusted import read_json, read_template
 
 # Lengths are checked in words of the evaluation, not of a training's configuration. Turns are tokenised one by one, as
 # in training, whether or not that is how the template renders them together: prompts have to agree with that.

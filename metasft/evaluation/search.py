@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.checkpoint.exports import write_json
 from metasft.evaluation.model_source import Adaptation
 from metasft.evaluation.protocol import EvaluationConfig, TestTask, shot_indices
+from metasft.files.atomic import write_json
 from metasft.files.untrusted import sha256_of
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.checkpoint.exports import replacing_file, write_json
 from metasft.config.json_checks import Check, any_number, count, fields, flag
 from metasft.config.result_files import PLACE
 from metasft.evaluation.protocol import Cell
+from metasft.files.atomic import replacing_file, write_json
 from metasft.files.untrusted import read_json
 
 # What may differ between the run that wrote the finished cells and the run that continues it: how the work was cut up

@@ -25,11 +25,12 @@ from typing import IO, Any
 
 import psutil
 
-from metasft.checkpoint.exports import size_bytes, write_json
+from metasft.checkpoint.exports import size_bytes
 from metasft.config.records import read_record, write_record
 from metasft.experiments.provenance import device_name, package_versions
 from metasft.experiments.store import LOG_FILE, locked, now
 from metasft.experiments.suites import ROOT
+from metasft.files.atomic import write_json
 
 LOG_LINES = 20
 GRACE_SECONDS = 10.0

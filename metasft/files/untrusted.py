@@ -10,9 +10,8 @@ import json
 import os
 import re
 import stat
-import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,8 +30,6 @@ DATA_LIMITS = {"METASFT_MAX_FILE_ROWS": 10_000_000, "METASFT_MAX_FILE_BYTES": 8 
 SUMS_FILE = "SHA256SUMS"
 SUMMED = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".txt", ".model")
 """Endings of the files that a model is read from: weights, configuration, tokenizer, chat template."""
-
-_DIRECTORY_BIT = 0x10  # of the attributes that MS-DOS kept
 
 
 def reason(error: BaseException) -> str:
@@ -118,32 +115,6 @@ def _yaml_size(node: Any, sizes: dict[int, int | None]) -> int:
     return sizes[id(node)]
 
 
-# ---- tensors --------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> Any:
-    """What ``torch.save`` wrote, as tensors and plain values: no object in it is built, no code of it runs.
-
-    Raises:
-        ValueError: it is no such file, is damaged (the checksum of every part is compared), or holds other objects.
-    """
-    import torch
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for part in archive.infolist():
-                if part.compress_type != zipfile.ZIP_STORED:  # a few kilobytes could unpack to any size
-                    raise ValueError(f"{part.filename} in it is compressed, which torch.save does not do")
-                if part.external_attr & _DIRECTORY_BIT:  # torch would read nothing, and take what is in memory for it
-                    raise ValueError(f"{part.filename} in it is marked as a folder, which torch.save does not do")
-            damaged = archive.testzip()  # torch itself does not compare the checksums
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes make the two readers stumble over
-        raise ValueError(reason(error)) from error
-
-
 # ---- chat templates -------------------------------------------------------------------------------------------------
 
 
@@ -161,43 +132,6 @@ def read_template(path: Path, remedy: str) -> str:
         return _read_text(path, MAX_TEMPLATE_BYTES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not readable as a chat template ({reason(error)}): {remedy}") from error
-
-
-def check_chat_template(tokenizer: Any, model: str, keywords: Mapping[str, Any]) -> None:
-    """Render with the template that came with a model; it is a program, which transformers sandboxes.
-
-    Args:
-        tokenizer: or a processor, which takes the turns in parts.
-        model: what it belongs to, for the message.
-        keywords: arguments of the template.
-
-    Raises:
-        ValueError: the template fails, reaches for what the sandbox forbids, leaves out what a turn says, or does not
-            render two prompts in a row, from which veRL's dataset learns what stands around a turn.
-    """
-    remedy = "use another model, or give it another template (--chat-template, in training model.custom_chat_template)"
-    texts = {"user": "Which word comes before fifty?", "assistant": "forty-nine"}
-    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
-    turns = [
-        {"role": role, "content": text if inner is None else [{"type": "text", "text": text}]}
-        for role, text in texts.items()
-    ]
-    try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, **keywords)
-    except Exception as error:  # the template's own: of Jinja, of its sandbox, of Python
-        raise ValueError(
-            f"the chat template of {model} cannot be rendered ({reason(error)}); use a tokenizer with another one"
-        ) from error
-    for role, text in texts.items():
-        if text not in rendered:
-            raise ValueError(f"the chat template of {model} leaves out what the turn of the {role} says; {remedy}")
-    try:
-        (inner or tokenizer).apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False, **keywords)
-    except Exception as error:
-        raise ValueError(
-            f"the chat template of {model} does not render two prompts in a row ({reason(error)}), as veRL's dataset "
-            f"needs it to; {remedy}"
-        ) from error
 
 
 # ---- checksums of a folder ------------------------------------------------------------------------------------------

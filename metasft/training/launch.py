@@ -9,12 +9,14 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metasft.cli.errors import read_ranks, refuse_on_rank_0, user_path
+from metasft.cli.errors import read_ranks, refuse_on_rank_0
 from metasft.cli.requirements import require
 from metasft.files.atomic import PARTIAL, sole_user
+from metasft.files.paths import user_path
 
 # veRL warns about every optional engine that is not installed (Megatron, TorchTitan, ...); none of them is used here.
 warnings.filterwarnings("ignore", message=r"\w+ engine is not available", category=UserWarning)
@@ -84,7 +86,8 @@ def build(
         ValueError: from :func:`check`, or from loading the model and the resume state.
     """
     from omegaconf import OmegaConf
-    from verl.utils.device import get_device_name
+
+    from metasft.backend.devices import get_device_name
 
     arguments = checked if checked is not None else check(config, trainer_class)
     OmegaConf.set_struct(config, False)
@@ -108,8 +111,7 @@ def run(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> None:
     except (ValueError, OSError) as error:
         fail(error)
 
-    from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
-
+    from metasft.backend.devices import destroy_global_process_group, initialize_global_process_group
     from metasft.backend.tracking import CannotTrack
     from metasft.training.faults import RunFault
 
@@ -189,11 +191,10 @@ def _appears(file: Path, seconds: float = 10) -> bool:
 
 
 def _check_versions() -> None:
-    import verl
-
-    if verl.__version__ != VERL_VERSION:
+    installed = version("verl")
+    if installed != VERL_VERSION:
         raise ValueError(
-            f"veRL {verl.__version__} is installed, the trainers are written against {VERL_VERSION}; "
+            f"veRL {installed} is installed, the trainers are written against {VERL_VERSION}; "
             f"run `pip install verl=={VERL_VERSION}`"
         )
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from metasft.cli.errors import user_path
 from metasft.files.atomic import PARTIAL, flush, put_in_place, remove, replacing_file, write_json
+from metasft.files.paths import user_path
 from metasft.files.untrusted import is_inside, read_json
 from metasft.training.faults import Divergence, DivergenceWatch, writing
 from metasft.training.lineage import Lineage, Start

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from verl.utils.device import get_torch_device
 
+from metasft.backend.devices import get_torch_device
 from metasft.checkpoint.exports import size_bytes
 from metasft.config.result_files import SUMMARY_FILE
 from metasft.files.atomic import write_json

@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
-from verl.trainer.sft_trainer import SFTTrainer
-from verl.utils.device import get_device_id, get_torch_device
 
+from metasft.backend.devices import get_device_id, get_torch_device
 from metasft.backend.engine import (
     MetaFSDPEngine,
     all_reduce_flat,
     build_training_worker,
     check_adapter,
+    check_language_model,
     check_optimizer,
     copy_to_hdfs,
     count_micro_batches,
@@ -39,17 +39,18 @@ from metasft.backend.engine import (
     make_batch,
     reading_model,
 )
+from metasft.backend.sft_trainer import SFTTrainer
 from metasft.backend.tracking import start_tracking, track
 from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora
-from metasft.checkpoint.model_folder import check_language_model, check_vocabulary, fingerprint
-from metasft.cli.errors import user_path
+from metasft.checkpoint.model_folder import check_chat_template, check_vocabulary, fingerprint
 from metasft.config.prompts import Prompts, check_arguments, given_arguments
 from metasft.config.result_files import SUMMARY_FILE
 from metasft.config.training import METHOD_TITLES, MetaConfig, Method
 from metasft.data.episodes import Episode, EpisodeSampler
 from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
-from metasft.files.untrusted import check_chat_template, sha256_of
+from metasft.files.paths import user_path
+from metasft.files.untrusted import sha256_of
 from metasft.model.inner_loop import InnerLoop, local_tensor, total_norm
 from metasft.model.layouts import Example
 from metasft.model.stacked_lora import TaskBatchedLoRA

@@ -203,7 +203,7 @@ class CommandChecker:
     # ---- our other scripts ------------------------------------------------------------------------------------------
 
     def _prepare(self, script: str, arguments: Sequence[str], processes: int) -> None:
-        import prepare_math_science_data as prepare
+        from metasft.data import prepare as prepare
         from metasft.data.sources import commands
 
         with _refusals():

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from script_runner import ROOT
 
-import prepare_math_science_data as prepare_data
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
 from metasft.checkpoint.model_folder import check_model_files
 from metasft.config.training import METHODS, MetaConfig, check_training_config
 from metasft.data import embedded_tasks as tasks
+from metasft.data import prepare as prepare_data
 from metasft.data import scoring
 from metasft.data.answers import extract_answer, last_boxed, unwrap
 from metasft.data.embedded_tasks import Example, score

@@ -12,10 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import prepare_math_science_data as prepare_data
 from metasft.data import embedded_tasks as tasks
+from metasft.data import prepare as prepare_data
 
-ROOT = Path(prepare_data.__file__).resolve().parent
+ROOT = Path(prepare_data.__file__).resolve().parents[2]
 SCRIPT = ROOT / "prepare_math_science_data.py"
 SMALL = ["--samples-per-task", "60", "--test-samples", "20", "--shot-pool", "10"]
 COLUMNS = ["messages", "prompt", "response", "answer", "task", "data_source", "example_id", "extra_info"]
@@ -498,7 +498,7 @@ def test_wrong_flags(case, tmp_path):
 
 def test_flags_are_checked_without_heavy_imports(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import prepare_math_science_data as p\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import metasft.data.prepare as p\n"
         "assert p.main(['--support-ratio', '2']) == 2\n"
         "heavy = ('torch', 'transformers', 'verl', 'pandas', 'pyarrow', 'reasoning_gym', 'sympy')\n"
         "print([m for m in heavy if m in sys.modules])"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from metasft.cli.errors import Ranks, read_ranks, refuse, refuse_on_rank_0, user_path
+from metasft.cli.errors import Ranks, read_ranks, refuse, refuse_on_rank_0
 from metasft.files.atomic import check_place
+from metasft.files.paths import user_path
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

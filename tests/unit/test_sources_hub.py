@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import source_files
 
-import prepare_math_science_data as prepare_data
+from metasft.data import prepare as prepare_data
 from metasft.data.sources import hub as hub_module
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.hub import Access, SourceUnavailable, describe_size, fetch, locate
 from metasft.data.sources.reading import open_source, read_items
 
-ROOT = Path(prepare_data.__file__).resolve().parent
+ROOT = Path(prepare_data.__file__).resolve().parents[2]
 GSM8K = SOURCES["gsm8k"]
 WANTED = [("train", ""), ("test", "")]
 

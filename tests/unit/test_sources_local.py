@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import yaml
 
-import prepare_math_science_data as prepare_data
 from metasft import chat_template
 from metasft.data import embedded_tasks as tasks
+from metasft.data import prepare as prepare_data
 
 SIZES = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
 

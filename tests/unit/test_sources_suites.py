@@ -13,8 +13,8 @@ import source_files
 import yaml
 from datasets import Dataset
 
-import prepare_math_science_data as prepare_data
 from metasft.data import embedded_tasks as tasks
+from metasft.data import prepare as prepare_data
 from metasft.data.sources.build import Candidate, splits_of, stratified
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.duplicates import Questions, normalised_question
@@ -436,7 +436,7 @@ def test_dry_run_without_a_network_shows_patterns(run_here, monkeypatch, capsys)
 
 
 def test_every_source_and_suite_is_in_the_documentation():
-    text = (Path(prepare_data.__file__).parent / "docs/sources.md").read_text()
+    text = (Path(prepare_data.__file__).parents[2] / "docs/sources.md").read_text()
     table = text.split("## Sources")[1].split("## Suites")[0]
     rows = {line.split("|")[1].strip(" `"): line for line in table.splitlines() if line.startswith("| `")}
     for name, source in SOURCES.items():

@@ -14,8 +14,8 @@ from bait import refused
 from few_shot_data import base_config, sum_rows, write_unseen_tasks
 from script_runner import ROOT
 
-import prepare_math_science_data as prepare_data
 from metasft.config.training import MetaConfig
+from metasft.data import prepare as prepare_data
 from metasft.data.embedded_tasks import score
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.hub import Access

@@ -2,6 +2,5 @@
 
 ``source`` says what a source is, ``catalog`` lists those that are known, one module per family reads them; ``hub``
 finds and fetches files, ``reading`` turns them into items; ``suite`` reads task suites, ``local`` own data, ``build``
-makes the data files, ``duplicates`` keeps test items out of training; ``answers`` and ``scoring`` judge generated
-texts; ``commands`` are the flags. Nothing is imported here: scoring needs none of the packages that reading needs.
+makes the data files, ``duplicates`` keeps test items out of training; ``commands`` are the flags.
 """

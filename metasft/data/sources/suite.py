@@ -24,7 +24,7 @@ from typing import Any
 from metasft.data.sources.source import Source
 from metasft.files import untrusted
 
-SUITES_DIR = (Path(__file__).parents[1] / "shipped" / "suites").resolve()
+SUITES_DIR = (Path(__file__).parents[2] / "shipped" / "suites").resolve()
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
 STRATIFY = ("proportional", "equal", None)
 
