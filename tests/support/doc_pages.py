@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)+|\d{2,}")
-_TREE_PATH = re.compile(r"\w[\w.*{},/-]*(?:[/}]|\.(?:py|sh|md|yaml|toml|txt))(?![\w/])|Makefile|LICENSE", re.ASCII)
+_TREE_PATH = re.compile(r"\w[\w.*{},/-]*(?:[/}]|\.(?:py|sh|md|yaml|toml|txt|cff))(?![\w/])|Makefile|LICENSE", re.ASCII)
 
 
 @dataclass(frozen=True)

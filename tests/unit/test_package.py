@@ -12,6 +12,7 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -65,3 +66,10 @@ def test_scripts_start_from_the_wheel(wheel, tmp_path, script):
     )
     assert done.returncode == 0, done.stderr
     assert script in done.stdout
+
+
+def test_changelog_and_citation_name_the_version(wheel):
+    (info,) = wheel.glob("*.dist-info")
+    version = message_from_string((info / "METADATA").read_text(encoding="utf-8"))["Version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
