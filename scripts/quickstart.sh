@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a few-shot curve in a few minutes on 2 cores: data, META-LORA on the embedded model, evaluation, plot.
 # `make quickstart` calls it with the environment's bin folder on the PATH. Small settings: it shows that everything
-# works; the results worth quoting are in README.
+# works; the results worth quoting are in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=results/quickstart

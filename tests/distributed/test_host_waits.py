@@ -36,7 +36,7 @@ CASES = {
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", []),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science", []),
 }
-TABLE = ["_to_copy to cpu", "episode_table.py:from_table", "outer"]
+TABLE = ["_to_copy to cpu", "metrics.py:from_table", "outer"]
 NORM = ["_local_scalar_dense", "transformer_impl.py:optimizer_step", "outer"]
 
 
