@@ -42,11 +42,11 @@ NORM = ["_local_scalar_dense", "transformer_impl.py:optimizer_step", "outer"]
 
 @pytest.fixture(scope="module")
 def watched(untied_model, task_dir, tmp_path_factory):
-    """The folder of what ``watched_device.py`` saw of one meta-step of every case, after a first one."""
+    """The folder of what ``watched_device.py`` saw of one meta-step of every case."""
     out = tmp_path_factory.mktemp("watched")
     paths = [f"model.path={untied_model}", f"meta.task_dir={task_dir}", f"trainer.default_local_dir={out}"]
     cases = [
-        {"name": name, "script": script, "config": config, "steps": 2, "overrides": [*COMMON, *overrides, *paths]}
+        {"name": name, "script": script, "config": config, "overrides": [*COMMON, *overrides, *paths]}
         for name, (script, config, overrides) in CASES.items()
     ]
     (out / "cases.json").write_text(json.dumps(cases))

@@ -223,6 +223,7 @@ def reduce_across_devices(out: Path) -> None:
 
 
 def main() -> None:
+    os.environ |= {"VERL_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the host memory of a GPU machine will do, too
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from verl.utils.distributed import initialize_global_process_group
 
