@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: venv model quickstart test test-all bench lint clean
+.PHONY: venv model quickstart test test-all bench architectures lint clean
 
 venv: $(STAMP)
 
@@ -39,6 +39,10 @@ test-all: $(STAMP) $(MODEL)/config.json
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python prepare_math_science_data.py --skip-existing
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# docs/architectures.md: the gradients of every model type of transformers against the reference; about 20 minutes.
+architectures: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/architectures.py --output docs/architectures.md
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, refuse
 from metasft.cli.requirements import require
-from metasft.evaluation.evaluate import BACKENDS, DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
+from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
 
 
 def _parser() -> ArgumentParser:
@@ -102,12 +102,6 @@ def _parser() -> ArgumentParser:
         help="shots of the speed curve (default: %(default)s)",
     )
     add("--speed-only", action="store_true", help="measure the speed curve alone")
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default=default["backend"],
-        help="what generates; vllm needs a GPU, the package vllm and a LoRA (default: %(default)s)",
-    )
     add("--max-new-tokens", type=int, default=default["max_new_tokens"], help="per answer (default: %(default)s)")
     add("--limit", type=int, help="use the first LIMIT test items of each task (default: all)")
     add("--seed", type=int, default=default["seed"], help="of shots and fresh LoRA weights (default: %(default)s)")

@@ -13,7 +13,6 @@ from typing import Any
 from metasft.config.prompts import Prompts
 from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
 from metasft.evaluation.protocol import (
-    BACKENDS,
     DTYPES,
     MODEL_TYPES,
     Cell,
@@ -30,7 +29,6 @@ from metasft.files.untrusted import reason, sha256_of
 from metasft.reporting.statistics import summarise_cells
 
 __all__ = [
-    "BACKENDS",
     "DTYPES",
     "MODEL_TYPES",
     "EvaluationConfig",
@@ -310,7 +308,6 @@ def _settings(
         "shot_pool": {task.name: len(task.pool) for task in tasks},
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "decoding": "greedy",
-        "backend": config.backend,
         "max_new_tokens": config.max_new_tokens,
         "max_length": config.max_length,
         "chat_template_sha256": prompts.sha256,

@@ -119,28 +119,6 @@ class FewShotModel:
         self._tasks: dict[str, TestTask] = {}
         self._test_sets: dict[str, TokenizedSet] = {}
 
-        self._vllm = self._start_vllm(opened, stop) if config.backend == "vllm" else None
-
-    def _start_vllm(self, opened: OpenedModel, stop: Sequence[int]) -> Any:
-        from metasft.evaluation.vllm import VllmGenerator
-
-        if self._all_parameters:
-            raise ValueError(
-                f"--backend is vllm, which generates with LoRA adapters over one base model, but {opened.load_from} is "
-                "adapted with all parameters: leave --backend out"
-            )
-        config = self._config
-        limit = _longest_context(self.model)
-        return VllmGenerator(
-            opened.load_from,
-            self.model,
-            dtype=config.dtype,
-            max_length=limit if config.shots_in_prompt else min(limit, config.max_length + config.max_new_tokens),
-            max_new_tokens=config.max_new_tokens,
-            stop=stop,
-            seed=config.seed,
-        )
-
     def use(self, adaptation: Adaptation) -> None:
         """Adapt with this optimizer and rate from now on."""
         settings = {"lr": adaptation.lr, "optimizer": adaptation.optimizer}
@@ -309,19 +287,10 @@ class FewShotModel:
             for number in sorted(range(len(items)), key=lambda i: items[i].ids):
                 rows.append((slot, items[number]))
                 place.append((job_number, number))
-        elsewhere: list[list[int]] | None = None
-        if generate and self._vllm is not None:
-            own = self._adapter.parameters
-            adapters = [
-                adaptation.task_tensors(slot) if isinstance(adaptation, TaskBatchedLoRA) else own
-                for slot in range(slots[-1] + 1)
-            ]
-            elsewhere = self._vllm.generate(own, adapters, [(slot, item.prompt) for slot, item in rows])
-        here = generate and elsewhere is None
-        for row, tested in self.runner.test(adaptation, rows, slots[-1] + 1, generate=here):
+        for row, tested in self.runner.test(adaptation, rows, slots[-1] + 1, generate=generate):
             job_number, number = place[row]
             done = results[job_number]
-            done[number] = tested if elsewhere is None else tested._replace(output=elsewhere[row])
+            done[number] = tested
             if len(done) == len(self._tests[jobs[job_number].task]):
                 whole = [done[number] for number in sorted(done)]
                 loss = sum(item.nll for item in whole) / sum(item.tokens for item in whole)

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from metasft.files.untrusted import printable, read_columns
 
 MODEL_TYPES = ("base", "fomaml", "meta_lora", "reptile", "lora")
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("transformers", "vllm")
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 DEFAULT_OPTIMIZER = "adamw"
@@ -75,7 +73,6 @@ class EvaluationConfig:
         speed_steps: update steps after which the speed curve measures; empty means no speed curve.
         speed_shots: N of the speed curve.
         speed_only: leave the evaluation of ``n_shots`` out.
-        backend: what generates, ``transformers`` or ``vllm``.
         overwrite: drop earlier results of this model type in ``output_dir`` instead of continuing them.
     """
 
@@ -109,7 +106,6 @@ class EvaluationConfig:
     speed_steps: tuple[int, ...] = ()
     speed_shots: int = 25
     speed_only: bool = False
-    backend: str = "transformers"
     overwrite: bool = False
 
     def check(self) -> None:
@@ -117,7 +113,6 @@ class EvaluationConfig:
         for flag, value, choices in (
             ("--model-type", self.model_type, MODEL_TYPES),
             ("--dtype", self.dtype, DTYPES),
-            ("--backend", self.backend, BACKENDS),
             ("--adaptation-optimizer", self.adaptation_optimizer, (None, *INNER_OPTIMIZERS)),
         ):
             if value not in choices:
@@ -195,17 +190,6 @@ class EvaluationConfig:
                     )
         if self.speed_only and not self.speed_steps:
             raise ValueError("--speed-only needs --speed-steps: give the update steps to measure after, such as 0 5 10")
-        if self.backend == "vllm":
-            if self.model_type == "fomaml":
-                raise ValueError(
-                    "--backend is vllm, which generates with LoRA adapters over one base model, but --model-type "
-                    "fomaml adapts all parameters: leave --backend out"
-                )
-            if find_spec("vllm") is None:
-                raise ValueError(
-                    "--backend is vllm, but the package vllm is not installed: install it (`pip install vllm`, on a "
-                    "machine with a GPU), or leave --backend out"
-                )
 
     @property
     def largest_n(self) -> int:

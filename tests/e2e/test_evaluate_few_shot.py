@@ -287,7 +287,6 @@ def test_errors_that_need_no_model_come_before_torch(tiny_model, adapter, data_d
         "only --model-type base adapts a fresh LoRA": [*good, "--model-type", "fomaml", "--lora-rank", "8"],
         "--cells-per-batch is 0": [*good, "--cells-per-batch", "0"],
         "--speed-only needs --speed-steps": [*good, "--speed-only"],
-        "the package vllm is not installed": [*good, "--backend", "vllm"],
         "exclude each other": [*good, "--shots-in-prompt", "--adaptation-lr", "1"],
     }
     program = (

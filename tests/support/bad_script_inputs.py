@@ -151,7 +151,6 @@ EVALUATE = [
         ("--output-dir", "rows.jsonl/out", "rows.jsonl"),
         ("--frobnicate", "1", "--help"),
         ("--speed-steps", "-1", "at least 0"),
-        ("--backend", "vllm", "install"),
     ]),
     BadInput("evaluate", "", (POOL, "not a readable parquet file", "prepare"), pool_truncated),
     BadInput("evaluate", "", (POOL, "prepare the data again"), pool_missing),

@@ -1,25 +1,19 @@
-"""In-domain tasks, the search for the adaptation's rate, shots in the prompt, the speed curve, generation by vLLM."""
+"""In-domain tasks, the search for the adaptation's rate, shots in the prompt, the speed curve."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
-import types
 
 import pytest
 import torch
 from few_shot_data import (
     base_config,
     load,
-    random_adapter,
     save_random_adapter,
-    without_lora_flags,
     write_training_tasks,
     write_unseen_tasks,
 )
-from safetensors.torch import load_file
 
 from metasft.evaluation import search as few_shot_search
 from metasft.evaluation.evaluate import evaluate
@@ -235,7 +229,6 @@ def test_prompts_longer_than_the_model_reads_are_named(config, monkeypatch):
         ({"speed_shots": 0}, "--speed-shots is 0"),
         ({"search_limit": 0}, "--search-limit is 0"),
         ({"cells_per_batch": 0}, "--cells-per-batch is 0"),
-        ({"backend": "hf"}, "--backend is 'hf': choose one of transformers, vllm"),
     ],
 )
 def test_impossible_settings_are_named(config, changes, message):
@@ -276,82 +269,3 @@ def test_the_curve_alone(config):
         "base_speed.json", "base_speed_settings.json", "base_speed_cells.jsonl", "base_speed_predictions.jsonl",
     }  # fmt: skip
     assert list(json.loads(store.results_path.read_text())["logic"]) == ["0", "2"]
-
-
-# ---- vLLM -----------------------------------------------------------------------------------------------------------
-
-
-def test_vllm_that_is_not_installed(config):
-    if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(ValueError, match=r"--backend is vllm, but the package vllm is not installed: install it"):
-            dataclasses.replace(config, backend="vllm").check()
-    with pytest.raises(ValueError, match="--model-type fomaml adapts all parameters: leave --backend out"):
-        without_lora_flags(config, backend="vllm", model_type="fomaml").check()
-
-
-@pytest.fixture
-def fake_vllm(tiny_model, monkeypatch):
-    """The parts of vLLM's interface in use; it generates with transformers from the adapter files it is handed."""
-    calls = []
-
-    class LoRARequest:
-        def __init__(self, name, number, path):
-            self.name, self.number, self.path = name, number, path
-
-    class LLM:
-        def __init__(self, **settings):
-            calls.append(settings)
-
-        def generate(self, prompts, sampling, lora_request, use_tqdm):
-            from peft import PeftModel
-            from transformers import AutoModelForCausalLM
-
-            assert len(prompts) == len(lora_request)
-            results = []
-            for prompt, request in zip(prompts, lora_request, strict=True):
-                calls.append(request)
-                base = AutoModelForCausalLM.from_pretrained(tiny_model)
-                model = PeftModel.from_pretrained(base, request.path)
-                assert load_file(f"{request.path}/adapter_model.safetensors")
-                ids = prompt["prompt_token_ids"]
-                output = model.generate(
-                    input_ids=torch.tensor([ids]), max_new_tokens=sampling["max_tokens"], do_sample=False,
-                    eos_token_id=sampling["stop_token_ids"], pad_token_id=2,
-                )[0, len(ids) :]  # fmt: skip
-                results.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=output.tolist())]))
-            return results
-
-    module, lora, request = (types.ModuleType(f"vllm{name}") for name in ("", ".lora", ".lora.request"))
-    module.LLM, module.SamplingParams, request.LoRARequest = LLM, lambda **settings: settings, LoRARequest
-    module.__spec__ = importlib.util.spec_from_loader("vllm", None)
-    for name, part in (("vllm", module), ("vllm.lora", lora), ("vllm.lora.request", request)):
-        monkeypatch.setitem(sys.modules, name, part)
-    return calls
-
-
-def test_vllm_generates_with_the_adapted_parameters(config, adapter, fake_vllm, tiny_model):
-    """Through the files handed to it, the outputs are those of our own generation; losses are unchanged."""
-    plain = without_lora_flags(config, model_type="meta_lora", model_path=str(adapter), limit=2, adaptation_lr=0.5)
-    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 5)]
-    expected = {n: outcome for n, _, outcome in load(plain)[0].run_jobs(jobs)}
-    changed = dataclasses.replace(plain, backend="vllm")
-    changed.check()
-    found = {n: outcome for n, _, outcome in load(changed)[0].run_jobs(jobs)}
-    assert {n: outcome.outputs for n, outcome in found.items()} == {n: o.outputs for n, o in expected.items()}
-    assert found[0].outputs != found[1].outputs
-    assert [found[n].loss for n in (0, 1)] == pytest.approx([expected[n].loss for n in (0, 1)])
-    engine, *requests = fake_vllm
-    assert (engine["model"], engine["enable_lora"], engine["max_lora_rank"]) == (str(tiny_model), True, 8)
-    assert len({request.number for request in requests}) == 2
-
-
-def test_vllm_needs_a_lora_it_can_hold(config, fake_vllm, tiny_model):
-    from metasft.evaluation.vllm import VllmGenerator
-
-    whole = without_lora_flags(config, model_type="reptile", backend="vllm")
-    with pytest.raises(ValueError, match="adapted with all parameters: leave --backend out"):
-        load(whole)
-    peft = random_adapter(tiny_model)
-    peft.peft_config["default"].r = 1024
-    with pytest.raises(ValueError, match="takes LoRA up to r=512, but the adapter has r=1024"):
-        VllmGenerator(str(tiny_model), peft, dtype="float32", max_length=100, max_new_tokens=8, stop=[2], seed=1)
