@@ -414,6 +414,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
         Every rank computes the same, so that all come to the same choice.
 
+        In :meth:`eval_mode`, since dropout would make two computations of a loss differ.
+
         Args:
             examples: two or more, some of one task and alike at their beginning, among them the longest of the run.
             settings: veRL's batch settings; ``use_remove_padding`` false asks for padded rows.
@@ -425,58 +427,54 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             ValueError: the model predicts a token from what comes after it, or its losses in a padded batch are not
                 those of its own forward.
         """
-        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+        dtype = self._product_dtype
 
         def alone(example: Example) -> torch.Tensor:
             return self._token_losses([example], settings)[0]
 
-        self.module.eval()
+        self._use_layout(Layout("padded", "own"))
+        self.output = "logits"
+        short = min(examples, key=lambda example: len(example.tensors["input_ids"]))
+        model = f"model.path={self.model_config.path} ({base_model(self.module).config.model_type})"
         try:
-            self._use_layout(Layout("padded", "own"))
-            self.output = "logits"
-            short = min(examples, key=lambda example: len(example.tensors["input_ids"]))
-            model = f"model.path={self.model_config.path} ({base_model(self.module).config.model_type})"
-            try:
-                ahead = looks_ahead(alone, short, dtype)
-            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{model} cannot compute the loss of an example ({type(error).__name__}: {reason(error)}); use "
-                    "another model, or name fewer modules in model.target_modules"
-                ) from error
-            if ahead:
-                raise ValueError(
-                    f"{model} with {self._own_attention} attention predicts a token from the tokens after it, so that "
-                    "its loss says nothing; use a causal language model (an encoder may need is_decoder=true in its "
-                    "config.json, a decoder +model.override_config.attn_implementation=eager)"
-                )
-            expected = [alone(example) for example in examples]
-            reasons = []
-            for output in OUTPUTS:
-                self.output = output
-                if not (why := why_wrong(lambda e: [alone(e[0])], expected[:1], examples[:1], dtype)):
-                    break
-                reasons.append(f"output layer with {output}: {why}")
-            wanted = [Layout("packed", "own"), Layout("padded", "own")]
-            if self._own_attention == "sdpa":
-                wanted = [Layout("shared", "packed"), Layout("packed", "own")]
-                wanted += [Layout("padded", "packed"), Layout("padded", "own")]
-            if not settings["use_remove_padding"]:
-                wanted = [layout for layout in wanted if layout.rows == "padded"]
+            ahead = looks_ahead(alone, short, dtype)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{model} cannot compute the loss of an example ({type(error).__name__}: {reason(error)}); use "
+                "another model, or name fewer modules in model.target_modules"
+            ) from error
+        if ahead:
+            raise ValueError(
+                f"{model} with {self._own_attention} attention predicts a token from the tokens after it, so that "
+                "its loss says nothing; use a causal language model (an encoder may need is_decoder=true in its "
+                "config.json, a decoder +model.override_config.attn_implementation=eager)"
+            )
+        expected = [alone(example) for example in examples]
+        reasons = []
+        for output in OUTPUTS:
+            self.output = output
+            if not (why := why_wrong(lambda e: [alone(e[0])], expected[:1], examples[:1], dtype)):
+                break
+            reasons.append(f"output layer with {output}: {why}")
+        wanted = [Layout("packed", "own"), Layout("padded", "own")]
+        if self._own_attention == "sdpa":
+            wanted = [Layout("shared", "packed"), Layout("packed", "own")]
+            wanted += [Layout("padded", "packed"), Layout("padded", "own")]
+        if not settings["use_remove_padding"]:
+            wanted = [layout for layout in wanted if layout.rows == "padded"]
 
-            def why_not(layout: Layout) -> str:
-                def losses(together: Sequence[Example]) -> list[torch.Tensor]:
-                    self._use_layout(layout)
-                    return self._token_losses(together, settings)
+        def why_not(layout: Layout) -> str:
+            def losses(together: Sequence[Example]) -> list[torch.Tensor]:
+                self._use_layout(layout)
+                return self._token_losses(together, settings)
 
-                return why_wrong(losses, expected, examples, dtype)
+            return why_wrong(losses, expected, examples, dtype)
 
-            layout, of_layouts = first_right(wanted, why_not)
-            if layout is None:
-                raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
-            self._use_layout(layout)
-            return [*reasons, *of_layouts]
-        finally:
-            self.module.train()
+        layout, of_layouts = first_right(wanted, why_not)
+        if layout is None:
+            raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
+        self._use_layout(layout)
+        return [*reasons, *of_layouts]
 
     def why_not_stacked(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> str:
         """What is wrong with several tasks in one pass over this model; empty where nothing is.
@@ -486,7 +484,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         Args:
             examples, settings: as of :meth:`choose_layout`, which has to come first.
         """
-        dtype = torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
+        dtype = self._product_dtype
 
         def stacked(compute: Callable[[TaskBatchedLoRA], Any]) -> Any:
             with self.task_batch.adapting(2) as adaptation:
@@ -495,7 +493,6 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
         own = [parameter.data for parameter in self.task_batch.parameters]
         theta = [tensor.clone() for tensor in own]
-        self.module.eval()
         try:
             adapted = stacked(lambda batch: [[part.clone() for part in batch.task_tensors(task)] for task in (0, 1)])
             expected = []
@@ -506,7 +503,11 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             return stacked(lambda _: why_wrong(lambda e: self._token_losses(e, settings), expected, examples, dtype))
         finally:
             torch._foreach_copy_(own, theta)
-            self.module.train()
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        """In which precision the model multiplies: fp32 only where neither weights nor autocast are narrower."""
+        return torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
 
     def _use_layout(self, layout: Layout) -> None:
         base, self.layout = base_model(self.module), layout

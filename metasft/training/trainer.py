@@ -170,8 +170,9 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _prove_the_passes(self) -> InnerLoop | TaskBatchedLoRA:
         """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
-        notes = self.engine.choose_layout(self._examples_to_prove(), self._batch_settings)
-        inner_loop = self._build_inner_loop(notes)
+        with self.engine.eval_mode():  # brings parameters that are offloaded
+            notes = self.engine.choose_layout(self._examples_to_prove(), self._batch_settings)
+            inner_loop = self._build_inner_loop(notes)
         if self.rank == 0:
             rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
             batched = isinstance(inner_loop, TaskBatchedLoRA)

@@ -269,11 +269,9 @@ def _train(method: str, model: Path, task_dir: Path, overrides: list[str]) -> tu
 
 def _change_of_neighbours(trainer: Any) -> float:
     examples = trainer._examples_to_prove()
-    trainer.engine.module.eval()
-    losses = [
-        trainer.engine._token_losses(batch, trainer._batch_settings)
-        for batch in (examples, [*examples[:-1], changed(examples[-1])])
-    ]
+    batches = (examples, [*examples[:-1], changed(examples[-1])])
+    with trainer.engine.eval_mode():
+        losses = [trainer.engine._token_losses(batch, trainer._batch_settings) for batch in batches]
     return max(float((a - b).abs().max()) for a, b in zip(*losses, strict=True) if a is not losses[0][-1])
 
 
