@@ -17,7 +17,10 @@ from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, refuse
 from metasft.cli.requirements import require
-from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
+
+require("torch", "verl", "peft", "transformers", "pyarrow", "reasoning_gym", "scipy")
+
+from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate  # noqa: E402
 
 
 def _parser() -> ArgumentParser:
@@ -144,5 +147,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    require("torch", "verl", "peft", "transformers", "pyarrow", "reasoning_gym")
     sys.exit(main())
