@@ -27,7 +27,8 @@ its log is <output>/<part>.log. Finished parts are skipped; failed ones, and wha
 <output>/table.md shows what there is. --copy-to FOLDER copies all of it after every part, where only one folder comes
 back from the machine. Remove a part's JSON to measure it again.
 
-``--device cpu --tiny`` rehearses everything without a GPU, where tests/gpu skips itself.
+``--device cpu --tiny`` rehearses everything without a GPU, where tests/gpu skips itself. For that metasft has to be
+installed (``pip install --no-deps -e .``): it brings veRL's CPU platform. On a GPU it runs from this folder as it is.
 """
 
 from __future__ import annotations
@@ -350,7 +351,7 @@ def section(name: str, shape: str, dtype: str) -> Callable[[Run], dict[str, Any]
         job, out = run.output / f"{run.part}.job", run.output / f"{run.part}.out"
         job.write_text(json.dumps(run.settings(shape, dtype)))
         run.command("-m", "benchmarks.sections", name, job, out)
-        return _taken(job, out)["result"]
+        return _result_of(job, out)["result"]
 
     return measure
 
@@ -367,12 +368,12 @@ def memory(shape: str, arm: str) -> Callable[[Run], dict[str, Any]]:
         settings = run.settings(shape, MEMORY_ARMS[arm]["dtype"])
         job.write_text(json.dumps({"settings": settings, **size, "arm": MEMORY_ARMS[arm]}))
         run.command("-m", "benchmarks.workers", "memory", job, out)
-        return {**size, **_taken(job, out)}
+        return {**size, **_result_of(job, out)}
 
     return measure
 
 
-def _taken(job: Path, out: Path) -> dict[str, Any]:
+def _result_of(job: Path, out: Path) -> dict[str, Any]:
     content = json.loads(out.read_text())
     job.unlink()
     out.unlink()
