@@ -231,7 +231,7 @@ def _errors(
     seen: dict[str, Any], model: Path, task_dir: Path, lora: dict[str, Any] | None, lr: float
 ) -> tuple[float, float]:
     """(error of a trainer's gradient, rounding of the reference, 0 where the error is small)."""
-    gradients = {}
+    gradients, error = {}, math.nan
     for dtype in (torch.float32, torch.float64):
         reference = Reference(model, task_dir, lora)
         reference.model.to(dtype)
