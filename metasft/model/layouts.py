@@ -56,13 +56,20 @@ def changed(example: Example) -> Example:
     return example._replace(tensors={**example.tensors, "input_ids": ids})
 
 
-def why_wrong(losses: Losses, expected: Sequence[torch.Tensor], examples: Sequence[Example], dtype: torch.dtype) -> str:
+def why_wrong(
+    losses: Losses,
+    expected: Sequence[torch.Tensor],
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+) -> str:
     """What is wrong with computing ``examples`` together; empty where nothing is.
 
     Args:
         losses: computes examples together.
         expected: the loss of each response token of each example by itself.
         dtype: of the products.
+        tolerance: in nats; None means that of ``dtype``.
 
     Returns:
         In words, to follow the name of the layout.
@@ -71,7 +78,7 @@ def why_wrong(losses: Losses, expected: Sequence[torch.Tensor], examples: Sequen
         together = losses(examples)
         off = torch.cat([(a - b).abs() for a, b in zip(together, expected, strict=True)])
         error = float(off.max() if dtype == torch.float32 else off.median())
-        if not error < TOLERANCE[dtype]:
+        if not error < (TOLERANCE[dtype] if tolerance is None else tolerance):
             return f"token losses are off by {error:.2g} nats"
         # Random and well-trained models alike attend to much that hardly matters: a leak shows best in what moves.
         for index in {0, len(examples) - 1}:

@@ -37,7 +37,9 @@ def response_loss(model, parameters, examples):
     """Mean negative log-likelihood over the response tokens of one batch of one task."""
     total, count = 0.0, 0
     for ids, is_response in examples:
-        logits = functional_call(model, parameters, args=(), kwargs={"input_ids": ids[None], "use_cache": False}).logits
+        # Without a mask some models take every token that is the padding token for padding.
+        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "use_cache": False}
+        logits = functional_call(model, parameters, args=(), kwargs=inputs).logits
         log_probs = torch.log_softmax(logits[0, :-1], dim=-1)
         picked = log_probs.gather(1, ids[1:, None]).squeeze(1)
         total = total - (picked * is_response[1:]).sum()
