@@ -290,7 +290,7 @@ themselves, on the examples of each run, before its first meta-step.
 
 META-LORA: {lora} of {all} types right. FOMAML: {full} of {all} types right.
 
-Made by `python tests/support/architectures.py --output docs/architectures.md`; `make test-all` checks all of it.
+Made by `make architectures`; `make test-all` checks all of it.
 
 | model type | META-LORA | error | FOMAML | error |
 |---|---|---:|---|---:|
