@@ -37,7 +37,8 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_every_file_of_the_package_and_every_script_is_in_the_wheel(wheel):
-    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("metasft/**/*") if path.is_file()}
+    folders = os.walk(ROOT / "metasft", followlinks=True)  # `shipped` holds links
+    files = {(Path(folder) / name).relative_to(ROOT).as_posix() for folder, _, names in folders for name in names}
     expected = {name for name in files if "__pycache__" not in name} | set(SCRIPTS)
     found = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == expected

@@ -39,15 +39,6 @@ def importing(packages: set[str]) -> set[str]:
     }
 
 
-def test_the_modules_that_import_verl_are_those_of_the_table():
-    table = re.findall(r"^\| `(metasft/[\w/]+\.py)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
-    assert len(table) == len(set(table)) and importing({"verl"}) == set(table)
-
-
-def test_no_module_imports_a_script_but_the_one_that_says_so():
-    assert importing(SCRIPTS) == {"metasft/experiments/flags.py"}
-
-
 def test_modules_import_each_other_without_cycles():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
     graph = {
@@ -76,4 +67,4 @@ def test_imports_are_found_wherever_they_stand(text, found):
 @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
 def test_files_named_in_text_and_drawings_exist(page):
     named = re.findall(r"\b(?:metasft|tests|benchmarks)/[\w/.*]+", (ROOT / page).read_text(encoding="utf-8"))
-    assert len(named) > 10 and [one for one in named if not list(ROOT.glob(one.rstrip(".")))] == []
+    assert len(named) > 5 and [one for one in named if not list(ROOT.glob(one.rstrip(".")))] == []
