@@ -11,7 +11,6 @@ import pytest
 from script_runner import ROOT
 
 MODULES = sorted(ROOT.glob("metasft/**/*.py"))
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
 
 def imports_of(text: str) -> Iterator[str]:
@@ -28,15 +27,6 @@ def imports_of(text: str) -> Iterator[str]:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         pending += ast.iter_child_nodes(node)
-
-
-def importing(packages: set[str]) -> set[str]:
-    """The modules of metasft, as paths from the root, that import one of these."""
-    return {
-        str(path.relative_to(ROOT))
-        for path in MODULES
-        if packages & {name.partition(".")[0] for name in imports_of(path.read_text(encoding="utf-8"))}
-    }
 
 
 def test_modules_import_each_other_without_cycles():
