@@ -81,7 +81,7 @@ def why_wrong(
         if not error < (TOLERANCE[dtype] if tolerance is None else tolerance):
             return f"token losses are off by {error:.2g} nats"
         # Random and well-trained models alike attend to much that hardly matters: a leak shows best in what moves.
-        for index in {0, len(examples) - 1}:
+        for index in {0, len(examples) - 1} if len(examples) > 1 else ():
             others = list(examples)
             others[index] = changed(examples[index])
             moved = [
@@ -89,7 +89,7 @@ def why_wrong(
                 for place, (a, b) in enumerate(zip(losses(others), together, strict=True))
                 if place != index
             ]
-            if moved and not max(moved) < LEAK[dtype]:
+            if not max(moved) < LEAK[dtype]:
                 return f"an example changes the losses of its neighbours by {max(moved):.2g} nats"
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no message'}"

@@ -171,8 +171,9 @@ class EpisodicSFTTrainer(SFTTrainer):
     def _prove_the_passes(self) -> InnerLoop | TaskBatchedLoRA:
         """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
         with self.engine.eval_mode():  # brings parameters that are offloaded
-            notes = self.engine.choose_layout(self._examples_to_prove(), self._batch_settings)
-            inner_loop = self._build_inner_loop(notes)
+            examples = self._examples_to_prove()
+            notes = self.engine.choose_layout(examples, self._batch_settings)
+            inner_loop = self._build_inner_loop(examples, notes)
         if self.rank == 0:
             rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
             batched = isinstance(inner_loop, TaskBatchedLoRA)
@@ -182,13 +183,13 @@ class EpisodicSFTTrainer(SFTTrainer):
                 logger.warning("not used: %s", note)
         return inner_loop
 
-    def _build_inner_loop(self, notes: list[str]) -> InnerLoop | TaskBatchedLoRA:
+    def _build_inner_loop(self, examples: Sequence[Example], notes: list[str]) -> InnerLoop | TaskBatchedLoRA:
         meta = self.meta
         inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
         if self.lora and meta.task_batching is not False:
             try:
                 inner_loop = self.engine.batch_tasks(**inner)
-                if why := self.engine.why_not_stacked(self._examples_to_prove(), self._batch_settings):
+                if why := self.engine.why_not_stacked(examples, self._batch_settings):
                     raise ValueError(f"stacked adapters do not compute what each of them does alone ({why})")
                 return inner_loop
             except ValueError as error:
