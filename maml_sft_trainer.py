@@ -11,11 +11,9 @@ Launch (any number of processes; the ranks of a task group share one model, shar
         --config-path data/math_science_meta --config-name config_fomaml_math_science
 """
 
-from collections.abc import Sequence
-
-from metasft.data.episodes import Episode
 from metasft.training.launch import hydra_main, run
-from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.training.meta_step import MetaBatch, MetaStepResult
+from metasft.training.trainer import EpisodicSFTTrainer
 
 
 class FOMAMLTrainer(EpisodicSFTTrainer):
@@ -23,8 +21,8 @@ class FOMAMLTrainer(EpisodicSFTTrainer):
 
     method = "fomaml"
 
-    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
-        return self.first_order_meta_step(episodes)
+    def meta_step(self, batch: MetaBatch) -> MetaStepResult:
+        return self.first_order_meta_step(batch)
 
 
 @hydra_main(config_path="data/math_science_meta", config_name="config_fomaml_math_science")

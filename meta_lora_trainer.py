@@ -11,11 +11,9 @@ Launch (any number of processes; settings in the YAML, overrides on the command 
         --config-path data/math_science_meta --config-name config_meta_lora_example
 """
 
-from collections.abc import Sequence
-
-from metasft.data.episodes import Episode
 from metasft.training.launch import hydra_main, run
-from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.training.meta_step import MetaBatch, MetaStepResult
+from metasft.training.trainer import EpisodicSFTTrainer
 
 
 class MetaLoRATrainer(EpisodicSFTTrainer):
@@ -23,8 +21,8 @@ class MetaLoRATrainer(EpisodicSFTTrainer):
 
     method = "meta_lora"
 
-    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
-        return self.first_order_meta_step(episodes)
+    def meta_step(self, batch: MetaBatch) -> MetaStepResult:
+        return self.first_order_meta_step(batch)
 
 
 @hydra_main(config_path="data/math_science_meta", config_name="config_meta_lora_example")

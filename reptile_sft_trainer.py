@@ -15,11 +15,9 @@ Launch (any number of processes):
         --config-path data/math_science_meta --config-name config_reptile_math_science
 """
 
-from collections.abc import Sequence
-
-from metasft.data.episodes import Episode
 from metasft.training.launch import hydra_main, run
-from metasft.training.trainer import EpisodeRecord, EpisodicSFTTrainer
+from metasft.training.meta_step import MetaBatch, MetaStepResult
+from metasft.training.trainer import EpisodicSFTTrainer
 from metasft.training.update_rules import MeanDifference
 
 
@@ -28,27 +26,28 @@ class ReptileTrainer(EpisodicSFTTrainer):
 
     method = "reptile"
 
-    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
+    def meta_step(self, batch: MetaBatch) -> MetaStepResult:
         mean_difference = MeanDifference(self.inner_loop.parameters, self.meta.meta_batch_size)
-        records = []
-        for portion in self.passes(episodes):
-            of_pass = [EpisodeRecord(episode.task) for episode in portion]
-            self.measure_before(portion, of_pass)
-            with self.inner_loop.adapting(len(portion)) as adaptation:
-                self.adapt(portion, of_pass)
-                self.measure_after(portion, of_pass)
+        passes = self.passes(batch)
+        for records in passes:
+            if batch.measures_gain:
+                self.measure_before(records)
+            with self.inner_loop.adapting(len(records)) as adaptation:
+                self.adapt(records)
+                if batch.measures_gain:
+                    self.measure_after(records)
                 mean_difference.add(adaptation.difference())
-            records += of_pass
-        self.reduce(mean_difference.tensors() if self.meta.update_shared else [], records)
-        if not self.meta.update_shared:
-            return records, None
+        updates = self.meta.update_shared
+        result = self.reduce(batch, passes, mean_difference.tensors() if updates else [])
+        if not updates or result.fault is not None:
+            return result
         if self.meta.reptile_update == "pseudo_gradient":
-            mean_difference.hand_over()
-            return records, self.engine.optimizer_step()
+            mean_difference.to_grad()
+            return self.optimizer_step(result)
         # Annealed over the run: the last meta-step still moves, the one after it would not.
-        progress = (self.step - 1) / self.total_training_steps
+        progress = (batch.step - 1) / self.total_training_steps
         mean_difference.interpolate(self.meta.reptile_step_size * (1.0 - progress))
-        return records, None
+        return result
 
 
 @hydra_main(config_path="data/math_science_meta", config_name="config_reptile_math_science")

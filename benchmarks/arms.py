@@ -205,7 +205,7 @@ class TrainerArm:
         self._seconds = {}
         synchronize()
         started = time.perf_counter()
-        metrics = self.trainer.train_step(self.steps)
+        metrics, _ = self.trainer.train_step(self.steps)
         synchronize()
         return {"seconds": time.perf_counter() - started, "tokens": metrics["perf/tokens"], **self._seconds}
 

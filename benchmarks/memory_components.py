@@ -86,7 +86,7 @@ def main() -> None:
 
         trainer.engine.optimizer_step = measure
         # The first meta-step creates the optimizer state; the second one is what all later ones look like.
-        tokens = [trainer.train_step(step)["perf/tokens"] for step in (1, 2)]
+        tokens = [trainer.train_step(step)[0]["perf/tokens"] for step in (1, 2)]
     # While a later task adapts, its own gradient exists beside the meta-gradient of the earlier ones.
     if not parts["task_gradient"] and trainer.meta.meta_batch_size > 1:
         parts["task_gradient"] = parts["meta_gradient"]

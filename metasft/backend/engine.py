@@ -1,4 +1,4 @@
-"""Every touch of veRL's internals: the engine under the episodic trainers, its task groups and its batches.
+"""The engine under the episodic trainers: veRL's, with task groups and a loss for each task of a pass.
 
 Written against veRL 0.9.0 (the version pyproject pins). :class:`MetaFSDPEngine` is veRL's FSDP engine with these
 differences: the data-parallel group is the task group; a group of one rank is not wrapped by FSDP; LoRA parameters stay
@@ -9,26 +9,20 @@ to itself without a mask over the whole row.
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra.errors import InstantiationException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict
 from verl.utils.model import _architecture_to_auto_class
-from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine.base import EngineRegistry
@@ -36,43 +30,18 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import TrainingWorker
 
-from metasft.checkpoint.exports import load_adapter_folder, with_adapter_of
-from metasft.checkpoint.model_folder import why_not_loaded
-from metasft.files.untrusted import printable, reason
+from metasft.backend.batches import make_batch
+from metasft.backend.checks import check_shardable, reading_model
+from metasft.checkpoint.exports import load_adapter_folder
 from metasft.model import packed_attention
+from metasft.model.forward_pass import ForwardPass, Output, ResponseTokens, running
 from metasft.model.inner_loop import local_tensor, upload
-from metasft.model.layouts import Example, Layout, first_right, looks_ahead, why_wrong
+from metasft.model.layouts import Example, Layout
 from metasft.model.packed_attention import PackedSequences
-from metasft.model.response_loss import response_loss
+from metasft.model.response_loss import loss_from_logits, watch_output_layer
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 MODEL_TYPE = "meta_language_model"
-Output = Literal["loss", "selected", "logits"]
-OUTPUTS: tuple[Output, ...] = ("loss", "selected", "logits")
-"""What the output layer gives: the loss, the logits of response positions, or those of all positions."""
-TOUCH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of models that change logits after the output layer: too little to show in the loss of some tokens."""
-OUTPUT_TOLERANCE = 1e-4
-
-
-@dataclass
-class _Response:
-    """The positions of one micro-batch whose next token is trained on, in the order of the flattened batch.
-
-    Attributes:
-        index: into the rows of the output layer's input, [n].
-        labels: the tokens to predict, [n].
-        weights: of each token in the loss, [n] fp32.
-        tasks: which task each token belongs to, [n].
-        loss: the weighted sum, and ``nll`` [n] its terms; set by the output layer.
-    """
-
-    index: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
-    tasks: torch.Tensor
-    loss: torch.Tensor | None = None
-    nll: torch.Tensor | None = None
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu", "cpu"])
@@ -88,10 +57,9 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # TrainingWorker stores the registry key here; veRL's model loading expects its own name.
         model_config.model_type = "language_model"
         self.task_batch: TaskBatchedLoRA | None = None
-        # The model's own forward, example by example, until choose_layout() has proven something better.
+        # The model's own forward, example by example, until metasft.backend.proof has proven something better.
         self.layout = Layout("padded", "own")
         self.output: Output = "logits"
-        self._response: _Response | None = None
         super().__init__(model_config, *args, **kwargs)
 
     # ---- task groups ------------------------------------------------------------------------------------------------
@@ -188,8 +156,9 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
                 module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
             )
         self._drops_out = _drops_out(module)
-        self._own_attention = base_model(module).config._attn_implementation
-        self._watch_output_layer(module)
+        self.own_attention = base_model(module).config._attn_implementation
+        if (output_layer := module.get_output_embeddings()) is not None:
+            watch_output_layer(output_layer)
         return module
 
     def _place_whole(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -247,7 +216,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         try:
             super().save_checkpoint(local_path, *args, **kwargs)
         except Exception:
-            # veRL waits for all ranks once before the files and twice behind them. A rank that cannot write has to
+            # veRL waits for all ranks once before the files and twice after them. A rank that cannot write has to
             # arrive there, too: the others would wait for ever, and nobody could agree on what has happened.
             dist.barrier()
             dist.barrier()
@@ -319,7 +288,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             losses.index_add_(0, response.tasks, response.nll * response.weights * self.get_data_parallel_size())
         return losses
 
-    def _forward(self, micro_batch: Any, *, backward: bool) -> _Response:
+    def _forward(self, micro_batch: Any, *, backward: bool) -> ResponseTokens:
         """Forward, and backward, of one micro-batch; its response tokens with the loss of each."""
         device = torch.device(get_device_id())
         packed = self.layout.rows != "padded"
@@ -328,15 +297,13 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
         lengths = micro_batch["input_ids"].offsets().diff()
         response = self._response_of(micro_batch, lengths, packed)
-        rows = None
-        if self.layout.rows == "shared":
-            rows = self._packed_rows(micro_batch, response, device)
+        rows = self._packed_rows(micro_batch, response, device) if self.layout.rows == "shared" else None
+        counts = outputs = None
         if self._is_task_batched:
-            counts = (
-                self._rows_per_task(micro_batch["task"], lengths if packed else None) if rows is None else rows.counts
-            )
-            outputs = torch.bincount(response.tasks, minlength=self.task_batch.num_tasks).tolist()
-            self.task_batch.route(counts, outputs)
+            per_example = lengths if packed else torch.ones_like(lengths)
+            counts = rows.counts if rows is not None else self._per_task(micro_batch["task"], per_example)
+            if self.output != "logits":  # the output layer sees response positions alone
+                outputs = self._per_task(response.tasks, torch.ones_like(response.tasks))
         for name in ("index", "labels", "weights", "tasks"):
             setattr(response, name, upload(getattr(response, name), device))
 
@@ -349,18 +316,12 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         else:
             model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
         autocast = self._autocast_dtype != torch.float32
-        self._response = response
-        try:
-            with packed_attention.rows_are(rows):
-                with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
-                    output = self.module(**model_inputs, use_cache=False)
-                    if response.loss is None:
-                        self._loss_from_logits(output.logits, response)
-                if backward:
-                    # FSDP averages over the ranks of the group, each of which holds a part of the sum.
-                    (response.loss * self.get_data_parallel_size()).backward()
-        finally:
-            self._response = None
+        with running(ForwardPass(rows, counts, outputs, response)):
+            with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
+                loss_from_logits(self.module(**model_inputs, use_cache=False).logits, response)
+            if backward:
+                # FSDP averages over the ranks of the group, each of which holds a part of the sum.
+                (response.loss * self.get_data_parallel_size()).backward()
         if not backward:
             # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
             # computing with them when the shards have changed.
@@ -376,20 +337,21 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             return micro_batch
         return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
 
-    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool) -> _Response:
+    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool) -> ResponseTokens:
         # Position t predicts token t + 1.
         is_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
         flat = is_response.nonzero().squeeze(-1)
         offsets = micro_batch["input_ids"].offsets()
         row = torch.searchsorted(offsets, flat, right=True) - 1
-        return _Response(
+        return ResponseTokens(
             index=flat if packed else row * int(lengths.max()) + (flat - offsets[row]),
             labels=torch.roll(micro_batch["input_ids"].values(), shifts=-1, dims=0)[flat],
             weights=micro_batch["loss_weight"][row],
             tasks=micro_batch["task"][row],
+            output=self.output,
         )
 
-    def _packed_rows(self, micro_batch: Any, response: _Response, device: torch.device) -> PackedSequences:
+    def _packed_rows(self, micro_batch: Any, response: ResponseTokens, device: torch.device) -> PackedSequences:
         """All sequences in one row; moves the index of ``response`` to it."""
         batched = self._is_task_batched
         # Without stacked adapters all examples meet the same parameters, whatever their task.
@@ -405,126 +367,27 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         response.index = entry[response.index]
         return rows
 
-    def _rows_per_task(self, task: torch.Tensor, lengths: torch.Tensor | None) -> list[int]:
-        """Rows of each task's stacked adapter: tokens when packed, examples when padded."""
-        rows = torch.zeros(self.task_batch.num_tasks, dtype=torch.long)
-        return rows.index_add_(0, task, torch.ones_like(task) if lengths is None else lengths).tolist()
+    def _per_task(self, task: torch.Tensor, rows: torch.Tensor) -> list[int]:
+        """``rows`` summed by the task each belongs to."""
+        return torch.zeros(self.task_batch.num_tasks, dtype=torch.long).index_add_(0, task, rows).tolist()
 
-    # ---- how examples are laid out ----------------------------------------------------------------------------------
-
-    def choose_layout(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[str]:
-        """Choose :attr:`output` and :attr:`layout`: the fastest of each with the losses of the model's own forward.
-
-        Every rank computes the same, so that all come to the same choice.
-
-        In :meth:`eval_mode`, since dropout would make two computations of a loss differ.
-
-        Args:
-            examples: two or more, some of one task and alike at their beginning, among them the longest of the run.
-            settings: veRL's batch settings; ``use_remove_padding`` false asks for padded rows.
-
-        Returns:
-            What was not chosen, and why.
-
-        Raises:
-            ValueError: the model predicts a token from what comes after it, or its losses in a padded batch are not
-                those of its own forward.
-        """
-        dtype = self._product_dtype
-
-        def alone(example: Example) -> torch.Tensor:
-            return self._token_losses([example], settings)[0]
-
-        self._use_layout(Layout("padded", "own"))
-        self.output = "logits"
-        short = min(examples, key=lambda example: len(example.tensors["input_ids"]))
-        model = f"model.path={self.model_config.path} ({base_model(self.module).config.model_type})"
-        try:
-            ahead = looks_ahead(alone, short, dtype)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{model} cannot compute the loss of an example ({type(error).__name__}: {reason(error)}); use "
-                "another model, or name fewer modules in model.target_modules"
-            ) from error
-        if ahead:
-            raise ValueError(
-                f"{model} with {self._own_attention} attention predicts a token from the tokens after it, so that "
-                "its loss says nothing; use a causal language model (an encoder may need is_decoder=true in its "
-                "config.json, a decoder +model.override_config.attn_implementation=eager)"
-            )
-        expected = [alone(example) for example in examples]
-        reasons = []
-        settled = base_model(self.module).config.get_text_config()
-        touched = [name for name in TOUCH_LOGITS if getattr(settled, name, None)]
-        # The same hidden states each time: what differs by more than rounding is another function of the logits.
-        tolerance = OUTPUT_TOLERANCE if dtype == torch.float32 else None
-        for output in OUTPUTS[1:] if touched else OUTPUTS:
-            self.output = output
-            if not (why := why_wrong(lambda e: [alone(e[0])], expected[:1], examples[:1], dtype, tolerance)):
-                break
-            reasons.append(f"output layer with {output}: {why}")
-        wanted = [Layout("packed", "own"), Layout("padded", "own")]
-        if self._own_attention == "sdpa":
-            wanted = [Layout("shared", "packed"), Layout("packed", "own")]
-            wanted += [Layout("padded", "packed"), Layout("padded", "own")]
-        if not settings["use_remove_padding"]:
-            wanted = [layout for layout in wanted if layout.rows == "padded"]
-
-        def why_not(layout: Layout) -> str:
-            def losses(together: Sequence[Example]) -> list[torch.Tensor]:
-                self._use_layout(layout)
-                return self._token_losses(together, settings)
-
-            return why_wrong(losses, expected, examples, dtype)
-
-        layout, of_layouts = first_right(wanted, why_not)
-        if layout is None:
-            raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
-        self._use_layout(layout)
-        return [*reasons, *of_layouts]
-
-    def why_not_stacked(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> str:
-        """What is wrong with several tasks in one pass over this model; empty where nothing is.
-
-        Compares two tasks, whose adapters are drawn at random, with each of them loaded into the model alone.
-
-        Args:
-            examples, settings: as of :meth:`choose_layout`, which has to come first.
-        """
-        dtype = self._product_dtype
-
-        def stacked(compute: Callable[[TaskBatchedLoRA], Any]) -> Any:
-            with self.task_batch.adapting(2) as adaptation:
-                adaptation.draw(torch.Generator().manual_seed(0))
-                return compute(adaptation)
-
-        own = [parameter.data for parameter in self.task_batch.parameters]
-        theta = [tensor.clone() for tensor in own]
-        try:
-            adapted = stacked(lambda batch: [[part.clone() for part in batch.task_tensors(task)] for task in (0, 1)])
-            expected = []
-            for example in examples:
-                torch._foreach_copy_(own, adapted[example.task])
-                expected += self._token_losses([example], settings)
-            torch._foreach_copy_(own, theta)
-            return stacked(lambda _: why_wrong(lambda e: self._token_losses(e, settings), expected, examples, dtype))
-        finally:
-            torch._foreach_copy_(own, theta)
+    # ---- what metasft.backend.proof compares ------------------------------------------------------------------------
 
     @property
-    def _product_dtype(self) -> torch.dtype:
+    def product_dtype(self) -> torch.dtype:
         """In which precision the model multiplies: fp32 only where neither weights nor autocast are narrower."""
         return torch.float32 if {self._autocast_dtype, self._model_dtype} == {torch.float32} else torch.bfloat16
 
-    def _use_layout(self, layout: Layout) -> None:
+    def use_layout(self, layout: Layout) -> None:
+        """Lay the next batches out like this."""
         base, self.layout = base_model(self.module), layout
         if layout.attention == "packed":
             packed_attention.use_packed_attention(base)
-        elif base.config._attn_implementation != self._own_attention:
-            base.set_attn_implementation(self._own_attention)
+        elif base.config._attn_implementation != self.own_attention:
+            base.set_attn_implementation(self.own_attention)
 
     @torch.no_grad()
-    def _token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+    def token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
         """The loss of each response token of each example, computed together; fp32 on the device."""
         tasks = [example.task for example in examples]
         response = self._forward(
@@ -533,173 +396,6 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         )
         lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
         return list(response.nll.float().split(lengths))
-
-    # ---- the output layer -------------------------------------------------------------------------------------------
-
-    def _watch_output_layer(self, module: torch.nn.Module) -> None:
-        """Let the output layer see only the hidden states whose next token is trained on.
-
-        With vocabularies of 50,000 to 150,000 tokens and prompts longer than responses, the output layer over all
-        positions costs a large part of a small model's time. Where it is a plain matrix whose logits nothing touches
-        afterwards, it returns the loss itself, and the logits never exist as a whole.
-        """
-        layer = module.get_output_embeddings()
-        if layer is None:
-            return
-        layer.register_forward_pre_hook(self._select_response)
-        if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
-            return
-        original = layer.forward
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            response = self._response
-            if response is None or self.output != "loss":
-                return original(hidden)
-            weight = layer.weight
-            if torch.is_autocast_enabled(hidden.device.type):
-                dtype = torch.get_autocast_dtype(hidden.device.type)
-                hidden, weight = hidden.to(dtype), weight.to(dtype)
-            response.loss, response.nll = response_loss(hidden, weight, response.labels, response.weights)
-            return response.loss
-
-        layer.forward = forward
-
-    def _select_response(
-        self, _layer: torch.nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        if self._response is None or self.output == "logits":
-            return None
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._response.index), *args[1:])
-
-    def _loss_from_logits(self, logits: torch.Tensor, response: _Response) -> None:
-        logits = logits.reshape(-1, logits.shape[-1])
-        if self.output == "logits":  # of all positions
-            logits = logits.index_select(0, response.index)
-        nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
-        response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
-
-
-# veRL would load GPT-2 and its relatives, whose classes are called ...LMHeadModel, without their output layer.
-_architecture_to_auto_class.setdefault("LMHeadModel", AutoModelForCausalLM)
-
-
-@contextmanager
-def _as_verl_reads(config: Any) -> Iterator[None]:
-    """What veRL's loader asks of every configuration, and older models do not have.
-
-    Numbers of heads are lent while the model is loaded; models without ``sdpa`` get transformers' ``eager``.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    lent = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(text, name)]
-    for name in lent:
-        setattr(text, name, heads)
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if config._attn_implementation == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
-        config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        for name in lent:
-            delattr(text, name)
-
-
-@contextmanager
-def reading_model(path: str) -> Iterator[None]:
-    """Turn whatever veRL and transformers raise over a model folder, or over a group of settings, into a ValueError.
-
-    What a broken folder, or one that brings code of its own, leads them into is no closed list.
-    """
-    try:
-        yield
-    except InstantiationException as error:
-        group = re.search(r"full_key: (\w+)", str(error))
-        if group is not None and (group[1] != "model" or isinstance(error.__cause__, TypeError)):
-            why = reason(error.__cause__ or error)
-            raise ValueError(f"the settings of the group {group[1]} cannot be used ({why}); correct them") from error
-        raise ValueError(_unreadable_model(path, error.__cause__ or error)) from error
-    except Exception as error:
-        raise ValueError(_unreadable_model(path, error)) from error
-
-
-def _unreadable_model(path: str, error: BaseException) -> str:
-    return f"model.path={path} cannot be loaded ({why_not_loaded(error)}); mend the folder, or use another model"
-
-
-def check_optimizer(optimizer_config: Any) -> None:
-    """Take a step with the optimizer, which veRL would look up behind the loading of the model.
-
-    Raises:
-        ValueError: there is none, or it cannot be built from the settings or step as the trainers do.
-    """
-    from verl.workers.config.optimizer import build_optimizer
-
-    module, name = optimizer_config.optimizer_impl, optimizer_config.optimizer
-    others = optimizer_config.override_optimizer_config
-    parameter = torch.nn.Parameter(torch.zeros(2, 2, device=get_device_id()))
-    parameter.grad = torch.ones_like(parameter)
-    try:
-        getattr(importlib.import_module(module), name)  # veRL's own words list the whole module
-        build_optimizer([parameter], optimizer_config).step()
-    except Exception as error:  # whatever is in whatever module
-        also = f" with optim.override_optimizer_config={others}" if others else ""
-        raise ValueError(
-            f"optim.optimizer={name} of optim.optimizer_impl={module}{also} cannot be used ({reason(error)}); "
-            f"{'correct these, or ' if others else ''}set AdamW and torch.optim"
-        ) from error
-
-
-def check_adapter(model_config: Any) -> None:
-    """Put the adapter on a model without weights: whether the two fit is known before the weights are read.
-
-    Raises:
-        ValueError: no module has a name among ``model.target_modules``; or ``model.lora_adapter_path`` is no adapter,
-            or one of another rank or model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    path, rank, model = model_config.lora_adapter_path, model_config.lora_rank, model_config.path
-    if path is not None and not Path(path).is_dir():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return  # of the hub
-        raise ValueError(f"model.lora_adapter_path={path} does not exist; give a PEFT adapter folder")
-    adapter = None if path is None else load_adapter_folder(Path(path))
-    if adapter is not None and adapter.adapter_config["r"] != rank:
-        found = adapter.adapter_config["r"]
-        raise ValueError(f"model.lora_rank={rank} is not the rank of {path}; set model.lora_rank={found}")
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(model_config.hf_config, trust_remote_code=False)
-    except Exception:  # of another kind, or with code of its own: loading tells
-        return
-    with torch.device("meta"):
-        if adapter is not None:
-            with_adapter_of(skeleton, adapter, remedy=f"set model.path to that model, or leave out {path}")
-            return
-        wanted = convert_to_regular_types(model_config.target_modules)
-        if wanted is None or model_config.target_parameters is not None:
-            return
-        others = convert_to_regular_types(model_config.exclude_modules)
-        try:
-            get_peft_model(skeleton, LoraConfig(r=1, target_modules=wanted, exclude_modules=others))
-        except (ValueError, re.error) as error:
-            raise ValueError(
-                f"model.target_modules={wanted} cannot be found in model.path={model} ({reason(error)}); name modules "
-                "of that model, or set all-linear"
-            ) from error
-
-
-def check_shardable(module: torch.nn.Module) -> None:
-    """Raise ValueError where FSDP2 cannot wrap what veRL asks it to: an untied output layer under an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tied = getattr(module.config, "tie_word_embeddings", False)
-    if isinstance(module.get_output_embeddings(), BaseTunerLayer) and not tied:
-        raise ValueError(
-            "model.target_modules adapts the output layer, which veRL cannot shard over a task group; leave it out of "
-            "model.target_modules, or set meta.task_group_size=1"
-        )
 
 
 def base_model(module: torch.nn.Module) -> torch.nn.Module:
@@ -718,41 +414,6 @@ def _drops_out(module: torch.nn.Module) -> bool:
 def build_training_worker(**configs: Any) -> TrainingWorker:
     """veRL's training worker around a :class:`MetaFSDPEngine`; ``configs`` as for veRL's ``TrainingWorkerConfig``."""
     return TrainingWorker(config=TrainingWorkerConfig(model_type=MODEL_TYPE, **configs))
-
-
-def make_batch(
-    examples: Sequence[Mapping[str, torch.Tensor]],
-    tasks: Sequence[int],
-    weights: Sequence[float],
-    settings: Mapping[str, Any],
-) -> Any:
-    """Tokenised examples -> the batch that the engine takes (jagged tensors plus ``settings``).
-
-    Args:
-        examples: this rank's share, dicts of 1-D tensors.
-        tasks: which task of the pass each example belongs to.
-        weights: of each response token of an example in its task's loss: 1 / response tokens of the task's whole batch.
-        settings: veRL's batch settings, and ``least_micro_batches`` from :func:`count_micro_batches`.
-    """
-    collate = SFTTensorCollator(settings["pad_mode"])
-    tensors = {
-        **collate(list(examples)),
-        "task": torch.tensor(tasks, dtype=torch.long),
-        "loss_weight": torch.tensor(weights, dtype=torch.float32),
-    }
-    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=dict(settings))
-
-
-def count_micro_batches(shares: Iterable[Sequence[int]], most_tokens: int) -> int:
-    """Micro-batches of the rank that needs most: under FSDP all ranks of a group have to run as many.
-
-    All of them know all the examples, so that none has to ask, and to wait for its device, as veRL would.
-
-    Args:
-        shares: of each rank of a task group, the tokens of its examples.
-        most_tokens: of a micro-batch, ``data.max_token_len_per_gpu``.
-    """
-    return max(min(len(lengths), -(-sum(lengths) // most_tokens)) for lengths in shares)
 
 
 def all_reduce_flat(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, *, bucket_elements: int = 2**26) -> None:
@@ -799,23 +460,26 @@ def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor
     return state if dist.get_rank() == 0 else {}
 
 
-def check_language_model(config: Any, model: str) -> None:
-    """Refuse a model that veRL would load without a layer that predicts tokens.
+# veRL would load GPT-2 and its relatives, whose classes are called ...LMHeadModel, without their output layer.
+_architecture_to_auto_class.setdefault("LMHeadModel", AutoModelForCausalLM)
 
-    Args:
-        config: its transformers configuration.
-        model: what it belongs to, for the message.
 
-    Raises:
-        ValueError: its configuration names another kind of model.
+@contextmanager
+def _as_verl_reads(config: Any) -> Iterator[None]:
+    """What veRL's loader asks of every configuration, and older models do not have.
+
+    Numbers of heads are lent while the model is loaded; models without ``sdpa`` get transformers' ``eager``.
     """
-    from verl.utils.model import get_hf_auto_model_class
-
-    if not config.architectures or getattr(config, "auto_map", None):  # loading tells
-        return
-    loaded = get_hf_auto_model_class(config).__name__
-    if loaded not in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq"):
-        raise ValueError(
-            f"{model} is a {printable(str(config.architectures[0]))} ({config.model_type}), which veRL does not load "
-            "as a language model; use one whose config.json names an architecture ...ForCausalLM"
-        )
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    lent = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(text, name)]
+    for name in lent:
+        setattr(text, name, heads)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if config._attn_implementation == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for name in lent:
+            delattr(text, name)

@@ -16,7 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metasft.evaluation.row_cache import RowCache
-from metasft.model.packed_attention import PackedSequences, rows_are
+from metasft.model.forward_pass import ForwardPass, running
+from metasft.model.inner_loop import Adaptation
+from metasft.model.packed_attention import PackedSequences
 
 Example = Mapping[str, torch.Tensor]
 """One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]."""
@@ -131,7 +133,9 @@ class PackedRunner:
 
     # ---- adaptation --------------------------------------------------------------------------------------------------
 
-    def step(self, adaptation: Any, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int) -> torch.Tensor:
+    def step(
+        self, adaptation: Adaptation, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int
+    ) -> torch.Tensor:
         """One update step: every slot in ``batches`` along the gradient of the mean response loss of its examples.
 
         Args:
@@ -156,7 +160,7 @@ class PackedRunner:
                 labels += example["input_ids"][targets].tolist()
                 batch_of += [number] * len(targets)
                 output_counts[slot] += len(targets)
-            logits = self._forward(adaptation, packed, packed, nodes, output_counts)
+            logits = self._forward(packed, packed, nodes, output_counts)
             batch = torch.tensor(batch_of, device=self.device)
             nll = cross_entropy(logits.float(), torch.tensor(labels, device=self.device), reduction="none")
             mean = nll.new_zeros(len(some)).index_add(0, batch, nll) / torch.bincount(batch, minlength=len(some))
@@ -183,7 +187,7 @@ class PackedRunner:
 
     @torch.no_grad()
     def test(
-        self, adaptation: Any, rows: Sequence[tuple[int, TestItem]], num_slots: int, *, generate: bool
+        self, adaptation: Adaptation, rows: Sequence[tuple[int, TestItem]], num_slots: int, *, generate: bool
     ) -> Iterator[tuple[int, Tested]]:
         """Loss on the reference response and greedy generation of every row, a test item under a slot.
 
@@ -210,7 +214,7 @@ class PackedRunner:
             if pending and len(cache.rows) <= self.batch_size // 2:
                 taken = self._take(pending, rows, self.batch_size - len(cache.rows), cache, generate)
             if taken:
-                packed, unfinished = self._read(adaptation, taken, rows, num_slots, outputs, losses, generate)
+                packed, unfinished = self._read(taken, rows, num_slots, outputs, losses, generate)
                 for index in taken:
                     if index not in unfinished:
                         yield index, Tested(*losses.pop(index), outputs.pop(index, []))
@@ -222,7 +226,7 @@ class PackedRunner:
             if cache.full or len(cache.rows) <= cache.size // 2:
                 row_of = [row_of[row] for row in cache.rows]
                 cache.rebuild(cache.rows, None, [], self._room(row_of, outputs))
-            finished = self._decode(adaptation, cache, [outputs[row_of[row]] for row in cache.rows])
+            finished = self._decode(cache, [outputs[row_of[row]] for row in cache.rows])
             for row in finished:
                 index = row_of[row]
                 yield index, Tested(*losses.pop(index), outputs.pop(index))
@@ -265,7 +269,6 @@ class PackedRunner:
 
     def _read(
         self,
-        adaptation: Any,
         taken: Sequence[int],
         rows: Sequence[tuple[int, TestItem]],
         num_slots: int,
@@ -307,7 +310,7 @@ class PackedRunner:
                 for position in range(start, last[index] + 1):
                     logit_of.setdefault(prompt[position], len(logit_of))
             output_counts[slot] += len(logit_of) - before
-        logits = self._forward(adaptation, packed, packed, list(logit_of), output_counts).float()
+        logits = self._forward(packed, packed, list(logit_of), output_counts).float()
         picked = torch.tensor(targets, device=self.device)
         nll = (logits.logsumexp(dim=-1)[picked[:, 0]] - logits[picked[:, 0], picked[:, 1]]).double().tolist()
         choice = logits.argmax(dim=-1).tolist() if generate else []
@@ -337,11 +340,11 @@ class PackedRunner:
     def _ends(self, output: Sequence[int]) -> bool:
         return output[-1] in self.stop or len(output) >= self.max_new_tokens
 
-    def _decode(self, adaptation: Any, cache: RowCache, outputs: Sequence[list[int]]) -> list[int]:
+    def _decode(self, cache: RowCache, outputs: Sequence[list[int]]) -> list[int]:
         """One more token for every live row, appended to its output; returns the rows that have ended."""
         tokens = torch.tensor([[output[-1] for output in outputs]], device=self.device)
         counts = cache.counts
-        logits = self._forward(adaptation, cache, _Rows(tokens, cache.position_ids(), counts), None, counts)
+        logits = self._forward(cache, _Rows(tokens, cache.position_ids(), counts), None, counts)
         self.tokens.decoded += len(outputs)
         cache.advance()
         finished = []
@@ -354,16 +357,14 @@ class PackedRunner:
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def _forward(
-        self, adaptation: Any, rows: PackedSequences | RowCache, entries: Any, nodes: Sequence[int] | None, outputs: Any
+        self, rows: PackedSequences | RowCache, entries: Any, nodes: Sequence[int] | None, outputs: Any
     ) -> torch.Tensor:
         """Logits [nodes, vocabulary] at ``nodes`` (None: everywhere)."""
         if isinstance(rows, PackedSequences):
             self.tokens.sequences += rows.tokens
             self.tokens.computed += rows.nodes
-        if hasattr(adaptation, "route"):
-            adaptation.route(entries.counts, outputs)
         keep = 0 if nodes is None else torch.tensor(nodes, device=self.device)
-        with rows_are(rows), self.precision():
+        with running(ForwardPass(rows, entries.counts, outputs)), self.precision():
             logits = self.model(
                 input_ids=entries.input_ids,
                 position_ids=entries.position_ids,

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metasft.evaluation.packed_runner import Example, Tested, TestItem, TokenCount, response_targets
+from metasft.model.inner_loop import Adaptation
 
 
 @dataclass
@@ -33,11 +34,13 @@ class PaddedRunner:
     batch_size: int
     tokens: TokenCount = field(default_factory=TokenCount)
 
-    def step(self, adaptation: Any, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int) -> torch.Tensor:
+    def step(
+        self, adaptation: Adaptation, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int
+    ) -> torch.Tensor:
         """One update step along the gradient of the mean response loss; returns that loss, [1]."""
         ((_, examples),) = batches
         rows = [example["input_ids"].tolist() for example in examples]
-        nll, tokens = self._response_nll(adaptation, rows, [response_targets(example) for example in examples])
+        nll, tokens = self._response_nll(rows, [response_targets(example) for example in examples])
         loss = nll.sum() / tokens.sum()
         loss.backward()
         adaptation.step()
@@ -45,7 +48,7 @@ class PaddedRunner:
 
     @torch.no_grad()
     def test(
-        self, adaptation: Any, rows: Sequence[tuple[int, TestItem]], num_slots: int, *, generate: bool
+        self, adaptation: Adaptation, rows: Sequence[tuple[int, TestItem]], num_slots: int, *, generate: bool
     ) -> Iterator[tuple[int, Tested]]:
         """Loss on the reference response and greedy generation of every row."""
         # The longest first: what does not fit in memory fails at once.
@@ -53,13 +56,13 @@ class PaddedRunner:
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             items = [rows[index][1] for index in batch]
-            nll, tokens = self._response_nll(adaptation, [item.ids for item in items], [item.targets for item in items])
-            outputs = self._generate(adaptation, [item.prompt for item in items]) if generate else [[]] * len(items)
+            nll, tokens = self._response_nll([item.ids for item in items], [item.targets for item in items])
+            outputs = self._generate([item.prompt for item in items]) if generate else [[]] * len(items)
             for index, sum_, count, output in zip(batch, nll.double().tolist(), tokens.tolist(), outputs, strict=True):
                 yield index, Tested(sum_, count, output)
 
     def _response_nll(
-        self, adaptation: Any, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+        self, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of the negative log-likelihoods in nats [rows], response tokens [rows])."""
         input_ids, attention_mask = self._left_padded(rows)
@@ -71,7 +74,6 @@ class PaddedRunner:
         # With the padding on the left, responses share their columns: the output layer, a large share of a small
         # model's work, runs over those alone.
         columns = wanted.any(dim=0).nonzero().squeeze(-1)
-        self._route(adaptation, len(rows))
         with self.precision():
             logits = self.model(
                 input_ids=input_ids,
@@ -87,9 +89,8 @@ class PaddedRunner:
         losses = cross_entropy(logits[chosen].float(), input_ids[:, columns + 1][chosen], reduction="none")
         return losses.new_zeros(len(rows)).index_add(0, chosen.nonzero()[:, 0], losses), chosen.sum(dim=1)
 
-    def _generate(self, adaptation: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         input_ids, attention_mask = self._left_padded(prompts)
-        self._route(adaptation, len(prompts))
         with self.precision():
             generated = self.model.generate(
                 input_ids=input_ids,
@@ -99,10 +100,6 @@ class PaddedRunner:
                 use_cache=True,
             )
         return generated[:, input_ids.shape[1] :].tolist()
-
-    def _route(self, adaptation: Any, rows: int) -> None:
-        if hasattr(adaptation, "route"):
-            adaptation.route([rows])
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(token ids, attention mask), both [rows, longest]."""

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from metasft.model.packed_attention import PackedSequences, rows_are, sdpa, use_packed_attention
+from metasft.model.forward_pass import ForwardPass, running
+from metasft.model.packed_attention import PackedSequences, sdpa, use_packed_attention
 
 
 class RowCache:
@@ -170,10 +171,10 @@ def why_not_packed(
         packed.capture()
         cache = RowCache(1)
         with precision():
-            with rows_are(packed):
+            with running(ForwardPass(packed)):
                 row = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits[0]
             cache.rebuild([], packed, [(0, packed.paths[1].nodes)], 1)
-            with rows_are(cache):
+            with running(ForwardPass(cache)):
                 token = torch.tensor([second[-1:]], device=device)
                 last = model(input_ids=token, position_ids=cache.position_ids(), use_cache=False).logits[0]
         ours = [row[packed.paths[0].nodes], torch.cat([row[packed.paths[1].nodes], last])]

@@ -7,7 +7,8 @@ copied but the trained parameters themselves: with LoRA the frozen base is share
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, Self
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -48,6 +49,31 @@ def make_inner_optimizer(parameters: Sequence[torch.nn.Parameter], name: str, lr
     raise ValueError(f"meta.inner_optimizer={name!r} is unknown; choose one of sgd, adamw")
 
 
+class Adaptation(Protocol):
+    """Adapts theta to tasks and puts it back: one task at a time in place (:class:`InnerLoop`), or T at once, each in a
+    copy of the LoRA adapter (:class:`~metasft.model.stacked_lora.TaskBatchedLoRA`)."""
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """theta, in the order of the model's parameters."""
+
+    def adapting(self, num_tasks: int) -> AbstractContextManager[Self]:
+        """Everything that needs theta_i happens inside; afterwards theta is as it was, bit for bit, and ``.grad`` of
+        theta holds the sum over the tasks of the gradients since the last :meth:`step`."""
+
+    def step(self) -> None:
+        """One inner step of every task along its own gradients; clears them."""
+
+    def zero_grad(self) -> None:
+        """Clear all gradients, so that the next backward starts from none."""
+
+    def gradient_norms(self) -> torch.Tensor:
+        """Norm of each task's gradients since the last step, of this rank's shard, fp32 [T]."""
+
+    def difference(self) -> list[torch.Tensor]:
+        """sum_i (theta_i - theta), one tensor (local shard) per parameter: the direction Reptile moves along."""
+
+
 class InnerLoop:
     """Task adaptation of a fixed list of parameters.
 
@@ -83,7 +109,7 @@ class InnerLoop:
     @contextmanager
     def adapting(self, num_tasks: int = 1) -> Iterator[InnerLoop]:
         """Remember theta, let the caller adapt one task, and restore theta even when the caller raises."""
-        assert num_tasks == 1, num_tasks  # several at a time: metasft.model.stacked_lora
+        assert num_tasks == 1, num_tasks
         self._remember()
         self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self._lr)
         try:
@@ -105,25 +131,25 @@ class InnerLoop:
         torch._foreach_copy_([local_tensor(parameter) for parameter in self.parameters], self._theta)
 
     def step(self) -> None:
-        """One inner step along the gradients in ``.grad``; clears them."""
+        """As :meth:`Adaptation.step`, along the gradients in ``.grad``."""
         if self._clip_grad is not None:
             clip_grad_norm(self.parameters, self._clip_grad)
         self._optimizer.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drop all gradients, so that the next backward starts from none."""
+        """As :meth:`Adaptation.zero_grad`."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:
-        """Norm of this rank's shard of the gradients in ``.grad``, fp32 [1] (one task)."""
+        """As :meth:`Adaptation.gradient_norms`, [1]."""
         return total_norm([p.grad for p in self.parameters if p.grad is not None]).reshape(1)
 
     @torch.no_grad()
     def difference(self) -> list[torch.Tensor]:
-        """theta_i - theta, one tensor (local shard) per parameter: the direction Reptile moves along."""
+        """As :meth:`Adaptation.difference`, of one task."""
         return [local_tensor(p) - theta for p, theta in zip(self.parameters, self._theta, strict=True)]
 
 

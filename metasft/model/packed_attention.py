@@ -18,13 +18,13 @@ attends to itself, and the padding is dropped again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from metasft.model.forward_pass import current
 from metasft.model.inner_loop import upload
 
 NAME = "packed_sdpa"
@@ -236,39 +236,6 @@ def sdpa(
     return result.to(dtype)
 
 
-class Rows(Protocol):
-    """What a row of a forward is made of, and how its entries attend."""
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scaling: float | None,
-        dropout: float,
-        window: int | None = None,
-    ) -> torch.Tensor: ...
-
-
-# What the next forwards' rows are; None: one sequence per row, padded at the end. A global and not an argument of the
-# model's forward, because that does not pass unknown arguments on, and because the recomputation under activation
-# checkpointing calls the layers again, on whichever thread autograd runs the backward.
-_rows: Rows | None = None
-
-
-@contextmanager
-def rows_are(rows: Rows | None) -> Iterator[None]:
-    """Say what the rows of the forwards (and backwards) in this context are."""
-    global _rows
-    before, _rows = _rows, rows
-    try:
-        yield
-    finally:
-        _rows = before
-
-
 def packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -290,8 +257,8 @@ def packed_sdpa(
     Returns:
         ([rows, tokens, heads, d], None).
     """
-    if _rows is not None:
-        result = _rows.attend(
+    if (rows := current().rows) is not None:
+        result = rows.attend(
             module.layer_idx, query, key, value, scaling=scaling, dropout=dropout, window=sliding_window
         )
         return result.contiguous(), None
@@ -304,7 +271,7 @@ def packed_sdpa(
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Let all layers of a transformers model attend as the rows of :func:`rows_are` say.
+    """Let all layers of a transformers model attend as the rows of the pass say (:mod:`metasft.model.forward_pass`).
 
     transformers builds no mask for an attention that it does not know.
     """

@@ -1,13 +1,20 @@
-"""Cross entropy at response positions without ever holding all their logits.
+"""The output layer under training: cross entropy at response positions without ever holding all their logits.
 
 A vocabulary of 50,000 to 150,000 tokens makes the logits the largest tensor of a small model's step: [tokens,
 vocabulary] in fp32, three times over with its softmax and gradient. Here they exist for one slice of tokens at a time,
 and the gradient with respect to the hidden states is formed in the forward, while the slice is there.
+
+:func:`watch_output_layer` lets a model's output layer do that while a pass has :class:`ResponseTokens`. The layer then
+returns the loss where logits are expected: FSDP2 holds a root module's weights only while its forward runs, and gathers
+them again for the backward only where that comes through the module's output, so that the loss has to be computed in
+there and to leave by that way.
 """
 
 from __future__ import annotations
 
 import torch
+
+from metasft.model.forward_pass import ResponseTokens, current
 
 SLICE_BYTES = 32 * 2**20
 """Bytes of fp32 logits held at a time; with a trained matrix up to those of its gradient."""
@@ -63,9 +70,8 @@ class _ResponseLoss(torch.autograd.Function):
         if grad_hidden is None:
             return None, None, None, None, None
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(
-                ctx.weight_dtype
-            )  # no second one: it is as large as the matrix
+            # In place, no second one: it is as large as the matrix.
+            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None, None
 
 
@@ -84,3 +90,50 @@ def response_loss(
         (loss, a scalar to call backward on; nll [tokens] in nats, without gradient).
     """
     return _ResponseLoss.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled())
+
+
+def watch_output_layer(layer: torch.nn.Module) -> None:
+    """Let an output layer see only the hidden states whose next token is trained on, and compute the loss if it can.
+
+    With vocabularies of 50,000 to 150,000 tokens and prompts longer than responses, the output layer over all positions
+    costs a large part of a small model's time. Without :class:`ResponseTokens` in the pass the layer is as it was.
+
+    Args:
+        layer: the model's; only one that is a plain matrix can compute the loss (``output`` = "loss").
+    """
+    layer.register_forward_pre_hook(_select_response)
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:
+        return
+    logits_of = layer.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        response = current().response
+        if response is None or response.output != "loss":
+            return logits_of(hidden)
+        weight = layer.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        response.loss, response.nll = response_loss(hidden, weight, response.labels, response.weights)
+        return response.loss
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _select_response(_layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    response = current().response
+    if response is None or response.output == "logits":
+        return None
+    hidden = args[0]
+    return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, response.index), *args[1:])
+
+
+def loss_from_logits(logits: torch.Tensor, response: ResponseTokens) -> None:
+    """Set the loss of ``response`` where the output layer has not: of models that change logits after it."""
+    if response.loss is not None:
+        return
+    logits = logits.reshape(-1, logits.shape[-1])
+    if response.output == "logits":  # of all positions
+        logits = logits.index_select(0, response.index)
+    nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
+    response.loss, response.nll = (nll * response.weights).sum(), nll.detach()

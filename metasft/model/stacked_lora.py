@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from metasft.model.forward_pass import current
 from metasft.model.inner_loop import make_inner_optimizer, upload
 
 REMEDY = "set meta.task_batching=false to adapt one task at a time"
@@ -253,18 +254,18 @@ class _Layer:
 
 
 class TaskBatchedLoRA:
-    """Task adaptation of T copies of a model's LoRA adapter at once: the batched counterpart of ``InnerLoop``.
+    """Task adaptation of T copies of a model's LoRA adapter at once: an ``Adaptation`` of several tasks.
 
     The model's own adapter is theta and is never touched. Inside :meth:`adapting` every LoRA layer computes with the
-    stacked adapters, and whoever runs the model says with :meth:`route` which rows of a batch belong to which task::
+    stacked adapters, and ``ForwardPass.counts`` says which rows of a batch belong to which task::
 
         with task_batch.adapting(num_tasks) as adaptation:
             for batch in support_batches:                     # examples of all tasks, those of one task side by side
-                adaptation.route(counts)
-                loss_of_all_tasks.backward()                   # the sum of the tasks' mean losses
+                with running(ForwardPass(counts=counts)):
+                    loss_of_all_tasks.backward()               # the sum of the tasks' mean losses
                 adaptation.step()
-            adaptation.route(counts)
-            query_loss_of_all_tasks.backward()
+            with running(ForwardPass(counts=counts)):
+                query_loss_of_all_tasks.backward()
         # .grad of the model's own adapter now holds the sum of the tasks' query gradients
 
     Gradients of different tasks never mix: no row of one task takes part in a product with another task's adapter.
@@ -296,14 +297,12 @@ class TaskBatchedLoRA:
         self._output_layer = model.get_output_embeddings()
         self._theta: torch.nn.Parameter | None = None
         self._compute: torch.Tensor | None = None
-        self._blocks: Blocks | None = None
-        self._output_blocks: Blocks | None = None
         self.num_tasks = 0
         self.trained_parameters = sum(layer.a.numel() + layer.b.numel() for layer in self._layers)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """theta: the model's own adapter, in the order of the model's parameters."""
+        """As of :class:`~metasft.model.inner_loop.Adaptation`: the model's own adapter."""
         return [parameter for layer in self._layers for parameter in (layer.a, layer.b)]
 
     @property
@@ -331,13 +330,12 @@ class TaskBatchedLoRA:
             for layer in self._layers:
                 layer.module.forward = _forward_with_stack(self, layer)
             yield self
-            self._hand_over()
+            self._add_up()
         finally:
             for layer in self._layers:
                 del layer.module.forward  # the class's own again
                 layer.stack = None
             self.num_tasks = 0
-            self._blocks = self._output_blocks = None
             self._optimizer = None
             self._has_gradient = False
 
@@ -379,27 +377,19 @@ class TaskBatchedLoRA:
 
     # ---- one batch --------------------------------------------------------------------------------------------------
 
-    def route(self, counts: Sequence[int], output_counts: Sequence[int] | None = None) -> None:
-        """Say which rows of the next forwards belong to which task.
-
-        Args:
-            counts: per task, the number of its rows; rows of a task are contiguous and tasks in order. A row is a token
-            of
-                a packed batch, or an example of a padded one (which then counts with all its tokens).
-            output_counts: the same for the output layer, where it sees other rows (logits at response positions only)
-                and carries an adapter.
-        """
-        assert len(counts) == self.num_tasks, (len(counts), self.num_tasks)
-        self._blocks = Blocks(tuple(counts), self._strategy)
-        self._output_blocks = self._blocks if output_counts is None else Blocks(tuple(output_counts), self._strategy)
-
     def blocks_for(self, module: torch.nn.Module, rows: int) -> Blocks:
-        """The blocks of a layer's input with ``rows`` flattened rows."""
-        blocks = self._output_blocks if module is self._output_layer else self._blocks
-        assert blocks is not None, "route() was not called for this batch"
-        unit, rest = divmod(rows, blocks.total)
-        assert rest == 0, (rows, blocks.counts)
-        return blocks if unit == 1 else Blocks(tuple(count * unit for count in blocks.counts), blocks.strategy)
+        """The blocks of a layer's input with ``rows`` flattened rows, as the pass that is under way says."""
+        forward_pass = current()
+        counts = forward_pass.counts
+        if module is self._output_layer and forward_pass.output_counts is not None:
+            counts = forward_pass.output_counts
+        if counts is None:
+            assert self.num_tasks == 1, "the pass does not say which rows belong to which task"
+            counts = (rows,)
+        assert len(counts) == self.num_tasks, (len(counts), self.num_tasks)
+        unit, rest = divmod(rows, sum(counts))
+        assert rest == 0, (rows, counts)
+        return Blocks(tuple(count * unit for count in counts), self._strategy)
 
     def mark_gradient(self) -> None:
         """Say that a backward is going to add to the gradients."""
@@ -414,7 +404,7 @@ class TaskBatchedLoRA:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One inner step of every task along its own gradients; clears them."""
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         if self._clip_grad is not None:
             self._clip(self._clip_grad)
         self._optimizer.step()
@@ -422,13 +412,13 @@ class TaskBatchedLoRA:
         self._refresh()
 
     def zero_grad(self) -> None:
-        """Clear all gradients, so that the next backward starts from none."""
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         self._gradient.zero_()
         self._has_gradient = False
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:
-        """Each task's gradient norm, [T]."""
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         squares = torch.zeros(self.num_tasks, device=self._gradient.device)
         for layer in self._layers:
             for part in (layer.stack.grad_a, layer.stack.grad_b):
@@ -444,7 +434,7 @@ class TaskBatchedLoRA:
 
     @torch.no_grad()
     def difference(self) -> list[torch.Tensor]:
-        """sum_i (theta_i - theta), one tensor per parameter: the direction Reptile moves along."""
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         result = []
         for layer in self._layers:
             a, b = layer.stacked
@@ -453,7 +443,7 @@ class TaskBatchedLoRA:
         return result
 
     @torch.no_grad()
-    def _hand_over(self) -> None:
+    def _add_up(self) -> None:
         if not self._has_gradient:
             return
         for layer in self._layers:

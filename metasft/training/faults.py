@@ -26,17 +26,13 @@ class RunFault(RuntimeError):
     """Ends the run on every rank, with a sentence for the user. What was saved before is intact."""
 
 
-class SkipMetaStep(Exception):
-    """Leaves a meta-step before theta is updated; raised on every rank alike. The message says where it went wrong."""
-
-
 # ---- losses and gradients -------------------------------------------------------------------------------------------
 
 
 def first_fault(rows: Sequence[EpisodeRow]) -> str | None:
     """Where a meta-step first left the finite range: tasks and inner step; None where everything is finite.
 
-    A gradient of an inner step that is not finite shows in the loss of the next one, or in the query loss behind the
+    A gradient of an inner step that is not finite shows in the loss of the next one, or in the query loss after the
     last: nothing is computed, and no device waited for, inside the inner loop. What goes wrong in one task may reach
     others of its pass one step later, so that only the earliest place counts.
 
@@ -58,11 +54,11 @@ def _first_place(row: EpisodeRow) -> tuple[int, str, str, float] | None:
     steps = len(row.support_losses)
     places = [(0, "query loss", "before adaptation", row.query_loss_before)]
     for k, loss in enumerate(row.support_losses, start=1):
-        behind = f", behind the update of inner step {k - 1}" if k > 1 else ""
-        places.append((k, "support loss", f"at inner step {k} of {steps}{behind}", loss))
-    places.append((steps + 1, "query loss", f"behind inner step {steps}", row.query_loss_after))
+        after = f", after the update of inner step {k - 1}" if k > 1 else ""
+        places.append((k, "support loss", f"at inner step {k} of {steps}{after}", loss))
+    places.append((steps + 1, "query loss", f"after inner step {steps}", row.query_loss_after))
     # The query gradient; in Reptile theta_i - theta.
-    places.append((steps + 2, "contribution to the meta-step", f"behind inner step {steps}", row.contribution_norm))
+    places.append((steps + 2, "contribution to the meta-step", f"after inner step {steps}", row.contribution_norm))
     return next((place for place in places if place[3] is not None and not math.isfinite(place[3])), None)
 
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from metasft.data.episodes import Episode
 from metasft.model.inner_loop import upload
 
 
 @dataclass
 class EpisodeRecord:
-    """What one rank saw of one episode. Losses are this rank's part; their mean over the task group is the batch mean.
+    """An episode and what one rank saw of it.
 
-    Losses stay on the device (0-dim tensors), so that no step of the inner loop waits for it.
+    Losses are this rank's part; their mean over the task group is the mean of the batch. They stay on the device (0-dim
+    tensors), so that no step of the inner loop waits for it.
 
     Attributes:
         support_losses: loss before each inner step, K values.
@@ -30,7 +32,7 @@ class EpisodeRecord:
         padding: positions beside them that those forwards computed for nothing.
     """
 
-    task: str
+    episode: Episode
     support_losses: list[torch.Tensor] = field(default_factory=list)
     query_loss_before: torch.Tensor | None = None
     query_loss_after: torch.Tensor | None = None

@@ -15,6 +15,7 @@ import random
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,20 +26,17 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from metasft.backend.batches import count_micro_batches, make_batch
+from metasft.backend.checks import check_adapter, check_language_model, check_optimizer, reading_model
 from metasft.backend.devices import get_device_id, get_torch_device
 from metasft.backend.engine import (
     MetaFSDPEngine,
     all_reduce_flat,
     build_training_worker,
-    check_adapter,
-    check_language_model,
-    check_optimizer,
     copy_to_hdfs,
-    count_micro_batches,
     full_state_dict_on_rank_0,
-    make_batch,
-    reading_model,
 )
+from metasft.backend.proof import check_stacked, choose_layout
 from metasft.backend.sft_trainer import SFTTrainer
 from metasft.backend.tracking import start_tracking, track
 from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora
@@ -51,10 +49,11 @@ from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
 from metasft.files.untrusted import sha256_of
-from metasft.model.inner_loop import InnerLoop, local_tensor, total_norm
+from metasft.model.inner_loop import Adaptation, InnerLoop, local_tensor, total_norm
 from metasft.model.layouts import Example
 from metasft.model.stacked_lora import TaskBatchedLoRA
-from metasft.training.faults import RunFault, SkipMetaStep, check_theta, first_fault, writing
+from metasft.training.faults import RunFault, check_theta, first_fault, writing
+from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
 from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.training.preemption import Preemption
 from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
@@ -168,36 +167,35 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "again, or use another model"
             )
 
-    def _prove_the_passes(self) -> InnerLoop | TaskBatchedLoRA:
+    def _prove_the_passes(self) -> Adaptation:
         """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
         with self.engine.eval_mode():  # brings parameters that are offloaded
             examples = self._examples_to_prove()
-            notes = self.engine.choose_layout(examples, self._batch_settings)
-            inner_loop = self._build_inner_loop(examples, notes)
+            not_used = choose_layout(self.engine, examples, self._batch_settings)
+            inner_loop = self._build_inner_loop(examples, not_used)
         if self.rank == 0:
             rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
             batched = isinstance(inner_loop, TaskBatchedLoRA)
             tasks = "several tasks in a pass" if batched else "one task at a time" if self.lora else "all parameters"
             print(f"rows: {rows[self.engine.layout.rows]}; {tasks} (compared with the model's own losses)", flush=True)
-            for note in notes:
+            for note in not_used:
                 logger.warning("not used: %s", note)
         return inner_loop
 
-    def _build_inner_loop(self, examples: Sequence[Example], notes: list[str]) -> InnerLoop | TaskBatchedLoRA:
+    def _build_inner_loop(self, examples: Sequence[Example], not_used: list[str]) -> Adaptation:
         meta = self.meta
-        inner = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
+        settings = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
         if self.lora and meta.task_batching is not False:
             try:
-                inner_loop = self.engine.batch_tasks(**inner)
-                if why := self.engine.why_not_stacked(examples, self._batch_settings):
-                    raise ValueError(f"stacked adapters do not compute what each of them does alone ({why})")
-                return inner_loop
+                stacked = self.engine.batch_tasks(**settings)
+                check_stacked(self.engine, stacked, examples, self._batch_settings)
+                return stacked
             except ValueError as error:
                 self.engine.task_batch = None
                 if meta.task_batching:
                     raise ValueError(f"meta.task_batching=true cannot be used: {error}") from error
-                notes.append(f"several tasks in a pass: {error}")
-        return InnerLoop(self.engine.trained_parameters(), **inner)
+                not_used.append(f"several tasks in a pass: {error}")
+        return InnerLoop(self.engine.trained_parameters(), **settings)
 
     def _examples_to_prove(self) -> list[Example]:
         """The longest example of the run between short ones, of two tasks where there are two."""
@@ -279,7 +277,7 @@ class EpisodicSFTTrainer(SFTTrainer):
     def fit(self) -> None:
         """Train to ``trainer.total_training_steps`` meta-steps, then write the last checkpoint and the summary.
 
-        Asked to stop (SIGTERM), the run saves behind the meta-step that is under way and returns.
+        Asked to stop (SIGTERM), the run saves after the meta-step that is under way and returns.
 
         Raises:
             CannotTrack: a logger cannot be started.
@@ -315,7 +313,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         )
         with self._preemption:
             for step in progress:
-                metrics = self.train_step(step)
+                metrics, is_stopping = self.train_step(step)
                 if is_logging:
                     track(tracking, metrics, step)
                     for divergence in log.append({"step": step, **metrics}):
@@ -323,14 +321,14 @@ class EpisodicSFTTrainer(SFTTrainer):
                     progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
                     self._preemption.check_notice(metrics["perf/step_seconds"])
                 is_last = step == self.total_training_steps
-                is_due = is_last or self._stop_requested or (self.save_freq > 0 and step % self.save_freq == 0)
+                is_due = is_last or is_stopping or (self.save_freq > 0 and step % self.save_freq == 0)
                 self._check_theta(step, is_due)
                 if is_due:
                     checkpoint = self.save(step, log)
-                if self._stop_requested and not is_last:
+                if is_stopping and not is_last:
                     if is_logging:
                         progress.close()
-                        print(f"stopped by SIGTERM: meta-step {step} is saved, the same command goes on from there")
+                        print(f"stopped by SIGTERM: meta-step {step} is saved, the same command resumes from it")
                         tracking.finish()
                     return
         seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
@@ -354,36 +352,27 @@ class EpisodicSFTTrainer(SFTTrainer):
                     write_summary(self, self._export_path(done), log, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
 
-    def train_step(self, step: int) -> dict[str, float]:
+    def train_step(self, step: int) -> tuple[dict[str, float], bool]:
         """One meta-step: draw the meta-batch, run this group's episodes, reduce over the groups, update theta.
 
         Returns:
-            The metrics of the step, equal on every rank but for seconds and memory.
+            The metrics of the step, equal on every rank but for seconds and memory; and whether the run is to stop.
         """
         started = time.perf_counter()
-        meta_batch = self.train_dataloader.next_meta_batch()
-        episodes = self.episodes_of_this_group(meta_batch)
+        batch = self._draw(step)
         lr = self.engine.lr_scheduler.get_last_lr()[0]
-        self._measure_gain = bool(self.meta.adaptation_gain_freq) and step % self.meta.adaptation_gain_freq == 0
         # Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU.
         offloads = self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
-        grad_norm = fault = None
         with self.engine.train_mode(disable_auto_offload=not offloads):
-            self.step, self._tasks = step, [episode.task for episode in meta_batch]
-            try:
-                _, grad_norm = self.meta_step(episodes)
-            except SkipMetaStep as skipped:
-                fault = str(skipped)
+            result = self.meta_step(batch)
         if self.meta.update_shared:
             self.engine.lr_scheduler_step()
-        metrics = step_metrics(self._rows)
+        metrics = step_metrics(result.rows)
         metrics["train/lr"] = lr
-        if grad_norm is not None:
-            metrics["meta/grad_norm"] = grad_norm
-            if not math.isfinite(grad_norm):  # veRL's optimizer step has left theta alone
-                fault = f"the norm of the meta-gradient is {grad_norm}"
-        if fault is not None:
-            self._count_skipped(step, fault)
+        if result.grad_norm is not None:
+            metrics["meta/grad_norm"] = result.grad_norm
+        if result.fault is not None:
+            self._count_skipped(step, result.fault)
         else:
             self._updates_since_save += 1
         metrics["meta/skipped_steps"] = self.skipped_steps
@@ -391,7 +380,20 @@ class EpisodicSFTTrainer(SFTTrainer):
         metrics["perf/step_seconds"] = seconds
         metrics["perf/peak_memory_gb"] = get_torch_device().max_memory_allocated() / 1024**3
         metrics["perf/tokens_per_second"] = metrics["perf/tokens"] / seconds
-        return metrics
+        return metrics, result.is_stopping
+
+    def _draw(self, step: int) -> MetaBatch:
+        """The next meta-batch, with the contiguous part of its episodes that this rank's task group works on."""
+        episodes = self.train_dataloader.next_meta_batch()
+        per_group = len(episodes) // self.engine.num_task_groups
+        first = self.engine.task_group_index * per_group
+        every = self.meta.adaptation_gain_freq
+        return MetaBatch(
+            step=step,
+            tasks=tuple(episode.task for episode in episodes),
+            episodes=episodes[first : first + per_group],
+            measures_gain=bool(every and step % every == 0 and self.meta.query_batch_size),
+        )
 
     def _calmer_settings(self) -> str:
         """What to change where a loss grows."""
@@ -426,55 +428,61 @@ class EpisodicSFTTrainer(SFTTrainer):
                 most,
             )
 
-    def episodes_of_this_group(self, meta_batch: Sequence[Episode]) -> Sequence[Episode]:
-        """The contiguous part of the meta-batch that this rank's task group works on."""
-        per_group = len(meta_batch) // self.engine.num_task_groups
-        first = self.engine.task_group_index * per_group
-        return meta_batch[first : first + per_group]
-
     # ---- pieces of a meta-step --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
-        """Run ``episodes`` and update theta. Returns their records and the norm of the meta-gradient before clipping
-        (None when the algorithm has none or theta is not updated)."""
+    def meta_step(self, batch: MetaBatch) -> MetaStepResult:
+        """Run the episodes of ``batch`` and update theta."""
 
-    def passes(self, episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
-        """The episodes in the portions that are adapted together: one by one without task batching.
+    def first_order_meta_step(self, batch: MetaBatch) -> MetaStepResult:
+        """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
+
+        For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
+        theta back. Then one reduction over the task groups, one clip, one optimizer step. With task batching the tasks
+        of a pass go through all of it together, each with its own copy of theta.
+        """
+        weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
+        meta_gradient = MetaGradient(self.inner_loop.parameters, weight)
+        passes = self.passes(batch)
+        for records in passes:
+            if batch.measures_gain:
+                self.measure_before(records)
+            with self.inner_loop.adapting(len(records)):
+                self.adapt(records)
+                # Inside the block: under activation checkpointing the backward recomputes activations from the
+                # parameters it finds, so theta must not be back yet.
+                self.query_backward(records)
+                for record, norm in zip(records, self.inner_loop.gradient_norms().unbind(), strict=True):
+                    record.contribution_norm = norm
+            meta_gradient.accumulate()
+        updates = self.meta.update_shared
+        result = self.reduce(batch, passes, meta_gradient.tensors() if updates else [])
+        if not updates or result.fault is not None:
+            return result
+        meta_gradient.to_grad()
+        return self.optimizer_step(result)
+
+    def passes(self, batch: MetaBatch) -> list[list[EpisodeRecord]]:
+        """Records for the episodes, in the portions that are adapted together: one by one without task batching.
 
         With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
         tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Without a limit, a
         pass on a CPU holds :data:`CPU_TOKENS`, and tasks of :data:`CPU_TOKENS_ALONE` or more are alone. Every rank of a
         task group cuts alike, since all of them know all the examples.
         """
+        records = [EpisodeRecord(episode) for episode in batch.episodes]
         if not isinstance(self.inner_loop, TaskBatchedLoRA):
-            yield from ([episode] for episode in episodes)
-            return
-        limit, budget = self.meta.task_batch_limit, self._pass_budget
-        alone = budget + 1
-        if limit is None and self.device_name == "cpu" and self.config.data.use_dynamic_bsz:
+            return [[record] for record in records]
+        limit, data, alone = self.meta.task_batch_limit, self.config.data, None
+        budget = data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
+        if limit is None and self.device_name == "cpu" and data.use_dynamic_bsz:
             # A core's products run at full speed from a few hundred rows on: more of them only take more memory.
             budget, alone = min(budget, CPU_TOKENS), CPU_TOKENS_ALONE
-        portion: list[Episode] = []
-        used = 0
-        for episode in episodes:
-            size = self._size_in_a_pass(episode)
-            size = budget if size >= alone else size
-            if portion and (len(portion) == limit or used + size > budget):
-                yield portion
-                portion, used = [], 0
-            portion.append(episode)
-            used += size
-        yield portion
-
-    @property
-    def _pass_budget(self) -> int:
-        """Tokens (examples, without dynamic micro-batches) that one pass of a rank may hold."""
-        data = self.config.data
-        return data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
+        sizes = [self._size_in_a_pass(episode) for episode in batch.episodes]
+        return [records[part] for part in split_into_passes(sizes, budget=budget, alone=alone, most=limit)]
 
     def _size_in_a_pass(self, episode: Episode) -> int:
-        """What the episode's largest batch adds to a pass of one rank, in the unit of :attr:`_pass_budget`."""
+        """What the episode's largest batch adds to a pass of one rank: tokens, or examples in fixed micro-batches."""
         group = self.engine.get_data_parallel_size()
         if not self.config.data.use_dynamic_bsz:
             return max(self.meta.inner_batch_size, self.meta.query_batch_size) // group
@@ -484,79 +492,45 @@ class EpisodicSFTTrainer(SFTTrainer):
             sizes.append(query.tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
-    def adapt(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+    def adapt(self, records: Sequence[EpisodeRecord]) -> None:
         """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports."""
-        sets = [self.support_sets[episode.task] for episode in episodes]
-        for indices in zip(*(episode.support_batches for episode in episodes), strict=True):
-            batch = self._batch(sets, indices, records)
-            losses = self.engine.loss_and_backward(batch, len(episodes))
+        sets = [self.support_sets[record.episode.task] for record in records]
+        for indices in zip(*(record.episode.support_batches for record in records), strict=True):
+            losses = self.engine.loss_and_backward(self._batch(sets, indices, records), len(records))
             for record, loss in zip(records, losses.unbind(), strict=True):
                 record.support_losses.append(loss)
             self.inner_loop.step()
 
-    def query_backward(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+    def query_backward(self, records: Sequence[EpisodeRecord]) -> None:
         """Backward of the query losses at whatever parameters are loaded."""
-        for record, loss in zip(records, self._query_losses(episodes, records, backward=True), strict=True):
+        losses = self.engine.loss_and_backward(self._query_batch(records, records), len(records))
+        for record, loss in zip(records, losses.unbind(), strict=True):
             record.query_loss_after = loss
 
-    def measure_before(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
-        """Query losses at theta, for the adaptation gain, every ``meta.adaptation_gain_freq`` meta-steps."""
-        if self._measure_gain and self.meta.query_batch_size:
-            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
-                record.query_loss_before = loss
+    def measure_before(self, records: Sequence[EpisodeRecord]) -> None:
+        """Query losses at theta, for the adaptation gain."""
+        losses = self.engine.loss_only(self._query_batch(records), len(records))
+        for record, loss in zip(records, losses.unbind(), strict=True):
+            record.query_loss_before = loss
 
-    def measure_after(self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord]) -> None:
+    def measure_after(self, records: Sequence[EpisodeRecord]) -> None:
         """Query losses at the adapted parameters, for algorithms that take no gradient there."""
-        if self._measure_gain and self.meta.query_batch_size:
-            for record, loss in zip(records, self._query_losses(episodes, records, backward=False), strict=True):
-                record.query_loss_after = loss
+        losses = self.engine.loss_only(self._query_batch(records), len(records))
+        for record, loss in zip(records, losses.unbind(), strict=True):
+            record.query_loss_after = loss
 
-    def _query_losses(
-        self, episodes: Sequence[Episode], records: Sequence[EpisodeRecord], *, backward: bool
-    ) -> tuple[torch.Tensor, ...]:
-        sets = [self.query_sets[episode.task] for episode in episodes]
-        batch = self._batch(sets, [episode.query_batch for episode in episodes], records if backward else None)
-        run = self.engine.loss_and_backward if backward else self.engine.loss_only
-        return run(batch, len(episodes)).unbind()
-
-    def first_order_meta_step(self, episodes: Sequence[Episode]) -> tuple[list[EpisodeRecord], float | None]:
-        """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
-
-        For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
-        theta back. Then one reduction over the task groups, one clip, one optimizer step. With task batching the tasks
-        of a pass go through all of it together, each with its own copy of theta.
-        """
-        weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
-        meta_gradient = MetaGradient(self.inner_loop.parameters, weight)
-        records = []
-        for portion in self.passes(episodes):
-            of_pass = [EpisodeRecord(episode.task) for episode in portion]
-            self.measure_before(portion, of_pass)
-            with self.inner_loop.adapting(len(portion)):
-                self.adapt(portion, of_pass)
-                # Inside the block: under activation checkpointing the backward recomputes activations from the
-                # parameters it finds, so theta must not be back yet.
-                self.query_backward(portion, of_pass)
-                for record, norm in zip(of_pass, self.inner_loop.gradient_norms().unbind(), strict=True):
-                    record.contribution_norm = norm
-            meta_gradient.take()
-            records += of_pass
-        if not self.meta.update_shared:
-            self.reduce([], records)
-            return records, None
-        self.reduce(meta_gradient.tensors(), records)
-        meta_gradient.hand_over()
-        return records, self.engine.optimizer_step()
-
-    def reduce(self, tensors: Sequence[torch.Tensor], records: Sequence[EpisodeRecord]) -> None:
+    def reduce(
+        self, batch: MetaBatch, passes: Sequence[Sequence[EpisodeRecord]], tensors: Sequence[torch.Tensor]
+    ) -> MetaStepResult:
         """The one communication of a meta-step: sum ``tensors`` over the task groups, with the loss table riding along.
 
         The table has one row per episode of the whole meta-batch; every group fills its own rows.
 
-        Raises:
-            SkipMetaStep: on every rank, when a loss or gradient of any episode is not finite: nobody gets to update
-                theta.
+        Returns:
+            With a ``fault``, on every rank, when a loss or gradient of any episode is not finite: nobody gets to update
+            theta.
         """
+        records = [record for records in passes for record in records]
         if records[0].contribution_norm is None:
             norm = total_norm(tensors)
             for record in records:
@@ -573,18 +547,27 @@ class EpisodicSFTTrainer(SFTTrainer):
             table[:-1, :-COUNTS] /= self.engine.get_data_parallel_size()
         if self.engine.num_task_groups > 1:
             all_reduce_flat([*tensors, table], self.engine.mesh["task"].get_group())
-        self._rows, self._stop_requested = from_table(table, self._tasks, records)
-        fault = first_fault(self._rows)
-        if fault is not None:
-            raise SkipMetaStep(fault)
+        rows, is_stopping = from_table(table, batch.tasks, records)
+        return MetaStepResult(rows, is_stopping, fault=first_fault(rows))
+
+    def optimizer_step(self, result: MetaStepResult) -> MetaStepResult:
+        """veRL's optimizer along ``.grad``; it leaves theta alone where the norm is not finite, which is a fault."""
+        norm = self.engine.optimizer_step()
+        fault = None if math.isfinite(norm) else f"the norm of the meta-gradient is {norm}"
+        return replace(result, grad_norm=norm, fault=fault)
+
+    def _query_batch(self, records: Sequence[EpisodeRecord], counted: Sequence[EpisodeRecord] | None = None) -> Any:
+        episodes = [record.episode for record in records]
+        sets = [self.query_sets[episode.task] for episode in episodes]
+        return self._batch(sets, [episode.query_batch for episode in episodes], counted)
 
     def _batch(
         self,
         sets: Sequence[TokenizedSet],
         indices: Sequence[Sequence[int]],
-        records: Sequence[EpisodeRecord] | None = None,
+        counted: Sequence[EpisodeRecord] | None = None,
     ) -> Any:
-        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``records``."""
+        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``counted``."""
         rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
         examples: list[Any] = []
         tasks: list[int] = []
@@ -597,12 +580,12 @@ class EpisodicSFTTrainer(SFTTrainer):
             examples += share
             tasks += [task] * len(share)
             weights += [1.0 / task_set.response_tokens(chosen)] * len(share)
-        if records is not None:
+        if counted is not None:
             lengths = [len(example["input_ids"]) for example in examples]
             width = max(lengths) if self.engine.layout.rows == "padded" else 0
             for task, length in zip(tasks, lengths, strict=True):
-                records[task].tokens += length
-                records[task].padding += max(width - length, 0)
+                counted[task].tokens += length
+                counted[task].padding += max(width - length, 0)
         least = count_micro_batches(lengths_of_ranks, self._batch_settings["max_token_len_per_gpu"])
         return make_batch(examples, tasks, weights, {**self._batch_settings, "least_micro_batches": least})
 

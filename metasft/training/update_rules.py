@@ -1,8 +1,7 @@
 """How the tasks of a meta-batch become one update of the shared parameters.
 
 * FOMAML (first-order MAML, Finn et al. 2017, arXiv 1703.03400, section 5.2) and META-LORA (MeTA-LoRA, arXiv
-  2510.11598): g = aggregate_i d/dtheta L(theta_i,K; Q_i), accumulated in fp32 and handed to veRL's optimizer as
-  ``.grad``.
+  2510.11598): g = aggregate_i d/dtheta L(theta_i,K; Q_i), accumulated in fp32, then ``.grad`` for veRL's optimizer.
 * Reptile (Nichol et al. 2018, arXiv 1803.02999, algorithm 2): theta + eps * mean_i(theta_i,K - theta).
 """
 
@@ -18,7 +17,7 @@ from metasft.model.inner_loop import local_tensor
 class MetaGradient:
     """Sums task gradients of fixed parameters in fp32, each with the same weight whatever the task's token count.
 
-    Gradients are taken over from ``.grad`` rather than copied: with one task per group nothing is allocated.
+    The first task's ``.grad`` becomes the sum rather than being copied: with one task per group nothing is allocated.
 
     Args:
         parameters: theta (shards under FSDP2).
@@ -31,7 +30,7 @@ class MetaGradient:
         self._sum: list[torch.Tensor | None] = [None] * len(parameters)
 
     @torch.no_grad()
-    def take(self) -> None:
+    def accumulate(self) -> None:
         """Add the gradients in ``.grad`` (the query gradient of a task, or the sum over several) and clear them."""
         for i, parameter in enumerate(self._parameters):
             gradient, parameter.grad = parameter.grad, None
@@ -51,7 +50,7 @@ class MetaGradient:
                 self._sum[i] = torch.zeros_like(parameter, dtype=torch.float32)
         return [local_tensor(total) for total in self._sum]
 
-    def hand_over(self) -> None:
+    def to_grad(self) -> None:
         """Put the meta-gradient into ``.grad`` for the optimizer."""
         for parameter, total in zip(self._parameters, self._sum, strict=True):
             parameter.grad = None if total is None else total.to(parameter.dtype)
@@ -86,7 +85,7 @@ class MeanDifference:
         for parameter, total in zip(self._parameters, self._sum, strict=True):
             local_tensor(parameter).add_(total.to(parameter.dtype), alpha=step_size)
 
-    def hand_over(self) -> None:
+    def to_grad(self) -> None:
         """Put the negative mean difference into ``.grad``: descending it moves theta towards the adapted parameters."""
         for parameter, total in zip(self._parameters, self._sum, strict=True):
             gradient = torch.zeros_like(parameter)

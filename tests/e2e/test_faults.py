@@ -320,12 +320,12 @@ def test_nodes_that_do_not_share_the_output_folder_are_told_at_once(make_run, tm
 NUMERICAL = [
     # name, poison, its inner step, where the sentence sees it
     slow("meta_lora", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
-    ("meta_lora", "support_gradient", 1, "'mul' is nan at inner step 2 of 2, behind the update of inner step 1"),
-    slow("meta_lora_2", "query_loss", 1, "the query loss of task 'mul' is nan behind inner step 2"),
-    slow("meta_lora", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan behind inner step 2"),
-    slow("fomaml", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan behind inner step 2"),
+    ("meta_lora", "support_gradient", 1, "'mul' is nan at inner step 2 of 2, after the update of inner step 1"),
+    slow("meta_lora_2", "query_loss", 1, "the query loss of task 'mul' is nan after inner step 2"),
+    slow("meta_lora", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan after inner step 2"),
+    slow("fomaml", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan after inner step 2"),
     ("fomaml_2", "support_loss", 1, "the support loss of task 'mul' is nan at inner step 1 of 2"),
-    ("reptile", "support_gradient", 2, "the query loss of task 'mul' is nan behind inner step 2"),
+    ("reptile", "support_gradient", 2, "the query loss of task 'mul' is nan after inner step 2"),
     slow("reptile_2", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
 ]
 
@@ -372,7 +372,7 @@ def test_too_many_skipped_meta_steps_end_the_run_also_across_a_resume(make_run):
     ranks = run.start(poison=poison)
     assert ranks.wait() == [1]
     error = the_error(ranks)
-    assert "meta-step 4: the query loss of task 'cat' is inf behind inner step 2" in error
+    assert "meta-step 4: the query loss of task 'cat' is inf after inner step 2" in error
     assert "meta.max_skipped_steps=2" in error and saved_step(run.folder) == 3
 
 

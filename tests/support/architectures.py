@@ -270,7 +270,7 @@ def _change_of_neighbours(trainer: Any) -> float:
     examples = trainer._examples_to_prove()
     batches = (examples, [*examples[:-1], changed(examples[-1])])
     with trainer.engine.eval_mode():
-        losses = [trainer.engine._token_losses(batch, trainer._batch_settings) for batch in batches]
+        losses = [trainer.engine.token_losses(batch, trainer._batch_settings) for batch in batches]
     return max(float((a - b).abs().max()) for a, b in zip(*losses, strict=True) if a is not losses[0][-1])
 
 

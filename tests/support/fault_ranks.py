@@ -81,10 +81,10 @@ def told_to_stop(cls, rank, step, behind=False):
             due = (number, self.rank) == (step, rank)
             if due and not behind:
                 os.kill(os.getpid(), signal.SIGTERM)
-            metrics = super().train_step(number)
+            outcome = super().train_step(number)
             if due and behind:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return metrics
+            return outcome
 
     return ToldToStop
 
@@ -99,19 +99,23 @@ def poisoned(cls, what, task, step, inner_step=1, value="nan"):
     phase_due, _, kind = what.partition("_")
 
     class Poisoned(cls):
-        def adapt(self, episodes, records):
-            with self.poison("support", episodes):
-                super().adapt(episodes, records)
+        def meta_step(self, batch):
+            self.number = batch.step
+            return super().meta_step(batch)
 
-        def query_backward(self, episodes, records):
-            with self.poison("query", episodes):
-                super().query_backward(episodes, records)
+        def adapt(self, records):
+            with self.poison("support", records):
+                super().adapt(records)
+
+        def query_backward(self, records):
+            with self.poison("query", records):
+                super().query_backward(records)
 
         @contextmanager
-        def poison(self, phase, episodes):
+        def poison(self, phase, records):
             original, calls = self.engine.loss_and_backward, itertools.count(1)
-            tasks = [episode.task for episode in episodes]
-            due = phase == phase_due and task in tasks and (self.step == step or 0 < -step <= self.step)
+            tasks = [record.episode.task for record in records]
+            due = phase == phase_due and task in tasks and (self.number == step or 0 < -step <= self.number)
 
             def loss_and_backward(batch, count=1):
                 here = due and (next(calls) == inner_step or phase == "query")
@@ -142,11 +146,11 @@ def drifting(cls, rank, step):
 
     class Drifting(cls):
         def train_step(self, number):
-            metrics = super().train_step(number)
+            outcome = super().train_step(number)
             if number == step and self.rank == rank:
                 with torch.no_grad():
                     local_tensor(self.inner_loop.parameters[0]).view(-1)[0] += 0.01
-            return metrics
+            return outcome
 
     return Drifting
 

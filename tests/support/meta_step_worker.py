@@ -90,10 +90,10 @@ def restore_before_the_backward(trainer):
     """A deliberate mistake: theta is put back between the query forward and the query backward."""
     original = trainer.query_backward
 
-    def query_backward(episodes, records):
+    def query_backward(records):
         hook = trainer.engine.module.register_forward_hook(lambda *_: trainer.inner_loop.restore())
         try:
-            original(episodes, records)
+            original(records)
         finally:
             hook.remove()
 
@@ -122,7 +122,8 @@ def run_case(case, out):
     if case.get("break") == "restore_before_backward":
         restore_before_the_backward(trainer)
     captured = {}
-    original_step, original_draw = trainer.engine.optimizer_step, trainer.train_dataloader.next_meta_batch
+    original_step, original_meta_step = trainer.engine.optimizer_step, trainer.meta_step
+    original_draw = trainer.train_dataloader.next_meta_batch
 
     def optimizer_step():
         captured["gradient"] = {
@@ -133,10 +134,14 @@ def run_case(case, out):
 
     def next_meta_batch():
         batch = original_draw()
-        captured["meta_batch"] = trainer.episodes_of_this_group(batch)
         captured["episodes"] = [(e.task, e.support_batches, e.query_batch) for e in batch]
         return batch
 
+    def meta_step(batch):
+        captured["meta_batch"] = batch
+        return original_meta_step(batch)
+
+    trainer.meta_step = meta_step
     trainer.engine.optimizer_step = optimizer_step
     trainer.train_dataloader.next_meta_batch = next_meta_batch
     result = {}
@@ -146,10 +151,11 @@ def run_case(case, out):
             end_where_the_host_waits(trainer)
         result["theta_before"] = theta_of(trainer)
         with CollectiveCounter() as counter:
-            result["metrics"] = trainer.train_step(step)
+            result["metrics"], _ = trainer.train_step(step)
     result.update(captured, theta_after=theta_of(trainer), collectives=counter.calls)
     result["passes"] = [
-        [trainer._size_in_a_pass(episode) for episode in portion] for portion in trainer.passes(captured["meta_batch"])
+        [trainer._size_in_a_pass(record.episode) for record in records]
+        for records in trainer.passes(captured["meta_batch"])
     ]
     base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     result["base_grads"] = [n for n, p in base.items() if p.grad is not None]

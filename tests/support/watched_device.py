@@ -193,7 +193,7 @@ def run_case(case: dict, out: Path) -> None:
     for step in range(1, case.get("steps", 1) + 1):
         waits.clear()
         found.clear()
-        metrics = trainer.train_step(step)
+        metrics, _ = trainer.train_step(step)
         collect()
     (out / f"{case['name']}.json").write_text(json.dumps({"waits": found, "metrics": metrics}))
 

@@ -18,7 +18,8 @@ from metasft.evaluation.packed_runner import PackedRunner
 from metasft.evaluation.padded_runner import PaddedRunner
 from metasft.evaluation.protocol import shot_indices
 from metasft.evaluation.row_cache import RowCache, why_not_packed
-from metasft.model.packed_attention import PackedSequences, rows_are, use_packed_attention
+from metasft.model.forward_pass import ForwardPass, running
+from metasft.model.packed_attention import PackedSequences, use_packed_attention
 
 SAMPLES = ([5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32])
 
@@ -239,7 +240,7 @@ def test_packed_rows_are_separate_sequences(packed_model, share):
     assert packed.tokens == tokens
     assert packed.nodes == sum(packed.counts) == ((4 + 8 + 0 + 1 + 1) + 4 if share else tokens)
     assert packed.counts[1] == 0
-    with rows_are(packed):
+    with running(ForwardPass(packed)):
         logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits[0]
     separate = [plain(input_ids=torch.tensor([ids])).logits[0] for _, ids in SEQUENCES]
     for path, expected in zip(packed.paths, separate, strict=True):
@@ -259,14 +260,14 @@ def test_cached_rows_continue_their_sequences(packed_model):
     def read(rows):
         packed = PackedSequences([SEQUENCES[row] for row in rows], 3, torch.device("cpu"))
         packed.capture()
-        with rows_are(packed):
+        with running(ForwardPass(packed)):
             model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False)
         return packed, [(SEQUENCES[row][0], path.nodes) for row, path in zip(rows, packed.paths, strict=True)]
 
     def step(names, token):
         assert [texts[name] for name in names] and len(cache.rows) == len(names)
         ids = torch.tensor([[token + place for place in range(len(names))]])
-        with rows_are(cache):
+        with running(ForwardPass(cache)):
             logits = model(input_ids=ids, position_ids=cache.position_ids(), use_cache=False).logits[0]
         cache.advance()
         for place, name in enumerate(names):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from metasft.data.episodes import Episode
 from metasft.training.faults import WATCHED_LOSSES, DivergenceWatch, RunFault, first_fault, theta_checksum, writing
 from metasft.training.metrics import EpisodeRecord, EpisodeRow, from_table, step_metrics, to_table
 
@@ -28,16 +29,16 @@ def row(task="add", support=(1.0, 0.9, 0.8), before=2.0, after=1.0, norm=0.1):
         ([row("mul", support=(INF, NAN, NAN))], "the support loss of task 'mul' is inf at inner step 1 of 3"),
         (
             [row(), row("mul", support=(1.0, 1.0, NAN), after=NAN, norm=NAN)],
-            "the support loss of task 'mul' is nan at inner step 3 of 3, behind the update of inner step 2",
+            "the support loss of task 'mul' is nan at inner step 3 of 3, after the update of inner step 2",
         ),
-        ([row("mul", after=-INF, norm=NAN)], "the query loss of task 'mul' is -inf behind inner step 3"),
-        ([row("mul", norm=INF)], "the contribution to the meta-step of task 'mul' is inf behind inner step 3"),
+        ([row("mul", after=-INF, norm=NAN)], "the query loss of task 'mul' is -inf after inner step 3"),
+        ([row("mul", norm=INF)], "the contribution to the meta-step of task 'mul' is inf after inner step 3"),
         # A fault may reach other tasks of the pass a step later: where it began counts.
         (
             [row("a", support=(1.0, 1.0, NAN)), row("b", support=(1.0, NAN, NAN)), row("c", after=NAN)],
-            "the support loss of task 'b' is nan at inner step 2 of 3, behind the update of inner step 1",
+            "the support loss of task 'b' is nan at inner step 2 of 3, after the update of inner step 1",
         ),
-        ([row("a", after=NAN), row("b", after=NAN)], "the query loss of tasks 'a' and 'b' is nan behind inner step 3"),
+        ([row("a", after=NAN), row("b", after=NAN)], "the query loss of tasks 'a' and 'b' is nan after inner step 3"),
     ],
 )
 def test_the_first_fault_is_named_by_task_and_inner_step(rows, words):
@@ -47,7 +48,7 @@ def test_the_first_fault_is_named_by_task_and_inner_step(rows, words):
 def records(task_losses, before=None):
     return [
         EpisodeRecord(
-            task,
+            Episode(task, (), ()),
             [torch.tensor(loss) for loss in losses],
             None if before is None else torch.tensor(before),
             torch.tensor(0.5),

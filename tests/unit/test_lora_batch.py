@@ -10,9 +10,10 @@ from meta_reference import relative_error
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from metasft.backend.engine import check_shardable
+from metasft.backend.checks import check_shardable
+from metasft.model.forward_pass import ForwardPass, running
 from metasft.model.inner_loop import InnerLoop
-from metasft.model.packed_attention import PackedSequences, rows_are, use_packed_attention
+from metasft.model.packed_attention import PackedSequences, use_packed_attention
 from metasft.model.stacked_lora import (
     Blocks,
     TaskBatchedLoRA,
@@ -110,16 +111,15 @@ def all_logits(model, batch, tasks, *, packed):
         slots = [slot for slot, task in enumerate(tasks) for _ in task]
         sequences = list(zip(slots, [ids.tolist() for ids in rows], strict=True))
         layout = PackedSequences(sequences, len(tasks), torch.device("cpu"))
-        batch.route(layout.counts)
-        with rows_are(layout):
+        with running(ForwardPass(layout, layout.counts)):
             output = model(input_ids=layout.input_ids, position_ids=layout.position_ids).logits[0]
             yield [output[path.nodes] for path in layout.paths]
     else:
-        batch.route([len(task) for task in tasks])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
-        output = model(input_ids=padded, attention_mask=mask).logits
-        yield [row[:n] for row, n in zip(output, lengths, strict=True)]
+        with running(ForwardPass(counts=[len(task) for task in tasks])):
+            output = model(input_ids=padded, attention_mask=mask).logits
+            yield [row[:n] for row, n in zip(output, lengths, strict=True)]
 
 
 @contextmanager
@@ -234,8 +234,8 @@ def test_theta_is_untouched_and_layers_are_restored_even_after_an_error():
     logits = model(input_ids=ids).logits.detach()
     batch = TaskBatchedLoRA(model, lr=LR, optimizer="sgd")
     with pytest.raises(RuntimeError, match="on purpose"), batch.adapting(2) as adaptation:
-        adaptation.route([6, 6])
-        model(input_ids=ids.repeat(1, 2)).logits.square().mean().backward()
+        with running(ForwardPass(counts=[6, 6])):
+            model(input_ids=ids.repeat(1, 2)).logits.square().mean().backward()
         adaptation.step()
         raise RuntimeError("on purpose")
     assert not batch.active

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from metasft.model.packed_attention import PackedSequences, packed_sdpa, rows_are
+from metasft.model.forward_pass import ForwardPass, running
+from metasft.model.packed_attention import PackedSequences, packed_sdpa
 
 LAYER = SimpleNamespace(layer_idx=0)
 
@@ -44,7 +45,7 @@ def test_every_sequence_attends_to_itself_alone(lengths, window):
         [causal_alone(query, key, value, s, n, window) for s, n in zip(starts, lengths, strict=True)], dim=1
     )
     expected_gradients = torch.autograd.grad(expected, (query, key, value), upstream)
-    with rows_are(layout_of(lengths)):
+    with running(ForwardPass(layout_of(lengths))):
         found, weights = packed_sdpa(LAYER, query, key, value, None, scaling=0.3, sliding_window=window)
     assert weights is None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -60,7 +61,7 @@ def test_shared_openings_are_computed_once_and_attend_alike(window):
     assert layout.nodes == 6 + 2 + 0 + 3 and layout.tokens == 18
     assert layout.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2]
     query, key, value = states(layout.nodes)
-    with rows_are(layout):
+    with running(ForwardPass(layout)):
         found, _ = packed_sdpa(LAYER, query, key, value, None, scaling=0.3, sliding_window=window)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(found, (query, key, value), upstream)
@@ -94,7 +95,7 @@ def test_rows_padded_at_the_end_need_no_mask():
 def test_bf16_keeps_its_dtype_and_agrees_with_fp32():
     lengths = [4, 9]
     query, key, value = states(13)
-    with rows_are(layout_of(lengths)):
+    with running(ForwardPass(layout_of(lengths))):
         expected, _ = packed_sdpa(LAYER, query, key, value, None, scaling=0.3)
         found, _ = packed_sdpa(LAYER, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, scaling=0.3)
     assert found.dtype == torch.bfloat16

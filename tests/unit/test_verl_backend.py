@@ -8,7 +8,7 @@ import torch
 from verl.utils import seqlen_balancing
 from verl.workers.engine.utils import prepare_micro_batches
 
-from metasft.backend.engine import count_micro_batches, make_batch
+from metasft.backend.batches import count_micro_batches, make_batch
 
 SETTINGS = {"use_dynamic_bsz": True, "pad_mode": "no_padding", "use_remove_padding": True}
 
