@@ -9,6 +9,7 @@ RUN=checkpoints/quickstart
 # A bf16 base halves the memory traffic; adapters and their optimizer stay in fp32 either way.
 BF16="engine.model_dtype=bf16 engine.mixed_precision.param_dtype=bf16"
 STEPS=6
+rm -rf "$RUN"  # a folder holds one run
 mkdir -p "$OUT"
 
 echo "== 1/4 data: five training tasks, two unseen tasks"
@@ -19,7 +20,7 @@ echo "== 2/4 META-LORA: $STEPS meta-steps on two processes, one task group each"
 OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 meta_lora_trainer.py \
     --config-path data/math_science_meta --config-name config_meta_lora_example $BF16 \
     meta.num_inner_steps=5 meta.inner_batch_size=2 trainer.total_training_steps=$STEPS \
-    trainer.default_local_dir=$RUN trainer.resume_mode=disable
+    trainer.default_local_dir=$RUN
 
 echo "== 3/4 few-shot evaluation on unseen tasks: the base model and the meta-learned adapter"
 EVAL="--eval-tasks calculus theorem_proving --n-shots 0 5 25 --n-runs 1 --limit 12 --max-new-tokens 20 --adaptation-steps 6 --dtype bfloat16 --overwrite"

@@ -27,7 +27,7 @@ class Episode:
     query_batch: tuple[int, ...]
 
 
-_START_OVER = "put it back, or set trainer.resume_mode=disable to start over"
+_START_OVER = "put it back, or give another trainer.default_local_dir to start over"
 
 
 def _entry(state: Any, name: str) -> Any:

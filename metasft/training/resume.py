@@ -1,9 +1,11 @@
-"""The resume state ``global_step_<N>/``, the metrics that belong to it, and which state a run goes on from.
+"""The resume state ``global_step_<N>/``, the metrics that belong to it, and which state a run resumes from.
 
-The state is veRL's (its files, its names, its tracker file), written so that a crash at any moment leaves the last
-complete one in charge: all ranks write into a temporary folder, which is flushed and renamed; the tracker file moves
-last. The layout file in it says what wrote it and how large every file is, so that a damaged copy is noticed.
-veRL's files are pickles, and reading a pickle can run code: a state is only read from the run's own folder.
+A folder holds one run: it is resumed from its newest complete state, and a run that is started over, or from an earlier
+state, wants a folder without later ones. The state is veRL's (its files, its names, its tracker file), written so that
+a crash at any moment leaves the last one intact: all ranks write into a temporary folder, which is flushed and renamed;
+the tracker file moves last. The layout file in it says what wrote it and how large every file is, so that a damaged
+copy is noticed. veRL's files are pickles, and reading a pickle can run code: a state is only read from the run's own
+folder.
 """
 
 from __future__ import annotations
@@ -24,16 +26,12 @@ from metasft.files.atomic import PARTIAL, flush, put_in_place, remove, replacing
 from metasft.files.paths import user_path
 from metasft.files.untrusted import is_inside, read_json
 from metasft.training.faults import Divergence, DivergenceWatch, writing
-from metasft.training.lineage import Lineage, Start
 
 LAYOUT_FILE = "layout.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE = "global_step_{step}"
 SHARDS = ("model", "optim", "extra_state")
 """veRL's files of a rank."""
-
-UNKNOWN = "unknown"
-"""Start of a state whose layout cannot be read: no start has this id."""
 
 LAYOUT_KEYS = {
     "method": "the method",
@@ -81,7 +79,7 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with writing(what, run_dir):
-            # What is kept is decided once the new state is in charge, not before it is written.
+            # What is kept is decided once the new state is complete, not before it is written.
             engine.save_checkpoint(str(partial), global_step=step, max_ckpt_to_keep=None)
             torch.save(sampler.state_dict(), partial / f"data_{rank}.pt")
             for file in partial.rglob("*"):
@@ -93,7 +91,8 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
                 files = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
                 write_json(partial / LAYOUT_FILE, {**layout, "files": files})
                 put_in_place(partial, target)
-                _track(run_dir, step)
+                with replacing_file(run_dir / TRACKER_FILE) as temporary:
+                    temporary.write_text(str(step), encoding="utf-8")
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,66 +102,17 @@ def _files(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.rglob("*") if entry.is_file())
 
 
-def take_charge(run_dir: Path, state: Path | None) -> Lineage:
-    """Put the state that a start goes on from in charge, and whatever else the folder holds out of it.
-
-    A crash before the first save must not bring back an earlier run that was started over, nor later meta-steps than
-    those that are gone on from.
+def prune(run_dir: Path, exports: Sequence[str], keep: int | None) -> None:
+    """Delete all states and their exports but the newest ``keep`` (None or < 1 keeps all).
 
     Args:
-        state: from :func:`find_state`; None to start over.
-    """
-    if state is None:
-        (run_dir / TRACKER_FILE).unlink(missing_ok=True)  # first: a lineage without a state is none to go on from
-        lineage = Lineage(()).next_start(0)
-        lineage.write(run_dir)
-        return lineage
-    step, start = step_of(state), _start_of(state)
-    earlier = Lineage.read(run_dir)
-    if earlier is None or not earlier.holds(start, step):
-        earlier = Lineage((Start(start, step),))
-    lineage = earlier.next_start(step)
-    lineage.write(run_dir)
-    newest = _tracked(run_dir)
-    if newest != step:
-        if newest is not None and newest > step:
-            logger.warning(
-                "going back from meta-step %d to %d, whose later states belong to this run no more; leave "
-                "trainer.resume_from_path out when this run is started again, or it goes back again",
-                newest,
-                step,
-            )
-        _track(run_dir, step)
-    return lineage
-
-
-def _track(run_dir: Path, step: int) -> None:
-    with replacing_file(run_dir / TRACKER_FILE) as temporary:
-        temporary.write_text(str(step), encoding="utf-8")
-
-
-def _tracked(run_dir: Path) -> int | None:
-    """What the tracker file names; None where it names nothing."""
-    try:
-        text = (run_dir / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
-
-
-def prune(run_dir: Path, exports: Sequence[str], lineage: Lineage, keep: int | None) -> None:
-    """Of what a run saved, states and exports, delete all but the newest ``keep`` (None or < 1 keeps all).
-
-    Args:
-        run_dir: ``trainer.default_local_dir``. What other runs saved there is left alone.
+        run_dir: ``trainer.default_local_dir``.
         exports: names of what one export consists of, with ``{step}`` in the place of the meta-step.
-        lineage: of the run.
         keep: ``trainer.max_ckpt_to_keep``.
     """
     if keep is None or keep < 1:
         return
-    saved = [step for step, folder in _states(run_dir) if lineage.holds(_start_of(folder), step)]
-    for step in saved[keep:]:
+    for step, _ in _states(run_dir)[keep:]:
         for name in (*exports, STATE):  # the state last: without it nobody would know that the export may go
             entry = run_dir / name.format(step=step)
             if entry.exists():
@@ -175,21 +125,11 @@ def _states(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _start_of(state: Path) -> str | None:
-    """Id of the start that saved a state; None for releases that wrote none."""
-    try:
-        return read_json(state / LAYOUT_FILE, "").get("start")
-    except ValueError:
-        return UNKNOWN
-
-
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 
 def find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
-    """The state to go on from, the same on every rank; None to start from the beginning.
-
-    That is the one the tracker file names, or where it is missing or damaged the newest complete one before it.
+    """The state to resume from, the same on every rank: the newest complete one. None to start from the beginning.
 
     Args:
         run_dir: ``trainer.default_local_dir``.
@@ -197,8 +137,8 @@ def find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
         path: ``trainer.resume_from_path``.
 
     Raises:
-        ValueError: the mode is unknown, the path is not a complete state in ``run_dir``, or the tracker file promises a
-            state that is not there.
+        ValueError: the mode is unknown; the path is not a complete state in ``run_dir``; the folder holds later states,
+            or a run that is not to be resumed; or only damaged states are left.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -216,41 +156,43 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
     if mode not in ("auto", "disable", "resume_path"):
         raise ValueError(f"trainer.resume_mode={mode!r} is unknown; choose one of auto, disable, resume_path")
     if mode == "disable":
+        if any(run_dir.glob("*step_[0-9]*")):
+            raise ValueError(
+                f"trainer.resume_mode=disable, but trainer.default_local_dir={run_dir} holds checkpoints of an earlier "
+                f"run, which would be mixed with those of this one; delete them (rm -r {run_dir}), or give another "
+                "folder"
+            )
         return None
     if mode == "resume_path" and path is None:
         raise ValueError("trainer.resume_from_path is not set; give a global_step_<N> folder, or set resume_mode=auto")
     if path is not None:
-        folder = user_path(path)
-        is_state = folder.is_dir() and step_of(folder) is not None
-        reason = _damage(folder) if is_state else "it is no global_step_<N> folder"
-        if reason is not None:
-            raise ValueError(f"trainer.resume_from_path={path} cannot be resumed from: {reason}; choose another")
-        if not _is_own(folder, run_dir):
-            raise ValueError(
-                f"trainer.resume_from_path={path} is not in the run's own folder, trainer.default_local_dir={run_dir}: "
-                "resume state is pickled, and reading that of somebody else can run their code; to go on from a state "
-                "you trust, copy it into that folder"
-            )
-        return folder
-    tracker = run_dir / TRACKER_FILE
-    if not tracker.is_file():
-        return None
-    newest, lineage = _tracked(run_dir), Lineage.read(run_dir)
-    for step, folder in _states(run_dir):
-        if newest is not None and step > newest:
-            continue  # saved, but killed before the tracker file moved; or of a longer run
-        reason = _damage(folder) if _is_own(folder, run_dir) else "it lies outside the run's own folder"
-        if reason is None and lineage is not None and not lineage.holds(_start_of(folder), step):
-            reason = "it is of another run in this folder, which was started over or gone on with from an earlier state"
-        if reason is None:
-            if step != newest:
-                logger.warning("%s names %s, which is not complete: going on from %s", tracker, newest, folder)
+        return _named_state(run_dir, path)
+    states = _states(run_dir)
+    for _, folder in states:
+        if (reason := _damage(folder, run_dir)) is None:
             return folder
-        logger.warning("%s is passed over: %s", folder, reason)
-    raise ValueError(
-        f"{tracker} names meta-step {newest}, but {run_dir} holds no complete state up to it; put it back, or set "
-        "trainer.resume_mode=disable to start over"
-    )
+        logger.warning("%s is not resumed from: %s", folder, reason)
+    if states or (run_dir / TRACKER_FILE).exists():
+        raise ValueError(
+            f"{run_dir} holds no complete state of the run that was saved there; put one back, or delete the folder to "
+            "start over"
+        )
+    return None
+
+
+def _named_state(run_dir: Path, path: str) -> Path:
+    """The state of ``trainer.resume_from_path``."""
+    folder = user_path(path)
+    is_state = folder.is_dir() and step_of(folder) is not None
+    reason = _damage(folder, run_dir) if is_state else "it is no global_step_<N> folder"
+    if reason is not None:
+        raise ValueError(f"trainer.resume_from_path={path} cannot be resumed from: {reason}")
+    if later := [state.name for step, state in _states(run_dir) if step > step_of(folder)]:
+        raise ValueError(
+            f"trainer.resume_from_path={path} is older than {', '.join(later)} in the same folder; delete those, or "
+            "copy the folder and the exports up to it into another trainer.default_local_dir"
+        )
+    return folder
 
 
 def step_of(folder: Path) -> int | None:
@@ -259,16 +201,16 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _is_own(folder: Path, run_dir: Path) -> bool:
-    """Whether a state lies in the folder of the run, links followed: veRL unpickles it, which runs what it holds."""
-    return folder.resolve().parent == run_dir.resolve()
-
-
-def _damage(folder: Path) -> str | None:
-    """What is missing from a state, None when it is whole (or of a writer that did not list its files)."""
+def _damage(folder: Path, run_dir: Path) -> str | None:
+    """Why a state cannot be resumed from; None when it is whole (or of a writer that did not list its files)."""
+    if folder.resolve().parent != run_dir.resolve():
+        return (
+            f"it is not in trainer.default_local_dir={run_dir}; its files are pickled, and reading those of somebody "
+            "else can run their code: copy a state that you trust into that folder"
+        )
     layout = folder / LAYOUT_FILE
     if not layout.is_file():
-        return None  # check_layout refuses it with the remedy
+        return None  # check_layout() has the remedy
     try:
         written = read_json(layout, "")
     except ValueError:
@@ -292,7 +234,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse to resume from state that another layout of processes wrote: veRL's files hold one shard per rank.
+    """Check that a state was written by this layout of processes (veRL's files hold one shard per rank) and settings.
 
     Args:
         folder: a ``global_step_<N>`` folder.
@@ -308,14 +250,14 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no {LAYOUT_FILE}: it was not written by one of the episodic trainers; use another "
-            "trainer.default_local_dir, or trainer.resume_mode=disable to start over"
+            "trainer.default_local_dir"
         )
-    saved = read_json(path, "use another state, or trainer.resume_mode=disable to start over")
+    saved = read_json(path, "use another state")
     for key, name in LAYOUT_KEYS.items():
         if saved.get(key, layout[key] if key in LATER_KEYS else None) != layout[key]:
             raise ValueError(
                 f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
-                "or set trainer.resume_mode=disable to start over"
+                "or give another trainer.default_local_dir"
             )
     return saved
 
@@ -345,7 +287,7 @@ class StepCost(NamedTuple):
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one line per meta-step, cut back to the meta-step that a run goes on from.
+    """``metrics.jsonl``, one line per meta-step, cut back to the meta-step that a run resumes from.
 
     A line that cannot be written (a full disk) waits in memory for the next one; a checkpoint, which comes with
     :meth:`flush`, needs them all on the disk.

@@ -56,7 +56,7 @@ from metasft.training.faults import RunFault, check_theta, first_fault, writing
 from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
 from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.training.preemption import Preemption
-from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state, take_charge
+from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state
 from metasft.training.run_summary import peaks_of_ranks, write_summary
 from metasft.training.update_rules import MetaGradient
 
@@ -236,7 +236,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         self.ckpt_handler._determine_resume_path = lambda: None if self._state is None else str(self._state)
 
     def _find_state(self) -> tuple[Path | None, int]:
-        """The state to go on from and the meta-steps that were skipped up to it; (None, 0) at the beginning."""
+        """The state to resume from and the meta-steps that were skipped up to it; (None, 0) at the beginning."""
         settings = self.config.trainer
         state = find_state(self.run_dir, settings.resume_mode, settings.resume_from_path)
         return state, 0 if state is None else check_layout(state, self._layout()).get("skipped_steps", 0)
@@ -292,8 +292,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self.run_dir)
                 if not is_done:
-                    (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, or of one started over
-                    self._lineage = take_charge(self.run_dir, self._state)
+                    (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run
                     with replacing_file(self.run_dir / "config.yaml") as temporary:
                         OmegaConf.save(self.config, temporary)
                 log = MetricsLog(self.run_dir / "metrics.jsonl", self.resume_global_step)
@@ -609,8 +608,6 @@ class EpisodicSFTTrainer(SFTTrainer):
             if log is not None:
                 log.flush()
         layout = {**self._layout(), "skipped_steps": self.skipped_steps}
-        if log is not None:
-            layout["start"] = self._lineage.id
         save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout)
         self._last_saved = step
         with writing(f"the copy of meta-step {step}", self.run_dir):
@@ -618,7 +615,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 # Where every meta-step since the last save was skipped, theta may be past saving, and what is kept of
                 # earlier ones may be the only way back.
                 if self._updates_since_save:
-                    prune(self.run_dir, self._export_names, self._lineage, self.config.trainer.max_ckpt_to_keep)
+                    prune(self.run_dir, self._export_names, self.config.trainer.max_ckpt_to_keep)
                 if self.config.trainer.default_hdfs_dir:
                     copy_to_hdfs(self.run_dir / STATE.format(step=step), self.config.trainer.default_hdfs_dir)
         self._updates_since_save = 0

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metasft.training.lineage import Lineage, Start
-from metasft.training.resume import MetricsLog, _find_state, check_layout, prune, read_metrics, take_charge
+from metasft.training.resume import MetricsLog, _find_state, check_layout, prune, read_metrics
 
 EARLIEST = {"method": "fomaml", "world_size": 1, "task_group_size": 1, "lora_rank": 0}
 LATER = {
@@ -29,27 +28,32 @@ MODEL = "model_world_size_1_rank_0.pt"
 FILES = (MODEL, "optim_world_size_1_rank_0.pt", "extra_state_world_size_1_rank_0.pt", "data_0.pt")
 
 
-def make_state(run: Path, step: int, tracker: bool = True, start: str | None = None) -> Path:
+def make_state(run: Path, step: int, tracker: bool = True) -> Path:
     folder = run / f"global_step_{step}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in FILES:
         (folder / name).write_text("x" * step)
-    layout = {**LAYOUT, "skipped_steps": 3, "start": start, "files": dict.fromkeys(FILES, step)}
+    layout = {**LAYOUT, "skipped_steps": 3, "files": dict.fromkeys(FILES, step)}
     (folder / "layout.json").write_text(json.dumps(layout))
     if tracker:
         (run / "latest_checkpointed_iteration.txt").write_text(str(step))
     return folder
 
 
-def test_the_tracker_file_is_in_charge(tmp_path):
+def test_a_run_is_resumed_from_its_newest_state(tmp_path):
     assert _find_state(tmp_path, "auto", None) is None
-    make_state(tmp_path, 100)
-    two = make_state(tmp_path, 2)
-    assert _find_state(tmp_path, "auto", None) == two, "100 is of an earlier, longer run in the same folder"
-    make_state(tmp_path, 4, tracker=False)
-    assert _find_state(tmp_path, "auto", None) == two, "killed before the tracker file moved"
+    make_state(tmp_path, 2)
+    four = make_state(tmp_path, 4, tracker=False)  # killed before the tracker file moved
+    assert _find_state(tmp_path, "auto", None) == four
+
+
+@pytest.mark.parametrize("left", ["global_step_2", "step_2", "adapter_step_2", "meta_lora_checkpoint_step_2.pt"])
+def test_a_fresh_start_wants_a_folder_without_checkpoints(left, tmp_path):
     assert _find_state(tmp_path, "disable", None) is None
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=rf"trainer\.resume_mode=disable, .*delete them \(rm -r {tmp_path}\)"):
+        _find_state(tmp_path, "disable", None)
 
 
 @pytest.mark.parametrize("damage", ["missing folder", "missing file", "short file", "torn layout", "no files listed"])
@@ -67,9 +71,9 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(damage, tmp_path, caplog
         (four / "layout.json").write_text(json.dumps({**LAYOUT, "files": {}}))
     with caplog.at_level(logging.WARNING):
         assert _find_state(tmp_path, "auto", None) == two
-    assert "which is not complete: going on from" in caplog.text
+    assert ("global_step_4 is not resumed from" in caplog.text) == (damage != "missing folder")
     (two / MODEL).unlink()
-    with pytest.raises(ValueError, match=r"meta-step 4, but .* trainer\.resume_mode=disable"):
+    with pytest.raises(ValueError, match=r"holds no complete state .* delete the folder to start over"):
         _find_state(tmp_path, "auto", None)
 
 
@@ -81,8 +85,9 @@ def test_a_torn_tracker_file_of_another_writer_is_survived(tmp_path):
 
 
 def test_a_path_to_resume_from_is_checked(tmp_path):
-    four = make_state(tmp_path, 4)
-    make_state(tmp_path, 6)
+    two, four = make_state(tmp_path, 2), make_state(tmp_path, 4)
+    with pytest.raises(ValueError, match=r"global_step_2 is older than global_step_4 in the same folder; delete"):
+        _find_state(tmp_path, "auto", str(two))
     for mode in ("auto", "resume_path"):
         assert _find_state(tmp_path, mode, str(four)) == four
     (four / MODEL).write_text("x")
@@ -116,7 +121,7 @@ def test_a_path_to_resume_from_is_checked(tmp_path):
 def test_another_layout_is_refused(key, words, tmp_path):
     folder = make_state(tmp_path, 2)
     assert check_layout(folder, LAYOUT)["skipped_steps"] == 3
-    with pytest.raises(ValueError, match=rf"{words} = .* this run has other; .*trainer\.resume_mode=disable"):
+    with pytest.raises(ValueError, match=rf"{words} = .* this run has other; .*trainer\.default_local_dir"):
         check_layout(folder, {**LAYOUT, key: "other"})
 
 
@@ -127,70 +132,16 @@ def test_states_of_earlier_releases_hold_less_and_list_no_files(tmp_path):
     assert "skipped_steps" not in check_layout(folder, LAYOUT)
 
 
-# ---- several runs in one folder -------------------------------------------------------------------------------------
-
-
-def save(run: Path, lineage: Lineage, *steps: int) -> None:
-    for step in steps:
-        make_state(run, step, start=lineage.id)
-
-
-def test_a_run_that_was_started_over_is_neither_gone_on_from_nor_counted(tmp_path, caplog):
+def test_the_newest_states_and_their_exports_are_kept(tmp_path):
     exports = ("step_{step}", "run_checkpoint_step_{step}.pt")
-    save(tmp_path, take_charge(tmp_path, None), 2, 4, 6, 8, 12)
-    for step in (2, 4, 5, 6, 8, 10, 12):
+    for step in (2, 4, 6):
+        make_state(tmp_path, step)
         (tmp_path / f"step_{step}").mkdir()
         (tmp_path / f"run_checkpoint_step_{step}.pt").write_text("")
-    again = take_charge(tmp_path, None)
-    assert _find_state(tmp_path, "auto", None) is None, "killed before its first save"
-    save(tmp_path, again, 5, 10)
-    prune(tmp_path, exports, again, 2)
-    assert {p.name for p in tmp_path.glob("global_step_*")} == {f"global_step_{n}" for n in (2, 4, 5, 6, 8, 10, 12)}
-    (tmp_path / "global_step_10" / MODEL).unlink()
-    assert _find_state(tmp_path, "auto", None) == tmp_path / "global_step_5"
-    assert "global_step_8 is passed over: it is of another run in this folder" in caplog.text
-    save(tmp_path, again, 10, 15)
-    for keep in (None, 0, 2):
-        prune(tmp_path, exports, again, keep)
-        assert (tmp_path / "global_step_5").exists() == (keep != 2)
-    for name in exports:
-        assert not (tmp_path / name.format(step=5)).exists() and (tmp_path / name.format(step=10)).exists()
-        assert (tmp_path / name.format(step=2)).exists(), "of the earlier run"
-
-
-def test_going_back_leaves_the_later_states_behind(tmp_path, caplog):
-    save(tmp_path, take_charge(tmp_path, None), 2, 4, 6, 8)
-    four = tmp_path / "global_step_4"
-    branch = take_charge(tmp_path, _find_state(tmp_path, "auto", str(four)))
-    assert "going back from meta-step 8 to 4" in caplog.text
-    assert _find_state(tmp_path, "auto", None) == four, "killed before its first save"
-    save(tmp_path, branch, 5)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")  # which is gone
-    assert _find_state(tmp_path, "auto", None) == tmp_path / "global_step_5"
-    (tmp_path / "global_step_5" / MODEL).unlink()
-    assert _find_state(tmp_path, "auto", None) == four
-    prune(tmp_path, (), branch, 1)
-    assert {p.name for p in tmp_path.glob("global_step_*")} == {f"global_step_{n}" for n in (5, 6, 8)}
-
-
-def test_a_lineage_grows_by_the_starts_that_saved_something(tmp_path):
-    lineage = take_charge(tmp_path, None)
-    first = lineage.id
-    save(tmp_path, lineage, 3)
-    for _ in range(5):
-        lineage = take_charge(tmp_path, tmp_path / "global_step_3")
-        assert lineage.starts == (Start(first, 3), Start(lineage.id, None)) == Lineage.read(tmp_path).starts
-    assert lineage.holds(first, 3) and not lineage.holds(first, 4) and lineage.holds(lineage.id, 99)
-
-
-@pytest.mark.parametrize("written", [None, "", "[]", '{"starts": [[1, 2]]}', '{"starts": 7}'])
-def test_states_without_a_lineage_are_gone_on_from(written, tmp_path):
-    """Of an earlier release, or copied here."""
-    two = make_state(tmp_path, 2, start="elsewhere")
-    if written is not None:
-        (tmp_path / "lineage.json").write_text(written)
-    assert _find_state(tmp_path, "auto", None) == two
-    assert take_charge(tmp_path, two).starts[0] == ("elsewhere", 2)
+    for keep, left in ((None, {2, 4, 6}), (0, {2, 4, 6}), (2, {4, 6}), (1, {6})):
+        prune(tmp_path, exports, keep)
+        for name in ("global_step_{step}", *exports):
+            assert {step for step in (2, 4, 6) if (tmp_path / name.format(step=step)).exists()} == left
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
