@@ -48,6 +48,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv results checkpoints

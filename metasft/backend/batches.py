@@ -11,7 +11,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
 
 def make_batch(
-    examples: Sequence[Mapping[str, torch.Tensor]],
+    examples: Sequence[dict[str, torch.Tensor]],
     tasks: Sequence[int],
     weights: Sequence[float],
     settings: Mapping[str, Any],

@@ -108,7 +108,7 @@ def check_adapter(model_config: Any) -> None:
             ) from error
 
 
-def check_shardable(module: torch.nn.Module) -> None:
+def check_shardable(module: Any) -> None:
     """Raise ValueError where FSDP2 cannot wrap what veRL asks it to: an untied output layer under an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -131,7 +131,7 @@ class PlatformCPU(PlatformBase):
     def is_available(self) -> bool:
         return True
 
-    def current_device(self) -> torch.device:
+    def current_device(self) -> torch.device:  # type: ignore[override]
         # veRL passes this to Tensor.to(); an int would mean an accelerator index there.
         return torch.device("cpu")
 

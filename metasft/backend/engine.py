@@ -38,7 +38,7 @@ from metasft.model.forward_pass import ForwardPass, Output, ResponseTokens, runn
 from metasft.model.inner_loop import local_tensor, upload
 from metasft.model.layouts import Example, Layout
 from metasft.model.packed_attention import PackedSequences
-from metasft.model.response_loss import loss_from_logits, watch_output_layer
+from metasft.model.response_loss import losses, watch_output_layer
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 MODEL_TYPE = "meta_language_model"
@@ -113,7 +113,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         with reading_model(self.model_config.path), _as_verl_reads(self.model_config.hf_config):
             return super()._build_module()
 
-    def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+    def _build_lora_module(self, module: Any) -> Any:
         path = self.model_config.lora_adapter_path
         if path is not None and Path(path).is_dir():
             load_adapter_folder(Path(path))  # peft would read pickled weights, and settings of any kind
@@ -134,7 +134,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             set_peft_model_state_dict(module, load_peft_weights(path, device="cpu"))
         return module
 
-    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+    def _build_fsdp_module(self, module: Any) -> Any:
         precision = self.engine_config.mixed_precision or {}
         param_dtype = PrecisionType.to_dtype(precision.get("param_dtype", "bf16"))
         reduce_dtype = PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32"))
@@ -248,24 +248,25 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         Returns:
             [T] on the device, this rank's part: their mean over the group is the tasks' loss.
         """
-        losses = self._run(batch, num_tasks, backward=True)
+        means = self._run(batch, num_tasks, backward=True)
         if self._is_lora and self.get_data_parallel_size() > 1:
             # FSDP reduces the gradients of its shards; the replicated adapters are ours to reduce.
-            if self._is_task_batched:
-                gradients = [self.task_batch.gradient]
+            if (stacked := self._stacked) is not None:
+                gradients = [stacked.gradient]
             else:
                 gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
             all_reduce_flat(gradients, self.get_data_parallel_group())
             torch._foreach_mul_(gradients, 1.0 / self.get_data_parallel_size())
-        return losses
+        return means
 
     def loss_only(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
         """As :meth:`loss_and_backward`, without gradient."""
         return self._run(batch, num_tasks, backward=False)
 
     @property
-    def _is_task_batched(self) -> bool:
-        return self.task_batch is not None and self.task_batch.active
+    def _stacked(self) -> TaskBatchedLoRA | None:
+        """The stacked adapters, where the model currently computes with them."""
+        return self.task_batch if self.task_batch is not None and self.task_batch.active else None
 
     def _run(self, batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
         """veRL's ``forward_backward_batch`` with one loss per task, and without its waits for the device.
@@ -277,19 +278,19 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         tu.assign_non_tensor(batch, sp_size=1)
         least = tu.get_non_tensor_data(data=batch, key="least_micro_batches", default=None)
         micro_batches, _ = prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)
-        losses = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
+        means = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
         for number, micro_batch in enumerate(micro_batches, start=1):
             if backward:
                 with self._gradient_sync_context(is_last_micro_batch=number == len(micro_batches)):
-                    response = self._forward(micro_batch, backward=True)
+                    response, nll = self._forward(micro_batch, backward=True)
             else:
                 with torch.no_grad():
-                    response = self._forward(micro_batch, backward=False)
-            losses.index_add_(0, response.tasks, response.nll * response.weights * self.get_data_parallel_size())
-        return losses
+                    response, nll = self._forward(micro_batch, backward=False)
+            means.index_add_(0, response.tasks, nll * response.weights * self.get_data_parallel_size())
+        return means
 
-    def _forward(self, micro_batch: Any, *, backward: bool) -> ResponseTokens:
-        """Forward, and backward, of one micro-batch; its response tokens with the loss of each."""
+    def _forward(self, micro_batch: Any, *, backward: bool) -> tuple[ResponseTokens, torch.Tensor]:
+        """Forward, and backward, of one micro-batch; its response tokens and the loss of each, [n]."""
         device = torch.device(get_device_id())
         packed = self.layout.rows != "padded"
         tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
@@ -299,7 +300,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         response = self._response_of(micro_batch, lengths, packed)
         rows = self._packed_rows(micro_batch, response, device) if self.layout.rows == "shared" else None
         counts = outputs = None
-        if self._is_task_batched:
+        if self._stacked is not None:
             per_example = lengths if packed else torch.ones_like(lengths)
             counts = rows.counts if rows is not None else self._per_task(micro_batch["task"], per_example)
             if self.output != "logits":  # the output layer sees response positions alone
@@ -318,22 +319,22 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         autocast = self._autocast_dtype != torch.float32
         with running(ForwardPass(rows, counts, outputs, response)):
             with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
-                loss_from_logits(self.module(**model_inputs, use_cache=False).logits, response)
+                loss, nll = losses(self.module(**model_inputs, use_cache=False).logits, response)
             if backward:
                 # FSDP averages over the ranks of the group, each of which holds a part of the sum.
-                (response.loss * self.get_data_parallel_size()).backward()
+                (loss * self.get_data_parallel_size()).backward()
         if not backward:
             # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
             # computing with them when the shards have changed.
             for part in self.module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
-        return response
+        return response, nll
 
     def _grouped_by_task(self, micro_batch: Any) -> Any:
         """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""
         task = micro_batch["task"]
-        if not self._is_task_batched or bool((task.diff() >= 0).all()):
+        if self._stacked is None or bool((task.diff() >= 0).all()):
             return micro_batch
         return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
 
@@ -353,13 +354,13 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     def _packed_rows(self, micro_batch: Any, response: ResponseTokens, device: torch.device) -> PackedSequences:
         """All sequences in one row; moves the index of ``response`` to it."""
-        batched = self._is_task_batched
+        stacked = self._stacked
         # Without stacked adapters all examples meet the same parameters, whatever their task.
-        slots = micro_batch["task"].tolist() if batched else [0] * len(micro_batch["task"])
+        slots = [0] * len(micro_batch["task"]) if stacked is None else micro_batch["task"].tolist()
         sequences = [ids.tolist() for ids in micro_batch["input_ids"].unbind()]
         rows = PackedSequences(
             list(zip(slots, sequences, strict=True)),
-            self.task_batch.num_tasks if batched else 1,
+            1 if stacked is None else stacked.num_tasks,
             device,
             share=not self._drops_out,  # sequences that share states would share random masks, too
         )
@@ -369,7 +370,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     def _per_task(self, task: torch.Tensor, rows: torch.Tensor) -> list[int]:
         """``rows`` summed by the task each belongs to."""
-        return torch.zeros(self.task_batch.num_tasks, dtype=torch.long).index_add_(0, task, rows).tolist()
+        assert self._stacked is not None
+        return torch.zeros(self._stacked.num_tasks, dtype=torch.long).index_add_(0, task, rows).tolist()
 
     # ---- what metasft.backend.proof compares ------------------------------------------------------------------------
 
@@ -390,20 +392,20 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
     def token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
         """The loss of each response token of each example, computed together; fp32 on the device."""
         tasks = [example.task for example in examples]
-        response = self._forward(
+        _, nll = self._forward(
             make_batch([example.tensors for example in examples], tasks, [1.0] * len(examples), settings),
             backward=False,
         )
         lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
-        return list(response.nll.float().split(lengths))
+        return list(nll.float().split(lengths))
 
 
-def base_model(module: torch.nn.Module) -> torch.nn.Module:
+def base_model(module: Any) -> Any:
     """The transformers model inside an adapter, or the model itself."""
     return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
-def _drops_out(module: torch.nn.Module) -> bool:
+def _drops_out(module: Any) -> bool:
     """Whether training draws random masks: sequences that share states would share them, too."""
     config = module.config.get_text_config()
     return bool(getattr(config, "attention_dropout", 0)) or any(
@@ -456,7 +458,7 @@ def full_state_dict_on_rank_0(module: torch.nn.Module) -> dict[str, torch.Tensor
     """The whole model's tensors in host memory on rank 0, gathered tensor by tensor; empty on every other rank."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: Any = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state if dist.get_rank() == 0 else {}
 
 

@@ -19,7 +19,8 @@ class LastResponseDataset(MultiTurnSFTDataset):
     """Items as of veRL's dataset; ``loss_mask`` is 1 on the tokens of the last assistant turn and 0 elsewhere."""
 
     def _process_single_message(self, index: int, message: dict[str, Any], full_message: list, *args: Any, **more: Any):
-        ids, loss_mask, *rest = super()._process_single_message(index, message, full_message, *args, **more)
+        processed: Any = super()._process_single_message(index, message, full_message, *args, **more)
+        ids, loss_mask, *rest = processed
         if any(turn["role"] == "assistant" for turn in full_message[index + 1 :]):
             loss_mask = torch.zeros_like(loss_mask)
         return ids, loss_mask, *rest

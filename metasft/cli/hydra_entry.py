@@ -62,7 +62,7 @@ def _check_flags() -> None:
     def wrong_flag(message: str) -> None:
         sys.exit(refuse_on_rank_0(f"{message}; settings are written key=value, see --help for the flags"))
 
-    parser.error = wrong_flag
+    parser.error = wrong_flag  # type: ignore[method-assign, assignment]
     parser.parse_args()
 
 

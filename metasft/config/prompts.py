@@ -65,7 +65,8 @@ def given_arguments(data_config: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     given = data_config.get("apply_chat_template_kwargs") or {}
-    given = dict(OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given)
+    plain: Any = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
+    given = dict(plain)
     thinking = data_config.get("enable_thinking_default")
     # veRL's own default is the text "none", which its dataset takes for true, whatever the arguments say.
     return given if thinking in (None, "none") else {**given, "enable_thinking": thinking}

@@ -47,7 +47,8 @@ class ResponseTokens:
         weights: of each token in the loss, [n] fp32.
         tasks: which task each token belongs to, [n].
         output: what the output layer computes.
-        loss: the weighted sum, and ``nll`` [n] its terms; set by :mod:`metasft.model.response_loss`.
+        loss: the weighted sum of ``nll`` [n], the negative log-likelihoods. The output layer sets both where ``output``
+            is "loss" (:mod:`metasft.model.response_loss`).
     """
 
     index: torch.Tensor

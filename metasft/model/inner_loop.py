@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypedDict
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -47,6 +47,14 @@ def make_inner_optimizer(parameters: Sequence[torch.nn.Parameter], name: str, lr
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     raise ValueError(f"meta.inner_optimizer={name!r} is unknown; choose one of sgd, adamw")
+
+
+class InnerSettings(TypedDict):
+    """Of an inner step: learning rate, ``sgd`` or ``adamw``, and the largest gradient norm of a task (None: any)."""
+
+    lr: float
+    optimizer: str
+    clip_grad: float | None
 
 
 class Adaptation(Protocol):
@@ -156,9 +164,9 @@ class InnerLoop:
 def clip_grad_norm(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the joint gradient norm of ``parameters`` (plain or FSDP2 shards) in place; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         # With engine.offload_policy the shards lie on the host, and ranks communicate from the device.
-        norm = norm.to(norm.device_mesh.device_type).full_tensor()
+        norm = norm.to(norm.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -107,7 +107,7 @@ def looks_ahead(alone: Callable[[Example], torch.Tensor], example: Example, dtyp
 
 def first_right(candidates: Iterable[Layout], why_not: Callable[[Layout], str]) -> tuple[Layout | None, list[str]]:
     """The first layout for which ``why_not`` has nothing to say, and what it said of those before."""
-    reasons = []
+    reasons: list[str] = []
     for layout in candidates:
         reason = why_not(layout)
         if not reason:

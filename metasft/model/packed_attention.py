@@ -237,7 +237,7 @@ def sdpa(
 
 
 def packed_sdpa(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -270,7 +270,7 @@ def packed_sdpa(
     return result.transpose(1, 2).contiguous(), None
 
 
-def use_packed_attention(model: torch.nn.Module) -> None:
+def use_packed_attention(model: Any) -> None:
     """Let all layers of a transformers model attend as the rows of the pass say (:mod:`metasft.model.forward_pass`).
 
     transformers builds no mask for an attention that it does not know.

@@ -128,12 +128,17 @@ def _select_response(_layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) ->
     return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, response.index), *args[1:])
 
 
-def loss_from_logits(logits: torch.Tensor, response: ResponseTokens) -> None:
-    """Set the loss of ``response`` where the output layer has not: of models that change logits after it."""
-    if response.loss is not None:
-        return
+def losses(logits: torch.Tensor, response: ResponseTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, nll [n]) of a pass: what the output layer has computed, or else from the logits that the model returned.
+
+    Args:
+        logits: as the model gives them, of all positions or of those of ``response``.
+        response: of the pass.
+    """
+    if response.loss is not None and response.nll is not None:
+        return response.loss, response.nll
     logits = logits.reshape(-1, logits.shape[-1])
     if response.output == "logits":  # of all positions
         logits = logits.index_select(0, response.index)
     nll = torch.nn.functional.cross_entropy(logits.float(), response.labels, reduction="none")
-    response.loss, response.nll = (nll * response.weights).sum(), nll.detach()
+    return (nll * response.weights).sum(), nll.detach()

@@ -133,8 +133,8 @@ def add_rows_times(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, alp
     if tasks == 1:
         out.addmm_(x, weight[0], alpha=alpha)
     elif blocks.equal:
-        rows = x.shape[0] // tasks
-        out.view(tasks, rows, -1).baddbmm_(x.view(tasks, rows, -1), weight, alpha=alpha)
+        each = x.shape[0] // tasks
+        out.view(tasks, each, -1).baddbmm_(x.view(tasks, each, -1), weight, alpha=alpha)
     elif blocks.strategy == "loop":
         for task, rows in blocks.slices():
             out[rows].addmm_(x[rows], weight[task], alpha=alpha)
@@ -175,11 +175,23 @@ def add_block_products(
 # ------------------------------------------------------------------------------------------------- one layer
 
 
+@dataclass
 class _Stack:
-    """Views of one layer's adapters and gradients in the flat buffers: A [T, r, in], B [T, r, out]."""
+    """Views of one layer's adapters and gradients in the flat buffers: A [T, r, in], B [T, r, out].
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor, scaling: float):
-        self.a, self.b, self.grad_a, self.grad_b, self.scaling = a, b, grad_a, grad_b, scaling
+    Attributes:
+        a, b: what products read, in their precision.
+        theta_a, theta_b: the adapters, fp32; the same tensors where products are fp32.
+        grad_a, grad_b: their gradients, fp32.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    theta_a: torch.Tensor
+    theta_b: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+    scaling: float
 
 
 class _StackedLinear(torch.autograd.Function):
@@ -247,7 +259,7 @@ class _Layer:
         self.base = module.get_base_layer()
         # A plain frozen matrix can share its products with the adapters; what else a base layer does is its own.
         self.fused = isinstance(self.base, torch.nn.Linear) and not getattr(self.base, "quant_state", None)
-        self.stack: _Stack | None = None
+        self.stack: _Stack  # while stacked adapters are active
 
 
 # ------------------------------------------------------------------------------------------------- all layers
@@ -284,7 +296,7 @@ class TaskBatchedLoRA:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         *,
         lr: float,
         optimizer: str,
@@ -295,8 +307,8 @@ class TaskBatchedLoRA:
         self._dtype = dtype
         self._lr, self._optimizer_name, self._clip_grad = lr, optimizer, clip_grad
         self._output_layer = model.get_output_embeddings()
-        self._theta: torch.nn.Parameter | None = None
-        self._compute: torch.Tensor | None = None
+        self._theta = torch.nn.Parameter(torch.empty(0))
+        self._compute = self._theta.data
         self.num_tasks = 0
         self.trained_parameters = sum(layer.a.numel() + layer.b.numel() for layer in self._layers)
 
@@ -334,16 +346,16 @@ class TaskBatchedLoRA:
         finally:
             for layer in self._layers:
                 del layer.module.forward  # the class's own again
-                layer.stack = None
+                del layer.stack
             self.num_tasks = 0
-            self._optimizer = None
+            del self._optimizer
             self._has_gradient = False
 
     @torch.no_grad()
     def _allocate(self, num_tasks: int, dtype: torch.dtype) -> None:
         device = self._layers[0].a.device
         size = num_tasks * self.trained_parameters
-        if self._theta is None or self._theta.numel() != size:
+        if self._theta.numel() != size:
             self._theta = torch.nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
             self._gradient = torch.zeros(size, dtype=torch.float32, device=device)
         self._gradient.zero_()
@@ -364,8 +376,7 @@ class TaskBatchedLoRA:
             (a, compute_a, grad_a), (b, compute_b, grad_b) = views
             a.copy_(layer.a)
             b.copy_(layer.b.t())
-            layer.stack = _Stack(compute_a, compute_b, grad_a, grad_b, layer.scaling)
-            layer.stacked = (a, b)
+            layer.stack = _Stack(compute_a, compute_b, a, b, grad_a, grad_b, layer.scaling)
         self._refresh()
         widths = [w for layer in self._layers for w in (*layer.a.shape, layer.b.shape[0])]
         self._strategy = choose_strategy(device, dtype, widths)
@@ -437,9 +448,8 @@ class TaskBatchedLoRA:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         result = []
         for layer in self._layers:
-            a, b = layer.stacked
-            result.append((a - layer.a).sum(dim=0))
-            result.append((b - layer.b.t()).sum(dim=0).t())
+            result.append((layer.stack.theta_a - layer.a).sum(dim=0))
+            result.append((layer.stack.theta_b - layer.b.t()).sum(dim=0).t())
         return result
 
     @torch.no_grad()
@@ -460,7 +470,8 @@ class TaskBatchedLoRA:
     @torch.no_grad()
     def task_tensors(self, task: int) -> list[torch.Tensor]:
         """theta_i of one task, in the order and shapes of :attr:`parameters`."""
-        return [t for layer in self._layers for t in (layer.stacked[0][task], layer.stacked[1][task].t())]
+        stacks = [layer.stack for layer in self._layers]
+        return [t for stack in stacks for t in (stack.theta_a[task], stack.theta_b[task].t())]
 
 
 def find_lora_layers(model: torch.nn.Module) -> list[_Layer]:

@@ -49,7 +49,7 @@ def first_fault(rows: Sequence[EpisodeRow]) -> str | None:
     return f"the {what} of {'task' if len(found) == 1 else 'tasks'} {tasks} is {value} {where}"
 
 
-def _first_place(row: EpisodeRow) -> tuple[int, str, str, float] | None:
+def _first_place(row: EpisodeRow) -> tuple[int, str, str, float | None] | None:
     """(rank in time, what, where, value) of the first number of an episode that is not finite."""
     steps = len(row.support_losses)
     places = [(0, "query loss", "before adaptation", row.query_loss_before)]

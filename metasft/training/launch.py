@@ -60,7 +60,7 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     from metasft.data.task_sets import find_task_files
 
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ValueError(f"{key} does not resolve ({error}); give it a value of its own") from error
@@ -138,15 +138,15 @@ def _lock_run_folder(folder: Path, held: ExitStack) -> None:
     """Rank 0 holds the folder until the end of ``held``; ValueError on every rank where another run has it."""
     import torch.distributed as dist
 
-    refused = [None]
+    failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             held.enter_context(sole_user(folder, name=".trainer.lock", setting="trainer.default_local_dir"))
         except ValueError as error:
-            refused = [str(error)]
-    dist.broadcast_object_list(refused, src=0)
-    if refused[0] is not None:
-        raise ValueError(refused[0])
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
 
 
 def _check_shared(folder: Path) -> None:
@@ -159,19 +159,19 @@ def _check_shared(folder: Path) -> None:
 
     if dist.get_world_size() == 1:
         return
-    name: list[str | None] = [f".{secrets.token_hex(8)}{PARTIAL}"]
+    probe = [f".{secrets.token_hex(8)}{PARTIAL}"]
     if dist.get_rank() == 0:
         try:
-            (folder / name[0]).touch()
+            (folder / probe[0]).touch()
         except OSError:  # a full disk: the first file that is written says so on all ranks
-            name = [None]
-    dist.broadcast_object_list(name, src=0)
-    if name[0] is None:
+            probe = [""]
+    dist.broadcast_object_list(probe, src=0)
+    if not probe[0]:
         return
     sees: list[bool | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sees, _appears(folder / name[0]))
+    dist.all_gather_object(sees, _appears(folder / probe[0]))
     if dist.get_rank() == 0:
-        (folder / name[0]).unlink(missing_ok=True)
+        (folder / probe[0]).unlink(missing_ok=True)
     if blind := [str(rank) for rank, seen in enumerate(sees) if not seen]:
         raise ValueError(
             f"trainer.default_local_dir is {folder}, where what rank 0 writes cannot be seen from "

@@ -183,11 +183,12 @@ def _find_state(run_dir: Path, mode: str, path: str | None) -> Path | None:
 def _named_state(run_dir: Path, path: str) -> Path:
     """The state of ``trainer.resume_from_path``."""
     folder = user_path(path)
-    is_state = folder.is_dir() and step_of(folder) is not None
+    named = step_of(folder)
+    is_state = folder.is_dir() and named is not None
     reason = _damage(folder, run_dir) if is_state else "it is no global_step_<N> folder"
     if reason is not None:
         raise ValueError(f"trainer.resume_from_path={path} cannot be resumed from: {reason}")
-    if later := [state.name for step, state in _states(run_dir) if step > step_of(folder)]:
+    if later := [state.name for step, state in _states(run_dir) if named is not None and step > named]:
         raise ValueError(
             f"trainer.resume_from_path={path} is older than {', '.join(later)} in the same folder; delete those, or "
             "copy the folder and the exports up to it into another trainer.default_local_dir"

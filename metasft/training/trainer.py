@@ -38,7 +38,7 @@ from metasft.backend.engine import (
 )
 from metasft.backend.proof import check_stacked, choose_layout
 from metasft.backend.sft_trainer import SFTTrainer
-from metasft.backend.tracking import start_tracking, track
+from metasft.backend.tracking import Tracker
 from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora
 from metasft.checkpoint.model_folder import check_chat_template, check_vocabulary, fingerprint
 from metasft.config.prompts import Prompts, check_arguments, given_arguments
@@ -49,7 +49,7 @@ from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
 from metasft.files.untrusted import sha256_of
-from metasft.model.inner_loop import Adaptation, InnerLoop, local_tensor, total_norm
+from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, local_tensor, total_norm
 from metasft.model.layouts import Example
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
@@ -184,7 +184,7 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _build_inner_loop(self, examples: Sequence[Example], not_used: list[str]) -> Adaptation:
         meta = self.meta
-        settings = {"lr": meta.inner_lr, "optimizer": meta.inner_optimizer, "clip_grad": meta.inner_clip_grad}
+        settings = InnerSettings(lr=meta.inner_lr, optimizer=meta.inner_optimizer, clip_grad=meta.inner_clip_grad)
         if self.lora and meta.task_batching is not False:
             try:
                 stacked = self.engine.batch_tasks(**settings)
@@ -283,12 +283,11 @@ class EpisodicSFTTrainer(SFTTrainer):
             CannotTrack: a logger cannot be started.
             RunFault: files cannot be written, ranks differ, or too many meta-steps were skipped.
         """
-        is_logging = self.rank == 0
-        log = None
+        log: MetricsLog | None = None  # on rank 0
         is_done = self.resume_global_step >= self.total_training_steps
-        tracking = None if is_done else start_tracking(self.config)
+        tracker = None if is_done else Tracker(self.config)
         with writing("the settings and metrics of the run", self.run_dir):
-            if is_logging:
+            if self.rank == 0:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self.run_dir)
                 if not is_done:
@@ -296,10 +295,10 @@ class EpisodicSFTTrainer(SFTTrainer):
                     with replacing_file(self.run_dir / "config.yaml") as temporary:
                         OmegaConf.save(self.config, temporary)
                 log = MetricsLog(self.run_dir / "metrics.jsonl", self.resume_global_step)
-        if is_done:
+        if tracker is None:
             self._nothing_to_do(log)
             return
-        earlier_seconds = sum(cost.seconds for cost in log.costs) if is_logging else 0.0
+        earlier_seconds = sum((cost.seconds for cost in log.costs), 0.0) if log is not None else 0.0
         get_torch_device().reset_peak_memory_stats()
         start = time.perf_counter()
         progress = tqdm(
@@ -308,13 +307,13 @@ class EpisodicSFTTrainer(SFTTrainer):
             total=self.total_training_steps,
             desc=METHOD_TITLES[self.method],
             unit="meta-step",
-            disable=not is_logging,
+            disable=log is None,
         )
         with self._preemption:
             for step in progress:
                 metrics, is_stopping = self.train_step(step)
-                if is_logging:
-                    track(tracking, metrics, step)
+                tracker.track(metrics, step)
+                if log is not None:
                     for divergence in log.append({"step": step, **metrics}):
                         logger.warning("%s; %s", divergence.text(), self._calmer_settings())
                     progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
@@ -325,29 +324,28 @@ class EpisodicSFTTrainer(SFTTrainer):
                 if is_due:
                     checkpoint = self.save(step, log)
                 if is_stopping and not is_last:
-                    if is_logging:
-                        progress.close()
+                    progress.close()
+                    if self.rank == 0:
                         print(f"stopped by SIGTERM: meta-step {step} is saved, the same command resumes from it")
-                        tracking.finish()
+                    tracker.finish()
                     return
         seconds, peaks = time.perf_counter() - start + earlier_seconds, peaks_of_ranks()
         with writing("the summary of the run", self.run_dir):
-            if is_logging:
+            if log is not None:
                 write_summary(self, checkpoint, log, seconds, peaks)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
                 for divergence in log.divergence.found:
                     print(f"but {divergence.text()}")
-        if is_logging:
-            tracking.finish()
+        tracker.finish()
         dist.barrier()
 
     def _nothing_to_do(self, log: MetricsLog | None) -> None:
         """The run has its meta-steps; write its summary where it was killed between the last checkpoint and that."""
         done = self.resume_global_step
         with writing("the summary of the run", self.run_dir):
-            if self.rank == 0:
+            if log is not None:
                 if done == self.total_training_steps and not (self.run_dir / SUMMARY_FILE).is_file():
-                    seconds = sum(cost.seconds for cost in log.costs)
+                    seconds = sum((cost.seconds for cost in log.costs), 0.0)
                     write_summary(self, self._export_path(done), log, seconds)
                 print(f"nothing to do: {self.run_dir} already holds meta-step {done}")
 
@@ -485,10 +483,9 @@ class EpisodicSFTTrainer(SFTTrainer):
         group = self.engine.get_data_parallel_size()
         if not self.config.data.use_dynamic_bsz:
             return max(self.meta.inner_batch_size, self.meta.query_batch_size) // group
-        support, query = self.support_sets[episode.task], self.query_sets.get(episode.task)
-        sizes = [support.tokens(batch) for batch in episode.support_batches]
+        sizes = [self.support_sets[episode.task].tokens(batch) for batch in episode.support_batches]
         if episode.query_batch:
-            sizes.append(query.tokens(episode.query_batch))
+            sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
     def adapt(self, records: Sequence[EpisodeRecord]) -> None:

@@ -38,17 +38,19 @@ class MetaGradient:
                 continue
             total = self._sum[i]
             if total is None:
-                self._sum[i] = gradient.to(torch.float32)
-                local_tensor(self._sum[i]).mul_(self._weight)
+                self._sum[i] = first = gradient.to(torch.float32)
+                local_tensor(first).mul_(self._weight)
             else:
                 local_tensor(total).add_(local_tensor(gradient), alpha=self._weight)
 
     def tensors(self) -> list[torch.Tensor]:
         """The local parts of the sums, zeros where no task had a gradient: what is reduced over the task groups."""
-        for i, parameter in enumerate(self._parameters):
-            if self._sum[i] is None:
-                self._sum[i] = torch.zeros_like(parameter, dtype=torch.float32)
-        return [local_tensor(total) for total in self._sum]
+        sums = [
+            torch.zeros_like(parameter, dtype=torch.float32) if total is None else total
+            for parameter, total in zip(self._parameters, self._sum, strict=True)
+        ]
+        self._sum = list(sums)
+        return [local_tensor(total) for total in sums]
 
     def to_grad(self) -> None:
         """Put the meta-gradient into ``.grad`` for the optimizer."""

@@ -134,7 +134,7 @@ def poisoned(cls, what, task, step, inner_step=1, value="nan"):
                 del self.engine.loss_and_backward
 
         def gradient_of(self, index):
-            if self.engine._is_task_batched:
+            if self.engine._stacked is not None:
                 return self.engine.task_batch._layers[0].stack.grad_a[index]
             return local_tensor(self.inner_loop.parameters[0].grad)
 
