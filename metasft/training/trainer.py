@@ -169,7 +169,7 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _prove_the_passes(self) -> Adaptation:
         """Choose how examples and tasks share a pass by what computes the model's own losses on this run's examples."""
-        with self.engine.eval_mode():  # brings parameters that are offloaded
+        with self.engine.eval_mode(disable_auto_offload=not self._offloads):  # brings parameters that are offloaded
             examples = self._examples_to_prove()
             not_used = choose_layout(self.engine, examples, self._batch_settings)
             inner_loop = self._build_inner_loop(examples, not_used)
@@ -181,6 +181,11 @@ class EpisodicSFTTrainer(SFTTrainer):
             for note in not_used:
                 logger.warning("not used: %s", note)
         return inner_loop
+
+    @property
+    def _offloads(self) -> bool:
+        """Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU."""
+        return self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
 
     def _build_inner_loop(self, examples: Sequence[Example], not_used: list[str]) -> Adaptation:
         meta = self.meta
@@ -358,9 +363,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         started = time.perf_counter()
         batch = self._draw(step)
         lr = self.engine.lr_scheduler.get_last_lr()[0]
-        # Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU.
-        offloads = self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
-        with self.engine.train_mode(disable_auto_offload=not offloads):
+        with self.engine.train_mode(disable_auto_offload=not self._offloads):
             result = self.meta_step(batch)
         if self.meta.update_shared:
             self.engine.lr_scheduler_step()

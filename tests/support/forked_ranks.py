@@ -8,6 +8,7 @@ as torchrun would set it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -69,7 +70,7 @@ class ForkServer:
     """
 
     def __init__(self, folder: Path, modules: tuple[str, ...] = ()) -> None:
-        self._folder, self._launches, self._modules = folder, 0, modules
+        self.folder, self._launches, self._modules = folder, 0, modules
 
     def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
@@ -95,7 +96,7 @@ class ForkServer:
     def start(self, function: str, *, processes: int = 1, **arguments) -> Ranks:
         """Run ``module:function`` with ``arguments`` (plain JSON data) on so many ranks."""
         self._launches += 1
-        log = self._folder / f"launch_{self._launches}.log"
+        log = self.folder / f"launch_{self._launches}.log"
         pids = self.ask(start=function, arguments=arguments, processes=processes, log=str(log))
         return Ranks(self, pids, log)
 
@@ -142,6 +143,7 @@ def _serve() -> None:
 
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.freeze()  # or every fork would look through what is imported, at every collection
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

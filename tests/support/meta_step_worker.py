@@ -9,6 +9,7 @@ whole meta-batch, the metrics, and the collectives counted during the last step.
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -172,6 +173,7 @@ def main():
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     initialize_global_process_group()
     torch.set_num_threads(1)
+    gc.freeze()  # veRL collects garbage whenever it may move a model
     for case in cases:
         run_case(case, out)
     dist.barrier()
