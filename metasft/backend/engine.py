@@ -36,7 +36,7 @@ from metasft.checkpoint.exports import load_adapter_folder
 from metasft.model import packed_attention
 from metasft.model.forward_pass import ForwardPass, Output, ResponseTokens, running
 from metasft.model.inner_loop import local_tensor, upload
-from metasft.model.layouts import Example, Layout
+from metasft.model.layouts import Layout, Probe
 from metasft.model.packed_attention import PackedSequences
 from metasft.model.response_loss import losses, watch_output_layer
 from metasft.model.stacked_lora import TaskBatchedLoRA
@@ -389,7 +389,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             base.set_attn_implementation(self.own_attention)
 
     @torch.no_grad()
-    def token_losses(self, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+    def token_losses(self, examples: Sequence[Probe], settings: Mapping[str, Any]) -> list[torch.Tensor]:
         """The loss of each response token of each example, computed together; fp32 on the device."""
         tasks = [example.task for example in examples]
         _, nll = self._forward(

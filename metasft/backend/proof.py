@@ -13,7 +13,7 @@ import torch
 from metasft.backend.engine import MetaFSDPEngine, base_model
 from metasft.files.untrusted import reason
 from metasft.model.forward_pass import OUTPUTS
-from metasft.model.layouts import Example, Layout, first_right, looks_ahead, why_wrong
+from metasft.model.layouts import Layout, Probe, first_right, looks_ahead, why_wrong
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 TOUCH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -21,7 +21,7 @@ TOUCH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 OUTPUT_TOLERANCE = 1e-4
 
 
-def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Example], settings: Mapping[str, Any]) -> list[str]:
+def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Probe], settings: Mapping[str, Any]) -> list[str]:
     """Choose the engine's ``output`` and ``layout``: the fastest of each with the losses of the model's own forward.
 
     Every rank computes the same, so that all come to the same choice. In the engine's ``eval_mode``, since dropout
@@ -41,7 +41,7 @@ def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Example], settings:
     """
     dtype = engine.product_dtype
 
-    def alone(example: Example) -> torch.Tensor:
+    def alone(example: Probe) -> torch.Tensor:
         return engine.token_losses([example], settings)[0]
 
     engine.use_layout(Layout("padded", "own"))
@@ -80,7 +80,7 @@ def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Example], settings:
         wanted = [layout for layout in wanted if layout.rows == "padded"]
 
     def why_not(layout: Layout) -> str:
-        def losses(together: Sequence[Example]) -> list[torch.Tensor]:
+        def losses(together: Sequence[Probe]) -> list[torch.Tensor]:
             engine.use_layout(layout)
             return engine.token_losses(together, settings)
 
@@ -94,7 +94,7 @@ def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Example], settings:
 
 
 def check_stacked(
-    engine: MetaFSDPEngine, stacked: TaskBatchedLoRA, examples: Sequence[Example], settings: Mapping[str, Any]
+    engine: MetaFSDPEngine, stacked: TaskBatchedLoRA, examples: Sequence[Probe], settings: Mapping[str, Any]
 ) -> None:
     """Compare two tasks in one pass, whose adapters are drawn at random, with each of them loaded into the model alone.
 

@@ -32,8 +32,8 @@ class Layout(NamedTuple):
     attention: Literal["packed", "own"]
 
 
-class Example(NamedTuple):
-    """A tokenised example.
+class Probe(NamedTuple):
+    """A tokenised example that the proof computes.
 
     Attributes:
         task: which task's parameters it meets.
@@ -44,11 +44,11 @@ class Example(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-Losses = Callable[[Sequence[Example]], list[torch.Tensor]]
+Losses = Callable[[Sequence[Probe]], list[torch.Tensor]]
 """Examples computed together -> the loss of each response token of each of them."""
 
 
-def changed(example: Example) -> Example:
+def changed(example: Probe) -> Probe:
     """The same example with its response in another order: what it may share with other examples stays the same."""
     ids = example.tensors["input_ids"].clone()
     start = int(example.tensors["loss_mask"].nonzero()[0])
@@ -59,7 +59,7 @@ def changed(example: Example) -> Example:
 def why_wrong(
     losses: Losses,
     expected: Sequence[torch.Tensor],
-    examples: Sequence[Example],
+    examples: Sequence[Probe],
     dtype: torch.dtype,
     tolerance: float | None = None,
 ) -> str:
@@ -96,7 +96,7 @@ def why_wrong(
     return ""
 
 
-def looks_ahead(alone: Callable[[Example], torch.Tensor], example: Example, dtype: torch.dtype) -> bool:
+def looks_ahead(alone: Callable[[Probe], torch.Tensor], example: Probe, dtype: torch.dtype) -> bool:
     """Whether the loss of a token depends on tokens after the one that it predicts."""
     ids = example.tensors["input_ids"].clone()
     ids[-1] = ids[0] if ids[-1] != ids[0] else ids[1]

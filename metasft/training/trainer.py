@@ -50,7 +50,7 @@ from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
 from metasft.files.untrusted import sha256_of
 from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, local_tensor, total_norm
-from metasft.model.layouts import Example
+from metasft.model.layouts import Probe
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
 from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
@@ -187,7 +187,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         """Where nothing is offloaded there is nothing to move, and veRL would still collect garbage twice on a CPU."""
         return self.engine.is_param_offload_enabled or self.engine.is_optimizer_offload_enabled
 
-    def _build_inner_loop(self, examples: Sequence[Example], not_used: list[str]) -> Adaptation:
+    def _build_inner_loop(self, examples: Sequence[Probe], not_used: list[str]) -> Adaptation:
         meta = self.meta
         settings = InnerSettings(lr=meta.inner_lr, optimizer=meta.inner_optimizer, clip_grad=meta.inner_clip_grad)
         if self.lora and meta.task_batching is not False:
@@ -202,14 +202,14 @@ class EpisodicSFTTrainer(SFTTrainer):
                 not_used.append(f"several tasks in a pass: {error}")
         return InnerLoop(self.engine.trained_parameters(), **settings)
 
-    def _examples_to_prove(self) -> list[Example]:
+    def _examples_to_prove(self) -> list[Probe]:
         """The longest example of the run between short ones, of two tasks where there are two."""
         sets = [*self.support_sets.values(), *self.query_sets.values()]
         longest = max((examples[examples.by_length()[-1]] for examples in sets), key=lambda e: len(e["input_ids"]))
         first, *others = self.support_sets.values()
         other = others[0] if others else first
         alike = [first[index] for index in first.by_length()[:2]]
-        return [*(Example(0, tensors) for tensors in (*alike, longest)), Example(1, other[other.by_length()[0]])]
+        return [*(Probe(0, tensors) for tensors in (*alike, longest)), Probe(1, other[other.by_length()[0]])]
 
     def _build_dataloader(self) -> None:
         # veRL's checkpoint handler saves and restores whatever is called train_dataloader.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metasft.model.layouts import Example, Layout, changed, first_right, looks_ahead, why_wrong
+from metasft.model.layouts import Layout, Probe, changed, first_right, looks_ahead, why_wrong
 
 IDS = ([3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 8, 2, 8], [2, 7, 1, 8, 2, 8, 1])
 RESPONSE = 4  # tokens
 EXAMPLES = [
-    Example(
-        0, {"input_ids": torch.tensor(ids), "loss_mask": torch.tensor([0] * (len(ids) - RESPONSE) + [1] * RESPONSE)}
-    )
+    Probe(0, {"input_ids": torch.tensor(ids), "loss_mask": torch.tensor([0] * (len(ids) - RESPONSE) + [1] * RESPONSE)})
     for ids in IDS
 ]
 
