@@ -69,10 +69,20 @@ VARIANTS = {
     "gathered_no_gain": ["engine.reshard_after_forward=false", "meta.adaptation_gain_freq=0"],
 }
 RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
+LEFT_FOR_SLOW = {
+    1: ("-checkpointed", "-offloaded", "-no_gain"),
+    2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
+    4: ("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
+}
+"""World size -> endings of the names of layouts that only the slow tier runs."""
 
 
-def cases_for(world: int) -> list[dict]:
-    """Every method at every group size; all variants with one process, the two most different ones with more."""
+def cases_for(world: int, *, whole: bool = False) -> list[dict]:
+    """Every method at every group size; all variants with one process, the two most different ones with more.
+
+    Args:
+        whole: with those of :data:`LEFT_FOR_SLOW`.
+    """
     cases = []
     for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
         for group in (int(g.split("=")[1]) for g in WORLDS[world]):
@@ -106,7 +116,7 @@ def cases_for(world: int) -> list[dict]:
                         ],
                     }
                 )
-    return cases
+    return cases if whole else [c for c in cases if not c["name"].endswith(LEFT_FOR_SLOW[world])]
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +124,12 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
     """world size -> (cases, folder of what the ranks saw); each world size runs once, all its cases in one launch."""
     done = {}
 
-    def of(world: int, model="tied"):
-        key = (world, model)
+    def of(world: int, model="tied", *, whole=False):
+        key = (world, model, whole)
         if key not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             path = tiny_model if model == "tied" else untied_model
-            cases = cases_for(world)
+            cases = cases_for(world, whole=whole)
             if model != "tied":
                 cases = [c for c in cases if c["variant"] == "packed"]
                 targets = f"model.target_modules=[{','.join(CHOSEN)}]"
@@ -133,7 +143,7 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                     for c in cases
                     if c["name"] in ("meta_lora-group2-packed", "fomaml-group2-packed")
                 ]
-            if world == 1:
+            if world == 1 and not whole:
                 broken = next(c for c in cases if c["name"] == "meta_lora-group1-one_at_a_time_checkpointed_padded")
                 cases.append({**broken, "name": "broken", "break": "restore_before_backward"})
                 for k0 in ("fomaml-group1-packed", "meta_lora-group1-packed"):
@@ -204,11 +214,12 @@ def measured(case, result):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_meta_gradient_matches_the_reference(world, outcomes, references):
-    cases, out, path = outcomes(world)
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "every layout"])
+def test_meta_gradient_matches_the_reference(world, whole, outcomes, references):
+    cases, out, path = outcomes(world, whole=whole)
     errors = {}
     for case in cases.values():
-        if case["name"] not in {c["name"] for c in cases_for(world)}:
+        if case["name"] not in {c["name"] for c in cases_for(world, whole=whole)}:
             continue
         result = load(out, case)
         reference = references(path, case["method"] == "meta_lora")

@@ -36,6 +36,7 @@ def first_loss(model, task_dir, folder, processes, *overrides):
         "hydra/job_logging=stdout",
         *overrides,
         processes=processes,
+        fresh=True,
     )
     losses = re.findall(r"train/loss:([0-9.]+)", finished.stdout)
     assert len(losses) == 2, finished.stdout[-2000:]

@@ -97,11 +97,10 @@ def as_main(words: list[str], cwd: str, environment: dict[str, str], alone: bool
     os.chdir(cwd)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    script = str(Path(words[0]).resolve())
-    sys.argv = [words[0], *words[1:]]
-    sys.path.insert(0, str(Path(script).parent))
+    script, sys.argv = Path(words[0]).resolve(), words
+    sys.path.insert(0, str(script.parent))
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
