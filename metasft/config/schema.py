@@ -1,0 +1,159 @@
+"""Schemas of settings and files: strict pydantic models, and one sentence for the first value that does not fit.
+
+A field is one line with its type, bounds and meaning; rules over several fields are validators of the model, whose
+messages are whole sentences. Nothing is converted: a text that reads like a number is not a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import reprlib
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from metasft.files.untrusted import printable
+
+STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+LOC = tuple[int | str, ...]
+T = TypeVar("T")
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = _shorten.maxlong = 120
+_WORDS = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "none_required": "must be null",
+    "too_short": "must have at least {min_length} entries",
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "dataclass_type", "mapping_type"), "must be a mapping"),
+}
+"""Pydantic's errors in the words of YAML and JSON, where its own would be those of Python."""
+
+
+class Schema(BaseModel):
+    """A mapping with these keys and no others."""
+
+    model_config = STRICT
+
+
+class Record(BaseModel):
+    """A mapping of which these keys are read; any others are left alone."""
+
+    model_config = ConfigDict(STRICT, extra="ignore")
+
+
+def rule(holds: Callable[[Any], bool], words: str) -> AfterValidator:
+    """For ``Annotated``: a value for which ``holds`` is not true gets the message ``<key>=<value> must be <words>``."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"must be {words}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"names {', '.join(map(str, repeated))} more than once; give every one once")
+    return values
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Tuple = Strict(False)  # for Annotated: YAML and JSON have lists
+Unique = AfterValidator(_each_once)
+
+
+def dotted(loc: LOC) -> str:
+    """``("runs", "a", "needs", 0)`` as ``runs.a.needs[0]``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{printable(str(step))}" for step in loc).lstrip(".")
+
+
+def validated(
+    kind: type[T], values: Any, *, where: str = "", name: Callable[[LOC], str] = dotted, context: Any = None
+) -> T:
+    """``values`` as ``kind``, a model or any other type that pydantic knows.
+
+    Args:
+        where: opens the message, such as ``"suite.yaml: "``.
+        name: of the place of a value, as the user knows it.
+        context: for the validators of ``kind``.
+
+    Raises:
+        ValueError: one sentence with key, value and remedy, about the first value that does not fit.
+    """
+    try:
+        return _adapter(kind).validate_python(values, context=context)
+    except ValidationError as error:
+        raise ValueError(where + explain(error, kind, name)) from None
+
+
+_adapter = functools.cache(TypeAdapter)
+
+
+def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dotted) -> str:
+    """The first of the errors that pydantic found in a ``kind``, in one sentence."""
+    first = error.errors(include_url=False)[0]
+    fault, loc, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
+    kinds = _kinds(kind, loc)
+    of_several = len(kinds) <= len(loc) and _members(kinds[-1])[1:]
+    loc = loc[: len(kinds) - 1] if of_several else loc  # what follows is which of the members was tried
+    siblings = fields_of(kinds[len(loc) - 1]) if loc and len(kinds) >= len(loc) else {}
+    doc = siblings[loc[-1]].description if loc and loc[-1] in siblings else None
+    key = name(loc) or "it"
+    given = f"{key}={_shorten.repr(value)}"
+    if fault == "missing" or (value is None and fault.endswith("_type")):
+        return f"{key} is not set; give {doc or 'it'}"
+    if fault in ("extra_forbidden", "unexpected_keyword_argument"):
+        close = difflib.get_close_matches(str(loc[-1]), siblings, n=1)
+        hint = f"did you mean {name((*loc[:-1], close[0]))}?" if close else f"known: {', '.join(sorted(siblings))}"
+        return f"{given} is not known; {hint}"
+    if of_several:
+        return f"{given} must be {doc}"
+    if fault == "value_error":
+        said = str(context["error"])
+        return said if fields_of(kinds[-1]) and len(kinds) > len(loc) else f"{given} {said}"
+    numbers = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+    words = _WORDS[fault].format(**numbers) if fault in _WORDS else first["msg"].replace("Input should", "must")
+    return f"{given} {words}{f' ({doc})' if doc else ''}"
+
+
+def fields_of(kind: Any) -> Mapping[str, Any]:
+    """Key -> pydantic's description of a field, of a model or pydantic dataclass; empty for any other type."""
+    return {field.alias or name: field for name, field in getattr(kind, "__pydantic_fields__", {}).items()}
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that a value may have: one, but for unions; null aside."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) not in (Union, types.UnionType):
+        return [kind]
+    return [member for one in get_args(kind) if one is not types.NoneType for member in _members(one)]
+
+
+def _kinds(kind: Any, loc: LOC) -> list[Any]:
+    """The type of the whole and of what each step of ``loc`` leads to, as far as they are known."""
+    kinds = [kind]
+    for step in loc:
+        (kind, *others), fields = _members(kind), fields_of(_members(kind)[0])
+        inner = [one for one in get_args(kind) if one is not Ellipsis]
+        if others or (step not in fields and not inner):
+            return kinds
+        kind = fields[step].annotation if step in fields else inner[-1]
+        kinds.append(kind if len(_members(kind)) > 1 else _members(kind)[0])
+    return kinds
