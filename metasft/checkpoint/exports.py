@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from metasft.checkpoint.tensors import read_tensors
-from metasft.config.json_checks import is_number
 from metasft.config.prompts import are_arguments
 from metasft.config.training import INNER_OPTIMIZERS
 from metasft.config.verl_groups import LARGEST_RATE
@@ -267,6 +266,11 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
     if (name := first_not_finite(tensors)) is not None:
         raise ValueError(f"{path} has numbers that are not finite in {printable(name)}; export the adapter again")
     return AdapterCheckpoint(**values)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of JSON, which true and false are not; not every one is finite."""
+    return type(value) in (int, float)
 
 
 def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:

@@ -11,15 +11,27 @@ import functools
 import reprlib
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
-from metasft.files.untrusted import printable
+from metasft.files.untrusted import printable, read_json
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 LOC = tuple[int | str, ...]
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 120
@@ -72,10 +84,24 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Line = Annotated[str, rule(str.isprintable, "text of one line")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=0, lt=1e300)]  # what is larger would leave the finite range in the first sum
+AnyNumber = Annotated[float, AllowInfNan(True)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Tuple = Strict(False)  # for Annotated: YAML and JSON have lists
 Unique = AfterValidator(_each_once)
+
+
+def with_keys(base: type[M], *keys: tuple[Any, str]) -> type[M]:
+    """A schema with more keys: pairs of a type and names; those of a type with null, and of any type, are optional."""
+    fields = {
+        name: (kind, None if kind is Any or types.NoneType in get_args(kind) else ...)
+        for kind, names in keys
+        for name in names.split()
+    }
+    return create_model(base.__name__, __base__=base, **fields)
 
 
 def dotted(loc: LOC) -> str:
@@ -105,6 +131,26 @@ def validated(
 _adapter = functools.cache(TypeAdapter)
 
 
+def read_checked(path: Path, kind: Any, *, writer: str, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file as it is there, once it is known to be a ``kind``.
+
+    Args:
+        path: the file, which may have come from elsewhere or been edited.
+        kind: as of :func:`validated`.
+        writer: the script that writes such files.
+        remedy: ends the message, without a full stop.
+
+    Raises:
+        ValueError: it cannot be read, or is not what ``writer`` writes.
+    """
+    content = read_json(path, remedy)
+    try:
+        validated(kind, content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what {writer} writes ({error}): {remedy}") from None
+    return content
+
+
 def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dotted) -> str:
     """The first of the errors that pydantic found in a ``kind``, in one sentence."""
     first = error.errors(include_url=False)[0]
@@ -116,8 +162,10 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
     doc = siblings[loc[-1]].description if loc and loc[-1] in siblings else None
     key = name(loc) or "it"
     given = f"{key}={_shorten.repr(value)}"
+    if loc[-1:] == ("[key]",):
+        given = f"{name(loc[:-2]) or 'it'} has the key {_shorten.repr(value)}, which"
     if fault == "missing" or (value is None and fault.endswith("_type")):
-        return f"{key} is not set; give {doc or 'it'}"
+        return f"{key} is not set; give {doc}" if doc else f"{key} is missing"
     if fault in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(str(loc[-1]), siblings, n=1)
         hint = f"did you mean {name((*loc[:-1], close[0]))}?" if close else f"known: {', '.join(sorted(siblings))}"
@@ -126,7 +174,9 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
         return f"{given} must be {doc}"
     if fault == "value_error":
         said = str(context["error"])
-        return said if fields_of(kinds[-1]) and len(kinds) > len(loc) else f"{given} {said}"
+        if len(kinds) <= len(loc) or not fields_of(kinds[-1]):
+            return f"{given} {said}"
+        return said if said.startswith(name(loc)) else f"{name(loc)}: {said}"
     numbers = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
     words = _WORDS[fault].format(**numbers) if fault in _WORDS else first["msg"].replace("Input should", "must")
     return f"{given} {words}{f' ({doc})' if doc else ''}"

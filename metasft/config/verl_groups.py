@@ -8,15 +8,14 @@ and ``trainer`` it does not, so that their keys are all here. Imports neither to
 from __future__ import annotations
 
 import importlib.util
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from metasft.config.schema import Positive, Record, Schema, Text, Tuple, rule
+from metasft.config.schema import Positive, Record, Schema, Share, Text, Tuple, rule, with_keys
 from metasft.files.atomic import check_place
 from metasft.files.paths import user_path
 
-T = TypeVar("T", bound=BaseModel)
 LARGEST_RATE = 1e4
 """A learning rate above it is a typing error."""
 LARGEST_RANK = 2**16
@@ -52,7 +51,6 @@ def _is_installed(module: str) -> bool:
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Steps = Annotated[int, Field(ge=1, le=LARGEST_STEPS)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "bf16", "float32", "bfloat16"]
 Library = Annotated[Text, rule(_is_installed, "a module that can be imported")]
 Logger = Literal[tuple(LOGGERS)]
@@ -89,17 +87,10 @@ class Built(Record):
     target: Text = Field(alias="_target_", description=f"the class of the group, or {START}")
 
 
-def _with(base: type[T], kind: Any, names: str) -> type[T]:
-    """A group with more keys of one kind: required ones, or optional ones of any value."""
-    return create_model(
-        base.__name__, __base__=base, **dict.fromkeys(names.split(), (kind, None if kind is Any else ...))
-    )
-
-
-_ModelFlags = _with(
+_ModelFlags = with_keys(
     Built,
-    bool,
-    "enable_activation_offload enable_gradient_checkpointing trust_remote_code use_liger use_remove_padding use_shm",
+    (bool, "enable_activation_offload enable_gradient_checkpointing trust_remote_code use_liger use_remove_padding"),
+    (bool, "use_shm"),
 )
 
 
@@ -138,11 +129,10 @@ class MixedPrecision(Record):
     reduce_dtype: Precision = "fp32"
 
 
-_EngineFlags = _with(
+_EngineFlags = with_keys(
     Built,
-    bool,
-    "entropy_checkpointing entropy_from_logits_with_chunking forward_prefetch full_determinism offload_policy "
-    "optimizer_offload pad_to_length param_offload reshard_after_forward use_orig_params use_torch_compile",
+    (bool, "entropy_checkpointing entropy_from_logits_with_chunking forward_prefetch full_determinism offload_policy"),
+    (bool, "optimizer_offload pad_to_length param_offload reshard_after_forward use_orig_params use_torch_compile"),
 )
 
 
@@ -176,8 +166,11 @@ class Optim(Built):
     optimizer_impl: Text
 
 
-_UncheckedData = _with(Schema, Any, "image_key video_key image_patch_size shuffle seed")
-_DataFlags = _with(_UncheckedData, bool, "use_dynamic_bsz balance_dp_token ignore_input_ids_mismatch use_shm")
+_DataFlags = with_keys(
+    Schema,
+    (Any, "image_key video_key image_patch_size shuffle seed"),
+    (bool, "use_dynamic_bsz balance_dp_token ignore_input_ids_mismatch use_shm"),
+)
 
 
 class Data(_DataFlags):
@@ -250,4 +243,4 @@ class Checkpoint(Built):
     load_contents: Contents
 
 
-Profiler = _with(Built, bool, "all_ranks enable")
+Profiler = with_keys(Built, (bool, "all_ranks enable"))
