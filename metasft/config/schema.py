@@ -10,7 +10,7 @@ import difflib
 import functools
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -167,9 +167,7 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
     if fault == "missing" or (value is None and fault.endswith("_type")):
         return f"{key} is not set; give {doc}" if doc else f"{key} is missing"
     if fault in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(str(loc[-1]), siblings, n=1)
-        hint = f"did you mean {name((*loc[:-1], close[0]))}?" if close else f"known: {', '.join(sorted(siblings))}"
-        return f"{given} is not known; {hint}"
+        return f"{given} is not known; {hint(loc[-1], siblings, lambda known: name((*loc[:-1], known)))}"
     if of_several:
         return f"{given} must be {doc}"
     if fault == "value_error":
@@ -180,6 +178,12 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
     numbers = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
     words = _WORDS[fault].format(**numbers) if fault in _WORDS else first["msg"].replace("Input should", "must")
     return f"{given} {words}{f' ({doc})' if doc else ''}"
+
+
+def hint(word: Any, known: Iterable[str], name: Callable[[str], str] = str) -> str:
+    """What may have been meant, or what there is."""
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f"did you mean {name(close[0])}?" if close else f"choose from {', '.join(known)}"
 
 
 def fields_of(kind: Any) -> Mapping[str, Any]:
