@@ -12,7 +12,7 @@ import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,11 @@ from pydantic import (
     Strict,
     TypeAdapter,
     ValidationError,
+    WrapValidator,
     create_model,
 )
+from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
 
 from metasft.files.untrusted import printable, read_json
 
@@ -49,7 +52,7 @@ _WORDS = {
     "none_required": "must be null",
     "too_short": "must have at least {min_length} entries",
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
-    **dict.fromkeys(("dict_type", "model_type", "dataclass_type", "mapping_type"), "must be a mapping"),
+    **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
 }
 """Pydantic's errors in the words of YAML and JSON, where its own would be those of Python."""
 
@@ -83,6 +86,17 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _with_names(entries: Any, validate: Callable[[Any], Any]) -> Any:
+    if isinstance(entries, Mapping):
+        entries = {
+            name: {"name": name, **entry} if isinstance(entry, Mapping) else entry for name, entry in entries.items()
+        }
+    checked = validate(entries)
+    if other := [name for name, entry in checked.items() if entry.name != name]:
+        raise ValueError(f"has a name in {other[0]}, which is called as its entry is; leave it out")
+    return checked
+
+
 Text = Annotated[str, Field(min_length=1)]
 Line = Annotated[str, rule(str.isprintable, "text of one line")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -92,6 +106,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Tuple = Strict(False)  # for Annotated: YAML and JSON have lists
 Unique = AfterValidator(_each_once)
+Named = WrapValidator(_with_names)  # for Annotated mappings of what has a name: that of its entry
 
 
 def with_keys(base: type[M], *keys: tuple[Any, str]) -> type[M]:
@@ -187,7 +202,9 @@ def hint(word: Any, known: Iterable[str], name: Callable[[str], str] = str) -> s
 
 
 def fields_of(kind: Any) -> Mapping[str, Any]:
-    """Key -> pydantic's description of a field, of a model or pydantic dataclass; empty for any other type."""
+    """Key -> pydantic's description of a field, of a model or TypedDict; empty for any other type."""
+    if is_typeddict(kind):
+        return {name: FieldInfo.from_annotation(one) for name, one in get_type_hints(kind, include_extras=True).items()}
     return {field.alias or name: field for name, field in getattr(kind, "__pydantic_fields__", {}).items()}
 
 

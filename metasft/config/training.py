@@ -46,7 +46,7 @@ class MetaConfig(Schema):
 
     task_dir: Text = key("folder with <task>_support.parquet and <task>_query.parquet")
     inner_lr: float = key("inner learning rate", gt=0, le=LARGEST_RATE)
-    tasks: Annotated[tuple[Text, ...], Tuple, Unique] | None = key(
+    tasks: Annotated[tuple[str, ...], Tuple, Unique] | None = key(
         "list of task names; null = every task found", None, min_length=1
     )
     support_samples: int = key("support examples per task", 100, ge=1)

@@ -7,13 +7,26 @@ of a machine. Both are YAML: a new one needs no code. Neither torch nor Hydra is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from metasft.config.schema import Count, M, Positive, Schema, Text, Tuple, Unique, hint, rule, validated, with_keys
+from metasft.config.schema import (
+    Count,
+    M,
+    Named,
+    Positive,
+    Schema,
+    Text,
+    Tuple,
+    Unique,
+    hint,
+    rule,
+    validated,
+    with_keys,
+)
 from metasft.files.untrusted import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,24 +107,12 @@ class Suite(Schema):
     name: str
     title: Text
     question: Text
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: Annotated[dict[str, Arm], Named] = Field(min_length=1)
     comparisons: Annotated[tuple[Comparison, ...], Tuple] = ()
     axis: Axis | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_arms(cls, values: Any) -> Any:
-        arms = values.get("arms")
-        if not isinstance(arms, Mapping):
-            return values
-        named = {name: {"name": name, **arm} if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
-        return {**values, "arms": named}
-
     @model_validator(mode="after")
     def _names_are_known(self) -> Suite:
-        for name, arm in self.arms.items():
-            if arm.name != name:
-                raise ValueError(f"arms.{name}.name={arm.name!r} is not known; an arm is called as its entry is")
         for number, comparison in enumerate(self.comparisons):
             for side in ("a", "b"):
                 if (name := getattr(comparison, side)) not in self.arms:
