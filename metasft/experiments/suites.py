@@ -43,10 +43,9 @@ META_LEARNERS = ("meta_lora", "fomaml", "reptile")
 Method = Literal["base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed"]
 ModelType = Literal["base", "meta_lora", "lora", "fomaml", "reptile"]
 
-Settings = Annotated[
-    dict[str, Any], BeforeValidator(lambda value: {} if value is None else value), Field(default_factory=dict)
-]
+Values = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Keys of a trainer (dotted) or flags of a script (with underscores) -> values; an empty group may be null in YAML."""
+Settings = Annotated[Values, Field(default_factory=dict)]
 Seeds = Annotated[tuple[Count, ...], Tuple, Field(min_length=1), Unique]
 ArmName = Annotated[
     str,
@@ -190,7 +189,7 @@ class Scale(Schema):
     data: dict[str, Any] = Field(description="flags of prepare_math_science_data.py by their names with underscores")
     train: Training
     evaluate: Evaluation
-    suites: dict[str, Settings] = Field({}, description="suite -> Hydra overrides of all its meta-learners")
+    suites: dict[str, Values] = Field({}, description="suite -> Hydra overrides of all its meta-learners")
     speed: Speed | None = None
 
 
