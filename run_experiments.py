@@ -19,7 +19,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from metasft.cli.requirements import require
@@ -85,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     scale = read_scale(options.scale)
     if options.model is not None:
-        scale = replace(scale, model=_model(options.model))
+        scale = scale.model_copy(update={"model": _model(options.model)})
     if options.seeds is not None:
-        scale = replace(scale, seeds=check_seeds(options.seeds))
+        scale = scale.model_copy(update={"seeds": check_seeds(options.seeds)})
     output = _output_folder(options.output_dir or Path("results/experiments") / scale.name)
     if options.report_only:
         return _report(output)

@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from metasft.checkpoint.tensors import read_tensors
-from metasft.config.json_checks import is_number
 from metasft.config.prompts import are_arguments
-from metasft.config.training import INNER_OPTIMIZERS
+from metasft.config.schema import Positive, Record, rule, validated, with_keys
 from metasft.config.verl_groups import LARGEST_RATE
 from metasft.files.atomic import replacing_file, replacing_folder, write_json
 from metasft.files.untrusted import check_sums, printable, read_json, read_template, reason, write_sums
@@ -229,60 +230,55 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
         ValueError: naming the first of them.
     """
     import torch
-    from peft import LoraConfig
 
-    tensors, config, adaptation = (values[name] for name in ("tensors", "adapter_config", "adaptation"))
-    rank = config.get("r") if isinstance(config, dict) else None
-    alpha = config.get("lora_alpha") if isinstance(config, dict) else None
-    found = {
-        "the LoRA tensors": isinstance(tensors, dict)
-        and all(isinstance(name, str) for name in tensors)
-        and all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim >= 1 for t in tensors.values()),
-        "the adapter's configuration": isinstance(config, dict) and set(config) <= set(LoraConfig.__dataclass_fields__),
-        "its rank": type(rank) is int and rank > 0,
-        "its rank_pattern": isinstance(config, dict) and isinstance(config.get("rank_pattern"), dict | None),
-        "its alpha_pattern": isinstance(config, dict) and isinstance(config.get("alpha_pattern"), dict | None),
-        "its lora_alpha": is_number(alpha) and 0 < alpha <= LARGEST_ALPHA,
-        "the base model's name": isinstance(values["base_model"], str),
-        "the inner-loop settings": isinstance(adaptation, dict),
-        "the meta-step": values["step"] is None or type(values["step"]) is int,
-        "its chat template": isinstance(values["chat_template"], str | None),
-    }
-    if wrong := [name for name, right in found.items() if not right]:
-        raise ValueError(f"{path}: {wrong[0]} cannot be what a trainer has written; export the adapter again")
-    # Before memory is taken for it: a rank out of a file may be any number.
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
-    stated = max([rank, *(value for value in (config.get("rank_pattern") or {}).values() if type(value) is int)])
-    if ranks and stated > max(ranks):
-        raise ValueError(f"{path} says its rank is {stated}, its tensors have {max(ranks)}; export the adapter again")
-    if config.get("megatron_config") is not None:  # peft would import the module that the file names
-        raise ValueError(f"{path} sets megatron_config, which this project does not read; remove it")
-    if config.get("modules_to_save"):
-        raise ValueError(f"{path} sets modules_to_save, and only LoRA tensors are read; train an adapter without it")
-    for module, alpha in (config.get("alpha_pattern") or {}).items():
-        if not (is_number(alpha) and 0 < alpha <= LARGEST_ALPHA):
-            raise ValueError(f"{path} has {alpha!r:.80} in its alpha_pattern for {module!r:.80}; export it again")
-    _check_patterns(path, config)
-    check_recorded(path, adaptation)
+    tensors = values["tensors"]
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim >= 1
+        for name, t in tensors.items()
+    ):
+        raise ValueError(f"{path}: the LoRA tensors cannot be what a trainer has written; export the adapter again")
+    _check(_Export, values, path)
     if (name := first_not_finite(tensors)) is not None:
         raise ValueError(f"{path} has numbers that are not finite in {printable(name)}; export the adapter again")
     return AdapterCheckpoint(**values)
 
 
-def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
-    """Peft takes these settings for regular expressions, and one out of a file may take forever to match."""
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-        value = config.get(key)
-        if value is None or (key == "target_modules" and value == "all-linear"):
-            continue
-        names = value if isinstance(value, list | tuple | set | dict) else [value]
-        for name in names:
-            plain = isinstance(name, str) and re.fullmatch(r"\^?[\w.-]+", name)
-            if not plain or (key in ("target_modules", "exclude_modules") and isinstance(value, str)):
-                raise ValueError(
-                    f"{path} has {printable(str(name))[:80]} in {key}, where names of modules alone are read; give "
-                    "its configuration a list of them"
-                )
+Alpha = Annotated[float, Field(gt=0, le=LARGEST_ALPHA)]
+# Peft takes these for regular expressions, and one out of a file may take forever to match.
+ModuleName = Annotated[str, rule(re.compile(r"\^?[\w.-]+").fullmatch, "the name of a module")]
+ModuleNames = list[ModuleName] | None
+Arguments = Annotated[Any, rule(are_arguments, "arguments of a chat template")]
+_Recorded = with_keys(
+    Record,
+    (Literal["sgd", "adamw"] | None, "inner_optimizer"),
+    (Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None, "inner_lr"),
+)
+
+
+class _Adaptation(_Recorded):
+    chat_template_kwargs: Arguments = Field(default_factory=dict)
+
+
+class _AdapterConfig(Record):
+    r: Positive
+    lora_alpha: Alpha
+    target_modules: Literal["all-linear"] | ModuleNames = Field(None, description="a list of names of modules")
+    exclude_modules: ModuleNames = None
+    layers_pattern: ModuleName | ModuleNames = Field(None, description="a list of names of modules")
+    rank_pattern: dict[ModuleName, Positive] | None = None
+    alpha_pattern: dict[ModuleName, Alpha] | None = None
+    megatron_config: None = Field(None, description="peft would import the module that it names")
+    modules_to_save: Annotated[list[str], Field(max_length=0)] | None = Field(
+        None, description="only LoRA tensors are read; train an adapter without it"
+    )
+
+
+class _Export(Record):
+    adapter_config: _AdapterConfig
+    base_model: str
+    adaptation: _Adaptation
+    step: int | None
+    chat_template: str | None
 
 
 def check_recorded(path: Path, adaptation: Mapping[str, Any]) -> None:
@@ -291,17 +287,14 @@ def check_recorded(path: Path, adaptation: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one of them is none that a trainer takes.
     """
-    optimizer, lr = adaptation.get("inner_optimizer"), adaptation.get("inner_lr")
-    arguments = adaptation.get("chat_template_kwargs", {})
-    for key, value, right in (
-        ("inner_optimizer", optimizer, optimizer in (None, *INNER_OPTIMIZERS)),
-        ("inner_lr", lr, lr is None or (is_number(lr) and 0 < lr <= LARGEST_RATE)),
-        ("chat_template_kwargs", arguments, are_arguments(arguments)),
-    ):
-        if not right:
-            raise ValueError(
-                f"{path} records {key}={printable(str(value))[:80]}, which no trainer has written; export it again"
-            )
+    _check(_Adaptation, adaptation, path)
+
+
+def _check(kind: Any, values: Any, path: Path) -> None:
+    try:
+        validated(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what a trainer has written ({error}); export it again") from None
 
 
 def first_not_finite(tensors: Mapping[str, Any]) -> str | None:

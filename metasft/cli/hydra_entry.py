@@ -19,8 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metasft.cli.errors import one_line, refuse_on_rank_0
-from metasft.config.training import METHOD_TITLES, MetaConfig
-from metasft.config.verl_groups import GROUPS
+from metasft.config.training import GROUPS, METHOD_TITLES, MetaConfig
 
 
 def hydra_main(*, config_path: str, config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -102,8 +101,8 @@ def why_not_composed(error: Exception, configs: Path) -> str:
 def _unknown_key(cause: BaseException | None, key: str) -> str:
     parent = getattr(cause, "parent_node", None)
     name = key.rpartition(".")[2]
-    if key == f"meta.{name}" and (setting := MetaConfig.__dataclass_fields__.get(name)):
-        titles = ", ".join(METHOD_TITLES[method] for method in setting.metadata["methods"])
+    if key == f"meta.{name}" and (setting := MetaConfig.model_fields.get(name)):
+        titles = ", ".join(METHOD_TITLES[method] for method in setting.json_schema_extra["methods"])
         return (
             f"it is a setting of {titles} that this configuration leaves out; leave it out too, or write +{key}=<value>"
         )

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
-from metasft.config.verl_groups import RULES
+from metasft.config.verl_groups import TEMPLATE_ARGUMENTS
 from metasft.files.paths import user_path
 from metasft.files.untrusted import printable, read_template
 
@@ -24,7 +24,6 @@ DEFAULT_DATE = "26 Jul 2024"
 _DATE_FORMAT = "%d %b %Y"
 _TODAY = "strftime_now"
 """What transformers gives templates to look at the clock with."""
-_SETTING = "data.apply_chat_template_kwargs"
 
 
 class Prompts(NamedTuple):
@@ -125,13 +124,14 @@ def chosen_arguments(value: str, flag: str) -> dict[str, Any]:
         arguments = json.loads(value)
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{flag} is {value!r}: give a JSON object, such as '{{\"enable_thinking\": false}}'")
     if not are_arguments(arguments):
-        raise ValueError(f"{flag} is {value!r}: give {RULES[_SETTING].words}")
+        raise ValueError(
+            f"{flag} is {value!r}: give a JSON object, such as '{{\"enable_thinking\": false}}', with "
+            f"none of the names {', '.join(TEMPLATE_ARGUMENTS)}"
+        )
     return arguments
 
 
 def are_arguments(value: Any) -> bool:
     """Whether a value out of a file can be template arguments."""
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value) and RULES[_SETTING].accepts(value)
+    return isinstance(value, dict) and all(isinstance(n, str) and n not in TEMPLATE_ARGUMENTS for n in value)

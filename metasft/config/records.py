@@ -10,26 +10,91 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from metasft.config.json_checks import (
-    Check,
-    anything,
-    count,
-    expect,
-    fields,
-    list_of,
-    mapping_of,
-    number,
-    read_checked,
-    text,
-)
+from pydantic import Field
+
+from metasft.config.schema import Count, Number, Record, read_checked, rule, with_keys
 from metasft.files.atomic import write_json
 
 FORMAT = 1
 RUN_FILE, EXPERIMENTS_FILE = "run.json", "experiments.json"
-STATES = ("waiting", "running", "finished", "failed", "skipped", "interrupted")
 _WRITER = "run_experiments.py"
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+State = Literal["waiting", "running", "finished", "failed", "skipped", "interrupted"]
+Moment = Annotated[str, rule(_is_time, "a time such as 2030-01-31T12:00:00+00:00")]
+Name = Annotated[
+    str,
+    rule(
+        lambda name: re.fullmatch(r"[\w.-]+", name) and name not in (".", ".."),
+        "a name of letters, digits, _, - and .",
+    ),
+]
+
+
+Values = dict[str, Any]
+_Run = with_keys(
+    Record,
+    (str | None, "kind arm task error"),
+    (State | None, "state"),
+    (list[str] | None, "command planned_command results"),
+    (list[Name] | None, "needs"),
+    (dict[str, str] | None, "environment"),
+    (Values | None, "summary"),
+    (Count | None, "seed gpus attempts"),
+    (Number | None, "seconds peak_memory_bytes"),
+    (Moment | None, "started finished"),
+)
+_AttemptedRun = with_keys(_Run, (State, "state"), (Count, "attempts"))
+_PlannedRun = with_keys(_AttemptedRun, (str, "kind"), (list[str], "command"))
+_Replicate = with_keys(Record, (Count, "seed"), (str | None, "task"), (Name | None, "train"), (Name, "evaluate"))
+_Arm = with_keys(
+    Record,
+    (str | None, "label experiment method"),
+    (Number | None, "samples_per_task"),
+    (Values | None, "overrides"),
+    (list[Count] | None, "seeds"),
+    (list[_Replicate] | None, "replicates"),
+)
+_PlannedArm = with_keys(_Arm, (str, "method"), (Values, "overrides"), (list[_Replicate], "replicates"))
+_Comparison = with_keys(Record, (str, "a b"), (Number | None, "margin"))
+_Axis = with_keys(Record, (str | None, "label key"), (Values | None, "values"))
+_Suite = with_keys(
+    Record,
+    (str | None, "title question"),
+    (list[str] | None, "arms"),
+    (list[_Comparison] | None, "comparisons"),
+    (_Axis | None, "axis"),
+)
+_Provenance = with_keys(Record, (Values | None, "versions"), (dict[str, str] | None, "data_sha256"))
+
+
+class _Experiments(Record):
+    format: Literal[1] = Field(description=f"this release reads {FORMAT}")
+    command: str | None = None
+    created: Moment | None = None
+    updated: Moment | None = None
+    scale: str | None = None
+    model: str | None = None
+    provenance: _Provenance | None = None
+    evaluation: dict[str, Any] | None = None
+    searches: dict[str, Name] | None = None
+    suites: dict[str, _Suite] | None = None
+    runs: dict[Name, _Run] | None = None
+    arms: dict[str, _Arm] | None = None
+
+
+_PlannedExperiments = with_keys(
+    _Experiments, (dict[Name, _PlannedRun] | None, "runs"), (dict[str, _PlannedArm] | None, "arms")
+)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -40,8 +105,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / RUN_FILE).exists():
         return None
-    check = fields(_RUN, needed=("state", "attempts"))
-    return read_checked(folder / RUN_FILE, check, writer=_WRITER, remedy="delete its folder to run it again")
+    remedy = "delete its folder to run it again"
+    return read_checked(folder / RUN_FILE, _AttemptedRun, writer=_WRITER, remedy=remedy)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -60,84 +125,5 @@ def read_experiments(folder: Path, *, whole: bool) -> dict[str, Any]:
     path = folder / EXPERIMENTS_FILE
     if not path.exists():
         return {}
-    run = fields(_RUN, needed=("kind", "state", "attempts", "command") if whole else ())
-    arm = fields(_ARM, needed=("method", "overrides", "replicates") if whole else ())
-    check = fields({**_EXPERIMENTS, "runs": mapping_of(run, key=_name), "arms": mapping_of(arm)})
-
-    def check_format(document: dict[str, Any], where: str) -> None:
-        if document.get("format") != FORMAT:
-            raise ValueError(f"format is {document.get('format')!r}, this release has {FORMAT}")
-        check(document, where)
-
     remedy = "move it away, the runs beside it are kept, or give another folder"
-    return read_checked(path, check_format, writer=_WRITER, remedy=remedy)
-
-
-# ---- what must be what ----------------------------------------------------------------------------------------------
-
-
-def _state(value: Any, where: str) -> None:
-    expect(value in STATES, value, where, f"one of {', '.join(STATES)}")
-
-
-def _name(value: Any, where: str) -> None:
-    good = isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) and value not in (".", "..")
-    expect(bool(good), value, where, "a name of letters, digits, _, - and .")
-
-
-def _moment(value: Any, where: str) -> None:
-    try:
-        datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        expect(False, value, where, "a time such as 2030-01-31T12:00:00+00:00")
-
-
-_RUN: dict[str, Check] = {
-    "kind": text,
-    "arm": text,
-    "seed": count,
-    "task": text,
-    "state": _state,
-    "command": list_of(text),
-    "planned_command": list_of(text),
-    "needs": list_of(_name),
-    "results": list_of(text),
-    "environment": mapping_of(text),
-    "gpus": count,
-    "summary": mapping_of(anything),
-    "attempts": count,
-    "seconds": number,
-    "started": _moment,
-    "finished": _moment,
-    "peak_memory_bytes": number,
-    "error": text,
-}
-_ARM: dict[str, Check] = {
-    "label": text,
-    "experiment": text,
-    "method": text,
-    "samples_per_task": number,
-    "overrides": mapping_of(anything),
-    "seeds": list_of(count),
-    "replicates": list_of(
-        fields({"seed": count, "task": text, "train": _name, "evaluate": _name}, needed=("seed", "evaluate"))
-    ),
-}
-_SUITE: dict[str, Check] = {
-    "title": text,
-    "question": text,
-    "arms": list_of(text),
-    "comparisons": list_of(fields({"a": text, "b": text, "margin": number}, needed=("a", "b"))),
-    "axis": fields({"label": text, "key": text, "values": mapping_of(anything)}),
-}
-_EXPERIMENTS: dict[str, Check] = {
-    "command": text,
-    "created": _moment,
-    "updated": _moment,
-    "scale": text,
-    "model": text,
-    "provenance": fields({"versions": mapping_of(anything), "data_sha256": mapping_of(text)}),
-    "evaluation": mapping_of(anything),
-    "searches": mapping_of(_name),
-    "suites": mapping_of(fields(_SUITE)),
-}
+    return read_checked(path, _PlannedExperiments if whole else _Experiments, writer=_WRITER, remedy=remedy)

@@ -5,29 +5,28 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from metasft.config.json_checks import (
-    Check,
-    any_number,
-    anything,
-    count,
-    expect,
-    fields,
-    flag,
-    is_number,
-    line,
-    list_of,
-    mapping_of,
-    number,
-    proportion,
+from pydantic import Field, model_validator
+
+from metasft.config.schema import (
+    AnyNumber,
+    Count,
+    Line,
+    Number,
+    Record,
+    Share,
+    Tuple,
     read_checked,
-    text,
+    rule,
+    validated,
+    with_keys,
 )
-from metasft.files.untrusted import printable
+from metasft.files.untrusted import printable, reason
 from metasft.files.untrusted import read_json as read_object
 
 RESULTS_SUFFIX = "_results.json"
@@ -86,6 +85,84 @@ def find_file(label: str, path: Path, suffix: str, remedy: str) -> Path:
     return path
 
 
+# ---- what is read, beside what is there for people alone ------------------------------------------------------------
+
+_EVALUATION = "evaluate_few_shot.py"
+_ROUNDING = 1e-6
+Interval = Annotated[
+    tuple[AnyNumber, AnyNumber], Tuple, rule(lambda limits: limits[0] <= limits[1], "a lower and an upper limit")
+]
+WholeText = Annotated[str, rule(re.compile("0|[1-9][0-9]{0,8}").fullmatch, "a whole number as text")]
+
+
+Summary = with_keys(
+    Record,
+    (Number, "seconds_total seconds_per_step_median peak_memory_bytes checkpoint_bytes"),
+    (Number | None, "model_memory_bytes"),
+    (Line | None, "method base_model device_name peak_memory_kind"),
+    (Count | None, "meta_steps tokens world_size task_group_size"),
+    (dict[Line, AnyNumber] | None, "diverged"),
+)
+"""``run_summary.json`` of a finished training."""
+Settings = with_keys(
+    Record,
+    (Line | None, "model_type model_path base_model adapts adaptation_optimizer"),
+    (Number | None, "adaptation_lr"),
+    (Count | None, "adaptation_steps"),
+    (dict[str, Any] | None, "data_sha256"),
+)
+"""``<model_type>_settings.json``."""
+
+
+class Entry(Record):
+    """An entry of ``<model_type>_results.json``: the mean lies in its interval, and both between 0 and 1."""
+
+    accuracy_mean: Share
+    ci95: Interval
+    n_test: Count
+    loss_mean: AnyNumber  # a loss may have left the finite range
+    n_runs: Count | None = None
+    format_accuracy: Share | None = None
+    majority_baseline: Share | None = None
+
+    @model_validator(mode="after")
+    def _mean_in_its_interval(self) -> Entry:
+        (low, high), mean = self.ci95, self.accuracy_mean
+        if not (-_ROUNDING <= low <= mean + _ROUNDING and mean - _ROUNDING <= high <= 1 + _ROUNDING):
+            raise ValueError(f"ci95={[low, high]} must be an interval within 0 and 1 around accuracy_mean={mean}")
+        return self
+
+
+class SpeedEntry(Entry):
+    """Of ``<model_type>_speed.json``: the curve is drawn, so that its losses are finite."""
+
+    loss_mean: Number
+    loss_ci95: Interval | None = None
+
+
+class Place(Record):
+    """Which cell a line belongs to."""
+
+    task: Line
+    n_shots: Count
+    run: Count
+
+
+class Prediction(Place):
+    """A line of ``<model_type>_predictions.jsonl``."""
+
+    example_id: str
+    correct: bool
+
+
+class CellLine(Place):
+    """A line of ``<model_type>_cells.jsonl``."""
+
+    n_test: Count
+    loss: Number
+    shots: list[str]
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -94,31 +171,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, "write it again")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a ``<model_type>_settings.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
-    return read_checked(path, _SETTINGS, writer=_EVALUATION, remedy="run it again")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read a ``<model_type>_results.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
-    return read_entries(path, check_entry)
-
-
-def read_entries(path: Path, check: Check) -> dict[str, Any]:
-    """Read task -> whole number as text (shots, or update steps) -> entry.
+def read_lines(path: Path, kind: type[Place]) -> list[dict[str, Any]]:
+    """The objects in the lines of a JSON Lines file, checked; empty lines are left out.
 
     Raises:
-        ValueError: an entry is not as ``check`` has it, a task has none, or there is no task.
+        ValueError: a line cannot be read or is not a ``kind``, by its number.
+        OSError: the file cannot be read.
     """
-    by_number = mapping_of(check, key=_check_whole)
+    lines = []
+    # Not splitlines(), which also splits at characters that generated text may contain.
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if text.strip():
+            where = f"line {number} of {path.name}"
+            try:
+                lines.append(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON: {reason(error)}") from error
+            validated(kind, lines[-1], where=f"{where}: ")
+    return lines
 
-    def check_tasks(tasks: Any, where: str) -> None:
-        mapping_of(by_number, key=line)(tasks, where)
-        expect(bool(tasks), tasks, "it", "task -> shots or steps -> entry")
-        for task, entries in tasks.items():
-            expect(bool(entries), entries, task, "shots or steps -> entry")
 
-    return read_checked(path, check_tasks, writer=_EVALUATION, remedy="run it again")
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a ``<model_type>_settings.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
+    return read_checked(path, Settings, writer=_EVALUATION, remedy="run it again")
+
+
+def read_results(path: Path, kind: type[Entry] = Entry) -> dict[str, Any]:
+    """Read a ``<model_type>_results.json``: task -> whole number as text (shots, or update steps) -> entry.
+
+    Raises:
+        ValueError: an entry is not a ``kind``, a task has none, or there is no task.
+    """
+    some = Field(min_length=1)
+    tasks = Annotated[dict[Line, Annotated[dict[WholeText, kind], some]], some]
+    return read_checked(path, tasks, writer=_EVALUATION, remedy="run it again")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -130,7 +216,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     path = path / SUMMARY_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the trainers write {SUMMARY_FILE} when they finish")
-    return read_checked(path, _SUMMARY, writer="a finished training", remedy="run it again")
+    return read_checked(path, Summary, writer="a finished training", remedy="run it again")
 
 
 def model_memory(summary: Mapping[str, Any]) -> float | None:
@@ -144,68 +230,3 @@ def model_memory(summary: Mapping[str, Any]) -> float | None:
         return measured
     peak, processes = summary.get("peak_memory_bytes"), summary.get("task_group_size") or summary.get("world_size") or 1
     return None if peak is None else peak * processes
-
-
-# ---- what must be what ----------------------------------------------------------------------------------------------
-
-# What is read, beside what is there for people alone.
-_EVALUATION = "evaluate_few_shot.py"
-_COSTS = ("seconds_total", "seconds_per_step_median", "peak_memory_bytes", "checkpoint_bytes")
-_SUMMARY = fields(
-    {
-        **dict.fromkeys((*_COSTS, "model_memory_bytes"), number),
-        **dict.fromkeys(("method", "base_model", "device_name", "peak_memory_kind"), line),
-        **dict.fromkeys(("meta_steps", "tokens", "world_size", "task_group_size"), count),
-        "diverged": mapping_of(any_number, key=line),
-    },
-    needed=_COSTS,
-)
-_SETTINGS = fields(
-    {
-        **dict.fromkeys(("model_type", "model_path", "base_model", "adapts", "adaptation_optimizer"), line),
-        "adaptation_lr": number,
-        "adaptation_steps": count,
-        "data_sha256": mapping_of(anything),
-    }
-)
-ROUNDING = 1e-6
-
-
-def check_interval(value: Any, where: str) -> None:
-    """A list of two numbers, the second not below the first."""
-    expect(isinstance(value, list) and len(value) == 2 and all(map(is_number, value)), value, where, "two numbers")
-    expect(value[0] <= value[1], value, where, "a lower and an upper limit")
-
-
-_ENTRY = fields(
-    {
-        **dict.fromkeys(("accuracy_mean", "format_accuracy", "majority_baseline"), proportion),
-        **dict.fromkeys(("n_test", "n_runs"), count),
-        "ci95": check_interval,
-        "loss_mean": any_number,  # a loss may have left the finite range
-    },
-    needed=("accuracy_mean", "ci95", "n_test", "loss_mean"),
-)
-
-
-def check_entry(entry: Any, where: str) -> None:
-    """An entry of ``<model_type>_results.json``: the mean lies in its interval, and both between 0 and 1."""
-    _ENTRY(entry, where)
-    (low, high), mean = entry["ci95"], entry["accuracy_mean"]
-    around = -ROUNDING <= low <= mean + ROUNDING and mean - ROUNDING <= high <= 1 + ROUNDING
-    expect(around, entry["ci95"], f"{where}.ci95", f"an interval within 0 and 1 around {mean}")
-
-
-def _check_whole(value: Any, where: str) -> None:
-    expect(bool(re.fullmatch("0|[1-9][0-9]{0,8}", value)), value, where, "a whole number as text")
-
-
-PLACE: dict[str, Check] = {"task": line, "n_shots": count, "run": count}
-"""Which cell a line belongs to."""
-PREDICTION = fields({**PLACE, "example_id": text, "correct": flag}, needed=(*PLACE, "example_id", "correct"))
-"""What a line of ``<model_type>_predictions.jsonl`` must be."""
-CELL = fields(
-    {**PLACE, "n_test": count, "loss": number, "shots": list_of(text)},
-    needed=(*PLACE, "n_test", "loss", "shots"),
-)
-"""What a line of ``<model_type>_cells.jsonl`` must be."""

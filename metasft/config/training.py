@@ -1,108 +1,94 @@
-"""The ``meta`` group of a training configuration: keys, units, bounds, and every check that needs no model.
+"""The settings of a training: the ``meta`` group with units and bounds, and the rules over groups.
 
-Imports neither torch nor veRL, so that a wrong setting is reported in a second.
+A wrong setting is reported before a model is loaded, in a second: neither torch nor veRL is imported here.
 """
 
 from __future__ import annotations
 
-import difflib
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from metasft.config.verl_groups import LARGEST_RATE, check_groups, check_verl_settings
+from pydantic import Field, ValidationInfo, model_validator
+
+from metasft.config.schema import Schema, Text, Tuple, Unique, dotted, validated
+from metasft.config.verl_groups import (
+    LARGEST_RATE,
+    START,
+    Checkpoint,
+    Data,
+    Engine,
+    Model,
+    Optim,
+    Profiler,
+    Trainer,
+)
 from metasft.files.paths import user_path
-from metasft.files.untrusted import printable
 
 Method = Literal["meta_lora", "fomaml", "reptile"]
 METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
 METHOD_TITLES: dict[Method, str] = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT"}
-
 INNER_OPTIMIZERS = ("sgd", "adamw")
-AGGREGATIONS = ("mean", "sum")
-REPTILE_UPDATES = ("interpolate", "pseudo_gradient")
+_DEFAULTS: dict[Method, dict[str, Any]] = {
+    "meta_lora": {},
+    "fomaml": {"support_samples": 300, "num_inner_steps": 5},
+    "reptile": {"support_samples": 300, "num_inner_steps": 5},
+}
+"""Where they differ from those of the fields."""
 
 
-def _key(doc: str, *, methods: tuple[Method, ...] = METHODS, **bounds: Any) -> dict[str, Any]:
-    """Field metadata: what the key means, which methods read it, and its bounds."""
-    return {"doc": doc, "methods": methods, **bounds}
+def key(doc: str, default: Any = ..., *, methods: tuple[Method, ...] = METHODS, **bounds: Any) -> Any:
+    """A key of the ``meta`` group: its meaning, its default, and the methods that read it; an error in the others."""
+    return Field(default, description=doc, json_schema_extra={"methods": list(methods)}, **bounds)
 
 
-@dataclass(frozen=True)
-class MetaConfig:
+class MetaConfig(Schema):
     """The validated ``meta`` group. Build it with :meth:`from_mapping`, which applies the method's defaults."""
 
-    task_dir: str = field(metadata=_key("folder with <task>_support.parquet and <task>_query.parquet"))
-    inner_lr: float = field(metadata=_key("inner learning rate", above=0.0, most=LARGEST_RATE))
-    tasks: tuple[str, ...] | None = field(default=None, metadata=_key("task names; null = every task found"))
-    support_samples: int = field(default=100, metadata=_key("support examples per task", least=1))
-    query_samples: int | None = field(default=None, metadata=_key("query examples per task; null = all", least=1))
-    num_inner_steps: int = field(default=10, metadata=_key("K, inner steps per episode", least=0, most=100_000))
-    inner_optimizer: str = field(default="sgd", metadata=_key("inner optimizer", choices=INNER_OPTIMIZERS))
-    inner_batch_size: int = field(default=4, metadata=_key("support examples per inner step", least=1))
-    inner_clip_grad: float | None = field(
-        default=None, metadata=_key("largest gradient norm of an inner step; null = no clipping", above=0.0)
+    task_dir: Text = key("folder with <task>_support.parquet and <task>_query.parquet")
+    inner_lr: float = key("inner learning rate", gt=0, le=LARGEST_RATE)
+    tasks: Annotated[tuple[str, ...], Tuple, Unique] | None = key(
+        "list of task names; null = every task found", None, min_length=1
     )
-    query_batch_size: int = field(
-        default=4,
-        metadata=_key("query examples per episode; 0 = no query set (Reptile only)", least=0),
+    support_samples: int = key("support examples per task", 100, ge=1)
+    query_samples: int | None = key("query examples per task; null = all", None, ge=1)
+    num_inner_steps: int = key("K, inner steps per episode", 10, ge=0, le=100_000)
+    inner_optimizer: Literal["sgd", "adamw"] = key("inner optimizer", "sgd")
+    inner_batch_size: int = key("support examples per inner step", 4, ge=1)
+    inner_clip_grad: float | None = key("largest gradient norm of an inner step; null = no clipping", None, gt=0)
+    query_batch_size: int = key("query examples per episode; 0 = no query set (Reptile only)", 4, ge=0)
+    meta_batch_size: int = key("tasks per meta-step", 4, ge=1, le=100_000)
+    aggregation: Literal["mean", "sum"] = key("how tasks combine", "mean", methods=("meta_lora", "fomaml"))
+    update_shared: bool = key("false = tasks adapt, the shared parameters are never updated", True)
+    task_group_size: int | None = key(
+        "ranks that share one episode; null = 1 with LoRA, all ranks otherwise", None, ge=1
     )
-    meta_batch_size: int = field(default=4, metadata=_key("tasks per meta-step", least=1, most=100_000))
-    aggregation: str = field(
-        default="mean",
-        metadata=_key("how tasks combine", choices=AGGREGATIONS, methods=("meta_lora", "fomaml")),
+    task_batching: bool | None = key(
+        "with LoRA: all of a rank's tasks in one pass over the frozen base; null = true with LoRA",
+        None,
+        methods=("meta_lora", "reptile"),
     )
-    update_shared: bool = field(
-        default=True, metadata=_key("false = tasks adapt, the shared parameters are never updated")
+    task_batch_limit: int | None = key(
+        "tasks per pass at most; null = as many as fit the token budget of a pass",
+        None,
+        ge=1,
+        methods=("meta_lora", "reptile"),
     )
-    task_group_size: int | None = field(
-        default=None, metadata=_key("ranks that share one episode; null = 1 with LoRA, all ranks otherwise", least=1)
+    adaptation_gain_freq: int = key(
+        "meta-steps between measurements of the query loss before adaptation; 0 = never", 1, ge=0
     )
-    task_batching: bool | None = field(
-        default=None,
-        metadata=_key(
-            "with LoRA: all of a rank's tasks in one pass over the frozen base; null = true with LoRA",
-            methods=("meta_lora", "reptile"),
-        ),
+    max_skipped_steps: int = key(
+        "meta-steps that may be skipped because a loss or gradient was not finite; one more ends the run", 10, ge=0
     )
-    task_batch_limit: int | None = field(
-        default=None,
-        metadata=_key(
-            "tasks per pass at most; null = as many as fit the token budget of a pass",
-            least=1,
-            methods=("meta_lora", "reptile"),
-        ),
+    theta_check_freq: int = key(
+        "meta-steps between comparisons of theta over the ranks, which every save makes too; 0 = never", 100, ge=0
     )
-    adaptation_gain_freq: int = field(
-        default=1,
-        metadata=_key("meta-steps between measurements of the query loss before adaptation; 0 = never", least=0),
+    reptile_step_size: float | None = key(
+        "eps in (0, 1], annealed linearly to 0 over training, for example 0.5", None, gt=0, le=1, methods=("reptile",)
     )
-    max_skipped_steps: int = field(
-        default=10,
-        metadata=_key(
-            "meta-steps that may be skipped because a loss or gradient was not finite; one more ends the run", least=0
-        ),
-    )
-    theta_check_freq: int = field(
-        default=100,
-        metadata=_key(
-            "meta-steps between comparisons of theta over the ranks, which every save makes too; 0 = never",
-            least=0,
-        ),
-    )
-    reptile_step_size: float | None = field(
-        default=None,
-        metadata=_key("eps, annealed linearly to 0 over training", above=0.0, most=1.0, methods=("reptile",)),
-    )
-    reptile_update: str = field(
-        default="interpolate",
-        metadata=_key(
-            "interpolate: theta + eps * mean(theta_i - theta); pseudo_gradient: hand the negative mean difference to "
-            "veRL's optimizer",
-            choices=REPTILE_UPDATES,
-            methods=("reptile",),
-        ),
+    reptile_update: Literal["interpolate", "pseudo_gradient"] = key(
+        "interpolate: theta + eps * mean(theta_i - theta); pseudo_gradient: veRL's optimizer on mean(theta - theta_i)",
+        "interpolate",
+        methods=("reptile",),
     )
 
     @classmethod
@@ -113,120 +99,89 @@ class MetaConfig:
             ValueError: an unknown key, a key that this method would ignore, a missing key, a wrong type or a value out
                 of bounds. The message names key, value and remedy.
         """
-        known = {f.name: f for f in fields(cls)}
-        for name, value in values.items():
-            if name not in known:
-                name = printable(str(name))  # YAML's keys may be anything
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean meta.{close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
-                raise ValueError(f"meta.{name}={value!r} is not a setting of the meta group; {hint}")
-            if method not in known[name].metadata["methods"]:
-                raise ValueError(
-                    f"meta.{name}={value!r} has no effect in {METHOD_TITLES[method]}; remove it "
-                    f"(it belongs to {', '.join(METHOD_TITLES[m] for m in known[name].metadata['methods'])})"
-                )
-        merged = {**_method_defaults(method), **values}
-        for name in ("task_dir", "inner_lr"):
-            if merged.get(name) is None:
-                raise ValueError(f"meta.{name} is not set; give {known[name].metadata['doc']} (meta.{name}=...)")
-        if method == "reptile" and merged.get("reptile_step_size") is None:
-            raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
-        checked = {name: _check(f"meta.{name}", value, known[name]) for name, value in merged.items()}
-        config = cls(**checked)
-        config._check_combinations(method)
-        return config
+        return validated(cls, values, name=lambda loc: dotted(("meta", *loc)), context=method)
 
-    def _check_combinations(self, method: Method) -> None:
-        if self.inner_batch_size > self.support_samples:
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_method(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for name, field in cls.model_fields.items():
+            methods = field.json_schema_extra["methods"]
+            if name in values and info.context not in methods:
+                raise ValueError(
+                    f"meta.{name}={values[name]!r} has no effect in {METHOD_TITLES[info.context]}; remove it "
+                    f"(it belongs to {', '.join(METHOD_TITLES[method] for method in methods)})"
+                )
+        return {**_DEFAULTS[info.context], **values}
+
+    @model_validator(mode="after")
+    def _combinations(self, info: ValidationInfo) -> MetaConfig:
+        for batch, samples in (("inner_batch_size", "support_samples"), ("query_batch_size", "query_samples")):
+            size, there = getattr(self, batch), getattr(self, samples)
+            if there is not None and size > there:
+                raise ValueError(
+                    f"meta.{batch}={size} is larger than meta.{samples}={there}; lower the batch or use more examples"
+                )
+        if info.context != "reptile" and self.query_batch_size < 1:
             raise ValueError(
-                f"meta.inner_batch_size={self.inner_batch_size} is larger than meta.support_samples="
-                f"{self.support_samples}; lower the batch or use more support examples"
-            )
-        if method != "reptile" and self.query_batch_size < 1:
-            raise ValueError(
-                f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[method]} takes its meta-gradient on "
-                "query examples; use at least 1"
-            )
-        if self.query_samples is not None and self.query_batch_size > self.query_samples:
-            raise ValueError(
-                f"meta.query_batch_size={self.query_batch_size} is larger than meta.query_samples="
-                f"{self.query_samples}; lower the batch or use more query examples"
+                f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[info.context]} computes its "
+                "meta-gradient on query examples; use at least 1"
             )
         if self.task_batching is False and self.task_batch_limit is not None:
             raise ValueError(
                 f"meta.task_batch_limit={self.task_batch_limit} has no effect with meta.task_batching=false; remove "
                 "one of them"
             )
-        if method == "reptile" and self.num_inner_steps < 1:
+        if info.context == "reptile" and self.num_inner_steps < 1:
             raise ValueError(
                 f"meta.num_inner_steps={self.num_inner_steps}: Reptile moves towards the adapted parameters, so it "
                 "needs at least 1 inner step"
             )
+        if info.context == "reptile" and self.reptile_step_size is None:
+            raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
+        return self
 
 
-def _method_defaults(method: Method) -> dict[str, Any]:
-    if method == "meta_lora":
-        return {}
-    return {"support_samples": 300, "num_inner_steps": 5}
+class TrainingConfig(Schema):
+    """A whole composed configuration of an episodic trainer."""
+
+    meta: MetaConfig = Field(description=START)
+    model: Model = Field(description=START)
+    engine: Engine = Field(description=START)
+    optim: Optim = Field(description=START)
+    data: Data = Field(description=START)
+    trainer: Trainer = Field(description=START)
+    checkpoint: Checkpoint = Field(description=START)
+    profiler: Profiler = Field(description=START)
+
+    @model_validator(mode="after")
+    def _lora_or_all_parameters(self, info: ValidationInfo) -> TrainingConfig:
+        rank, title = self.model.lora_rank, METHOD_TITLES[info.context]
+        if info.context == "meta_lora" and rank == 0:
+            raise ValueError("model.lora_rank=0: META-LORA trains LoRA parameters only; use a rank such as 16")
+        if info.context == "fomaml" and rank > 0:
+            raise ValueError(
+                f"model.lora_rank={rank}: FOMAML-SFT trains all parameters; set 0, or use meta_lora_trainer.py for LoRA"
+            )
+        if rank > 0:
+            return self
+        for name in ("task_batching", "task_batch_limit"):
+            if (value := getattr(self.meta, name)) not in (None, False):
+                raise ValueError(
+                    f"meta.{name}={value!r} has no effect when all parameters are trained (model.lora_rank=0): tasks "
+                    "share a pass only over a frozen base; remove it, or set model.lora_rank"
+                )
+        if (dtype := self.engine.model_dtype) in ("bf16", "bfloat16"):
+            raise ValueError(
+                f"engine.model_dtype={dtype}: {title} trains all parameters, and in bf16 most of an update of 1e-5 is "
+                "rounded away; set engine.model_dtype=fp32, with engine.mixed_precision.param_dtype=bf16 to compute in "
+                "bf16"
+            )
+        return self
 
 
-_LARGEST = sys.float_info.max
-
-
-def _check(name: str, value: Any, spec: Any) -> Any:
-    """Return ``value`` converted to the declared type of field ``spec``, or raise ValueError naming ``name``."""
-    annotation, meta = spec.type, spec.metadata
-    if value is None:
-        if "None" in annotation:
-            return None
-        raise ValueError(f"{name} must not be null; give {meta['doc']}")
-    if "tuple" in annotation:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{name}={value!r} must be a list of names, for example {name}=[algebra,geometry]")
-        if not value:
-            raise ValueError(f"{name}=[] names no task; use null for every task found")
-        duplicates = sorted({item for item in value if list(value).count(item) > 1})
-        if duplicates:
-            raise ValueError(f"{name}={value!r} names {', '.join(duplicates)} more than once; list every task once")
-        return tuple(value)
-    if "bool" in annotation:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be true or false")
-        return value
-    if "int" in annotation or "float" in annotation:
-        whole = "int" in annotation
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number ({meta['doc']})")
-        if not -_LARGEST <= value <= _LARGEST:  # nan is in no range
-            raise ValueError(f"{name}={value!r} must be finite ({meta['doc']})")
-        if "least" in meta and value < meta["least"]:
-            raise ValueError(f"{name}={value!r} is too small; use at least {meta['least']} ({meta['doc']})")
-        if "above" in meta and value <= meta["above"]:
-            raise ValueError(f"{name}={value!r} must be above {meta['above']:g} ({meta['doc']})")
-        if "most" in meta and value > meta["most"]:
-            raise ValueError(f"{name}={value!r} is too large; use at most {meta['most']:g} ({meta['doc']})")
-        return value if whole else float(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} must be text ({meta['doc']})")
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(meta['choices'])}")
-    return value
-
-
-# Settings of veRL's own groups that the episodic trainers replace, with the values that mean "not set".
-_REPLACED_KEYS: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
-    ("data", "train_files"): ((None,), "episodes are read from meta.task_dir"),
-    ("data", "val_files"): ((None,), "use evaluate_few_shot.py on the unseen tasks"),
-    ("data", "train_batch_size"): ((None,), "use meta.meta_batch_size and meta.inner_batch_size"),
-    ("data", "train_max_samples"): ((None, -1), "use meta.support_samples and meta.query_samples"),
-    ("data", "custom_cls"): ((None, {"path": None, "name": None}), "veRL's own class reads the examples"),
-    ("data", "val_max_samples"): ((None, -1), "use evaluate_few_shot.py --limit"),
-    ("engine", "fsdp_size"): ((None, -1), "use meta.task_group_size"),
-    ("engine", "ulysses_sequence_parallel_size"): ((1,), "sequence parallelism inside an episode is not supported"),
-    ("engine", "forward_only"): ((False,), "a trainer needs gradients"),
-    ("trainer", "test_freq"): ((None, -1), "use evaluate_few_shot.py on the unseen tasks"),
-    ("model", "use_fused_kernels"): ((False,), "the response-only loss replaces veRL's fused loss kernels"),
-}
+GROUPS = tuple(TrainingConfig.model_fields)
 
 
 def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConfig:
@@ -234,7 +189,7 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
 
     Args:
         config: the composed Hydra configuration as a plain mapping with the groups ``meta``, ``model``, ``engine``,
-            ``optim``, ``data``, ``trainer``, ``checkpoint``.
+            ``optim``, ``data``, ``trainer``, ``checkpoint``, ``profiler``.
         method: which trainer runs it.
 
     Returns:
@@ -243,73 +198,9 @@ def check_training_config(config: Mapping[str, Any], method: Method) -> MetaConf
     Raises:
         ValueError: naming the key, its value and the remedy.
     """
-    check_groups(config)
-    meta = MetaConfig.from_mapping(config["meta"], method)
-
-    for (group, key), (neutral, remedy) in _REPLACED_KEYS.items():
-        value = config[group].get(key)
-        if key in config[group] and value not in neutral:
-            raise ValueError(f"{group}.{key}={value!r} has no effect in {METHOD_TITLES[method]}; {remedy}")
-
-    strategy = config["engine"].get("strategy")
-    if strategy != "fsdp2":
-        raise ValueError(f"engine.strategy={strategy!r} cannot be used; the inner loop steps FSDP2 shards: set fsdp2")
-
-    rank = config["model"].get("lora_rank", 0)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"model.lora_rank={rank!r} must be a whole number, 0 for full-parameter training")
-    if method == "meta_lora" and rank == 0:
-        raise ValueError("model.lora_rank=0: META-LORA trains LoRA parameters only; use a rank such as 16")
-    if method == "fomaml" and rank > 0:
-        raise ValueError(
-            f"model.lora_rank={rank}: FOMAML-SFT trains all parameters; set 0, or use meta_lora_trainer.py for LoRA"
-        )
-    if rank > 0 and not _is_number(config["model"].get("lora_alpha")):
-        raise ValueError(f"model.lora_alpha={config['model'].get('lora_alpha')!r} must be a number above 0")
-    if rank == 0 and config["model"].get("lora_adapter_path") is not None:
-        raise ValueError(
-            f"model.lora_adapter_path={config['model']['lora_adapter_path']!r} has no effect with model.lora_rank=0; "
-            "set the rank of that adapter"
-        )
-
-    if rank == 0:
-        for key in ("task_batching", "task_batch_limit"):
-            if config["meta"].get(key) not in (None, False):
-                raise ValueError(
-                    f"meta.{key}={config['meta'][key]!r} has no effect when all parameters are trained "
-                    "(model.lora_rank=0): tasks share a pass only over a frozen base; remove it, or set model.lora_rank"
-                )
-        if (dtype := config["engine"].get("model_dtype")) in ("bf16", "bfloat16"):
-            raise ValueError(
-                f"engine.model_dtype={dtype}: {METHOD_TITLES[method]} trains all parameters, and in bf16 most of an "
-                "update of 1e-5 is rounded away; set engine.model_dtype=fp32, with "
-                "engine.mixed_precision.param_dtype=bf16 to compute in bf16"
-            )
-
-    if not _is_number(config["optim"].get("lr")):
-        raise ValueError(f"optim.lr={config['optim'].get('lr')!r} must be a number above 0 (the meta learning rate)")
-    if not _is_number(config["optim"].get("clip_grad")):
-        raise ValueError(f"optim.clip_grad={config['optim'].get('clip_grad')!r} must be a number above 0")
-
-    for key in ("save_contents", "load_contents"):
-        contents = config["checkpoint"].get(key)
-        if not isinstance(contents, list | tuple) or {*map(str, contents)} != {"model", "optimizer", "extra"}:
-            raise ValueError(
-                f"checkpoint.{key}={contents!r}: a run resumes exactly from model, optimizer and extra together, and "
-                "exports are written beside them; set [model,optimizer,extra]"
-            )
-
-    max_length = config["data"].get("max_length")
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"data.max_length={max_length!r} must be a whole number of tokens, at least 2")
-    if config["data"].get("pad_mode") != "no_padding":
-        raise ValueError(
-            f"data.pad_mode={config['data'].get('pad_mode')!r}: batches are packed or padded by the engine "
-            "(model.use_remove_padding); set no_padding"
-        )
-    check_verl_settings(config)
-    check_model_path(config["model"].get("path"))
-    return meta
+    checked = validated(TrainingConfig, config, context=method)
+    check_model_path(checked.model.path)
+    return checked.meta
 
 
 def check_model_path(path: Any) -> None:
@@ -332,10 +223,6 @@ def check_model_path(path: Any) -> None:
             f"model.path={path!r} does not exist; `python -m metasft.embedded_model --output {path}` makes the "
             "embedded model, any other Hugging Face folder works too"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:
@@ -380,8 +267,8 @@ def check_micro_batches(config: Mapping[str, Any], meta: MetaConfig, group_size:
     if data["use_dynamic_bsz"]:
         return
     micro = data["micro_batch_size_per_gpu"]
-    if isinstance(micro, bool) or not isinstance(micro, int) or micro < 1:
-        raise ValueError(f"data.micro_batch_size_per_gpu={micro!r} must be a whole number, at least 1")
+    if micro is None:
+        raise ValueError("data.micro_batch_size_per_gpu is not set; give at least 1, or data.use_dynamic_bsz=true")
     for key in ("inner_batch_size", "query_batch_size"):
         share = getattr(meta, key) // group_size
         if share % micro:

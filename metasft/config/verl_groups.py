@@ -1,15 +1,18 @@
-"""Bounds of the settings in veRL's own groups: what veRL would only find, in words of its own, once a model is loaded.
+"""Schemas of the settings in veRL's own groups: what veRL would only find, in words of its own, once a model is loaded.
 
-Imports neither torch nor veRL.
+Every field is required where veRL composes one: a setting that was deleted is an error. Of ``model``, ``engine``,
+``optim``, ``checkpoint`` and ``profiler`` veRL builds dataclasses, which know their other keys themselves; of ``data``
+and ``trainer`` it does not, so that their keys are all here. Imports neither torch nor veRL.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field, model_validator
+
+from metasft.config.schema import Positive, Record, Schema, Share, Text, Tuple, rule, with_keys
 from metasft.files.atomic import check_place
 from metasft.files.paths import user_path
 
@@ -17,8 +20,6 @@ LARGEST_RATE = 1e4
 """A learning rate above it is a typing error."""
 LARGEST_RANK = 2**16
 LARGEST_SEED = 2**63 - 1
-PRECISIONS = ("fp32", "bf16", "float32", "bfloat16")
-TRUNCATIONS = ("error", "right")
 LARGEST_STEPS = 10**9
 LOGGERS = {
     "console": None,
@@ -32,218 +33,12 @@ LOGGERS = {
     "trackio": "trackio",
 }
 """And the packages that they need."""
-RESUME_MODES = ("auto", "disable", "resume_path")
-
-GROUPS = ("meta", "model", "engine", "optim", "data", "trainer", "checkpoint", "profiler")
-_BUILT = ("model", "engine", "optim", "checkpoint", "profiler")
-"""Of these veRL makes the dataclass that `_target_` names."""
-_START = "leave the group as it is, or start from one of data/math_science_meta/config_*.yaml"
-# Of these groups veRL makes no dataclass, which would refuse other keys.
-KEYS = {
-    "trainer": (
-        *("default_local_dir", "default_hdfs_dir", "project_name", "experiment_name", "total_epochs"),
-        *("total_training_steps", "logger", "seed", "save_freq", "test_freq", "max_ckpt_to_keep", "balance_batch"),
-        *("resume_mode", "resume_from_path", "device", "nnodes", "n_gpus_per_node", "profile_interval"),
-    ),
-    "data": (
-        *("train_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu", "use_dynamic_bsz", "train_files"),
-        *("val_files", "train_max_samples", "val_max_samples", "messages_key", "tools_key", "image_key", "video_key"),
-        *("image_patch_size", "enable_thinking_key", "enable_thinking_default", "pad_mode", "max_length", "truncation"),
-        *("balance_dp_token", "custom_cls", "use_shm", "apply_chat_template_kwargs", "num_workers", "shuffle", "seed"),
-        "ignore_input_ids_mismatch",
-    ),
-}
-
-
-class Rule(NamedTuple):
-    """What a setting may be, and the words for it behind `must be`."""
-
-    accepts: Callable[[Any], bool]
-    words: str
-
-
-def _one_of(choices: tuple[str, ...]) -> Rule:
-    return Rule(lambda value: value in choices, f"one of {', '.join(choices)}")
-
-
-def _number(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-
-def _whole(value: Any, least: int, most: float = float("inf")) -> bool:
-    return isinstance(value, int) and _number(value, least, most)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
-
-
-_FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
-_TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "text")
-_SHARE = Rule(lambda value: value is None or _number(value, 0, 1), "a number between 0 and 1")
-_COUNT = Rule(lambda value: _whole(value, 1), "a whole number, at least 1")
-_SEED = Rule(lambda value: _whole(value, 0, LARGEST_SEED), f"a whole number, at least 0 and at most {LARGEST_SEED}")
-
-FLAGS = {
-    "model": (
-        *("enable_activation_offload", "enable_gradient_checkpointing", "trust_remote_code", "use_liger"),
-        *("use_remove_padding", "use_shm"),
-    ),
-    "engine": (
-        *("entropy_checkpointing", "entropy_from_logits_with_chunking", "forward_prefetch", "full_determinism"),
-        *("offload_policy", "optimizer_offload", "pad_to_length", "param_offload", "reshard_after_forward"),
-        *("use_orig_params", "use_torch_compile"),
-    ),
-    "data": ("balance_dp_token", "ignore_input_ids_mismatch", "use_dynamic_bsz", "use_shm"),
-    "trainer": ("balance_batch",),
-    "profiler": ("all_ranks", "enable"),
-}
 TEMPLATE_ARGUMENTS = (
     *("conversation", "messages", "processor", "tokenizer", "tools", "add_generation_prompt", "tokenize"),
     *("return_dict", "return_tensors", "chat_template", "strftime_now"),
 )
 """What a chat template gets from elsewhere: veRL, ``model.custom_chat_template``, and the date of its arguments."""
-
-RULES: dict[str, Rule] = {
-    **{f"{group}.{key}": _FLAG for group, keys in FLAGS.items() for key in keys},
-    "model.lora_rank": Rule(lambda value: _whole(value, 0, LARGEST_RANK), f"a whole number, at most {LARGEST_RANK}"),
-    "model.target_modules": Rule(
-        lambda value: value is None or (isinstance(value, str) and bool(value)) or _texts(value),
-        "all-linear, or a list of names of modules such as [q_proj,v_proj]",
-    ),
-    "model.custom_chat_template": Rule(lambda value: value is None or isinstance(value, str), "a Jinja text, or null"),
-    "model.override_config": Rule(
-        lambda value: value is None or isinstance(value, Mapping), "a mapping that changes what config.json says"
-    ),
-    "model.external_lib": Rule(
-        lambda value: value is None or all(map(_is_installed, [value] if isinstance(value, str) else value)),
-        "null, or the name of a module that can be imported",
-    ),
-    "engine.seed": _SEED,
-    "engine.entropy_from_logits_chunk_size": _COUNT,
-    "engine.pad_to_length_bucket": _COUNT,
-    "engine.mixed_precision": Rule(
-        lambda value: value is None or isinstance(value, Mapping), "a mapping with param_dtype and reduce_dtype"
-    ),
-    "engine.model_dtype": _one_of(PRECISIONS),
-    "engine.mixed_precision.param_dtype": Rule(
-        lambda value: value in PRECISIONS, "fp32 or bf16; fp16 would need loss scaling, which inner steps do not have"
-    ),
-    "engine.mixed_precision.reduce_dtype": _one_of(PRECISIONS),
-    "optim.lr": Rule(lambda value: _number(value, 0, LARGEST_RATE), f"a number, at most {LARGEST_RATE:g}"),
-    "optim.weight_decay": Rule(lambda value: _number(value, 0, 1e4), "a number, at least 0"),
-    "optim.betas": Rule(
-        lambda value: isinstance(value, list) and len(value) == 2 and all(_number(b, 0, 1) and b < 1 for b in value),
-        "two numbers from 0 to below 1, such as [0.9,0.999]",
-    ),
-    "optim.lr_scheduler_type": _one_of(("constant", "cosine")),
-    "optim.lr_warmup_steps_ratio": _SHARE,
-    "optim.min_lr_ratio": _SHARE,
-    "optim.lr_warmup_steps": Rule(
-        lambda value: value is None or _whole(value, -1), "a whole number of meta-steps, or -1 for the ratio"
-    ),
-    "optim.num_cycles": Rule(lambda value: _number(value, 0, 1e6), "a number of cosine cycles"),
-    "optim.optimizer": _TEXT,
-    "optim.optimizer_impl": _TEXT,
-    "data.truncation": Rule(
-        # veRL cuts packed examples at their end whatever it is told.
-        lambda value: value in TRUNCATIONS,
-        f"one of {', '.join(TRUNCATIONS)}: packed examples can only be cut at their end",
-    ),
-    "data.max_token_len_per_gpu": Rule(lambda value: _whole(value, 1), "a whole number of tokens, at least 1"),
-    "data.micro_batch_size_per_gpu": Rule(
-        lambda value: value is None or _whole(value, 1), "a whole number of examples, at least 1"
-    ),
-    "data.num_workers": Rule(lambda value: _whole(value, 0), "a whole number, at least 0"),
-    "data.apply_chat_template_kwargs": Rule(
-        lambda value: isinstance(value, Mapping) and not set(value) & set(TEMPLATE_ARGUMENTS),
-        f"a mapping of variables of the chat template, none of which is {', '.join(TEMPLATE_ARGUMENTS)}",
-    ),
-    "data.enable_thinking_default": Rule(
-        lambda value: value in (None, "none") or isinstance(value, bool), "true, false, or null for the template's own"
-    ),
-    "data.tools_key": _TEXT,
-    "data.enable_thinking_key": _TEXT,
-    "data.messages_key": Rule(lambda value: isinstance(value, str) and bool(value), "the name of a column"),
-    "trainer.total_epochs": Rule(
-        lambda value: _whole(value, 1, LARGEST_STEPS), f"a whole number, at least 1 and at most {LARGEST_STEPS}"
-    ),
-    "trainer.total_training_steps": Rule(
-        lambda value: value is None or _whole(value, 1, LARGEST_STEPS),
-        f"a whole number of meta-steps, at least 1 and at most {LARGEST_STEPS}",
-    ),
-    "trainer.save_freq": Rule(
-        lambda value: value in (-1, "after_each_epoch") or _whole(value, 1),
-        "a whole number of meta-steps, at least 1, -1 for only at the end",
-    ),
-    "trainer.profile_interval": Rule(
-        lambda value: isinstance(value, list) and len(value) == 2 and all(_whole(step, -1) for step in value),
-        "two whole numbers, [-1,-1] for no profile",
-    ),
-    "trainer.nnodes": _COUNT,
-    "trainer.n_gpus_per_node": _COUNT,
-    "trainer.seed": _SEED,
-    "trainer.max_ckpt_to_keep": Rule(
-        lambda value: value is None or _whole(value, -1), "a whole number of checkpoints, or null for all"
-    ),
-    "trainer.logger": Rule(
-        lambda value: all(name in LOGGERS for name in ([value] if isinstance(value, str) else value)),
-        f"a list with some of {', '.join(LOGGERS)}",
-    ),
-    "trainer.default_hdfs_dir": Rule(
-        lambda value: value is None or (isinstance(value, str) and bool(value)), "the path of a folder, or null"
-    ),
-    "trainer.default_local_dir": Rule(lambda value: isinstance(value, str) and bool(value), "the path of a folder"),
-    "trainer.resume_mode": _one_of(RESUME_MODES),
-    "trainer.resume_from_path": Rule(
-        lambda value: value is None or (isinstance(value, str) and bool(value)), "the path of a global_step_<N> folder"
-    ),
-    "trainer.project_name": _TEXT,
-    "trainer.experiment_name": _TEXT,
-}
-
-
-def check_verl_settings(config: Mapping[str, Any]) -> None:
-    """Check the groups of a composed configuration (plain, resolved) beside ``meta``.
-
-    Raises:
-        ValueError: an unknown group or key, or a value of another kind or out of bounds.
-    """
-    _check_known(config, GROUPS, "")
-    for group, keys in KEYS.items():
-        _check_known(config[group], keys, f"{group}.")
-    for key, rule in RULES.items():
-        found, value = _find(config, key)
-        if not found and key.count(".") == 1:  # deleted: in what veRL composes, every one is there
-            raise ValueError(f"{key} is not set; give {rule.words}")
-        if found and not _accepted(rule, value):
-            raise ValueError(f"{key}={value!r} must be {rule.words}")
-    _check_loggers(config["trainer"]["logger"])
-    check_place(user_path(config["trainer"]["default_local_dir"]), "trainer.default_local_dir")
-    resumed = config["trainer"]["resume_from_path"]
-    if resumed is not None and not user_path(resumed).is_dir():
-        raise ValueError(f"trainer.resume_from_path={resumed} is no folder; choose another, a global_step_<N> folder")
-    if resumed is None and config["trainer"]["resume_mode"] == "resume_path":
-        raise ValueError("trainer.resume_from_path is not set; give a global_step_<N> folder, or set resume_mode=auto")
-
-
-def check_groups(config: Mapping[str, Any]) -> None:
-    """Raise ValueError where a group is gone, or what veRL itself puts into it, such as the class that it becomes."""
-    for group in GROUPS:
-        values = config.get(group)
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{group}={values!r} is no group of settings; {_START}")
-        if group in _BUILT and "_target_" not in values:
-            raise ValueError(f"{group}._target_ is not set, so veRL cannot tell what {group} is; {_START}")
-
-
-def _check_loggers(names: str | list[str]) -> None:
-    for name in [names] if isinstance(names, str) else names:
-        if (package := LOGGERS[name]) is not None and not _is_installed(package):
-            raise ValueError(
-                f"trainer.logger={names} needs the package {package}, which is not installed; run `pip install "
-                f"{package}`, or leave {name} out"
-            )
+START = "start from one of data/math_science_meta/config_*.yaml"
 
 
 def _is_installed(module: str) -> bool:
@@ -254,25 +49,198 @@ def _is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder of that name, such as wandb leaves, has no origin
 
 
-def _check_known(values: Mapping[str, Any], known: tuple[str, ...], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{prefix}{key} is not a setting of {prefix[:-1] or 'the configuration'}; {hint}")
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Steps = Annotated[int, Field(ge=1, le=LARGEST_STEPS)]
+Precision = Literal["fp32", "bf16", "float32", "bfloat16"]
+Library = Annotated[Text, rule(_is_installed, "a module that can be imported")]
+Logger = Literal[tuple(LOGGERS)]
+TemplateArguments = Annotated[
+    dict[str, Any],
+    rule(
+        lambda value: not set(value) & set(TEMPLATE_ARGUMENTS),
+        f"a mapping of variables of the chat template, none of which is {', '.join(TEMPLATE_ARGUMENTS)}",
+    ),
+]
+Contents = Annotated[
+    list[str],
+    rule(
+        lambda value: set(value) == {"model", "optimizer", "extra"},
+        "[model,optimizer,extra]: a run resumes exactly from these together, and exports are written beside them",
+    ),
+]
 
 
-def _find(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    value: Any = config
-    for name in key.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return False, None
-        value = value[name]
-    return True, value
+def replaced(*neutral: Any, by: str) -> AfterValidator:
+    """A setting of veRL that the episodic trainers replace: values that mean "not set", and what to use instead."""
+
+    def check(value: Any) -> Any:
+        if not any(value == one and type(value) is type(one) for one in neutral):
+            raise ValueError(f"has no effect here; {by}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _accepted(rule: Rule, value: Any) -> bool:
-    try:
-        return rule.accepts(value)
-    except TypeError:  # a list or mapping in the place of a text
-        return False
+class Built(Record):
+    """A group of which veRL makes the dataclass that ``_target_`` names."""
+
+    target: Text = Field(alias="_target_", description=f"the class of the group, or {START}")
+
+
+_ModelFlags = with_keys(
+    Built,
+    (bool, "enable_activation_offload enable_gradient_checkpointing trust_remote_code use_liger use_remove_padding"),
+    (bool, "use_shm"),
+)
+
+
+class Model(_ModelFlags):
+    path: Text = Field(description="a Hugging Face model folder or a model of the hub")
+    lora_rank: int = Field(ge=0, le=LARGEST_RANK, description="rank of the adapters; 0 = full-parameter training")
+    lora_alpha: Any = None
+    lora_adapter_path: str | None = None
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        description="all-linear, or a list of names of modules such as [q_proj,v_proj]"
+    )
+    custom_chat_template: str | None = Field(description="a Jinja template, or null")
+    override_config: dict[str, Any] | None = Field(description="a mapping that changes what config.json says")
+    external_lib: Library | list[Library] | None = Field(
+        description="null, or the name of a module that can be imported"
+    )
+    use_fused_kernels: Annotated[
+        Any, replaced(False, by="the response-only loss replaces veRL's fused loss kernels")
+    ] = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> Model:
+        alpha = self.lora_alpha
+        if self.lora_rank and not (type(alpha) in (int, float) and 0 < alpha < float("inf")):
+            raise ValueError(f"model.lora_alpha={alpha!r} must be a number above 0")
+        if not self.lora_rank and self.lora_adapter_path is not None:
+            raise ValueError(
+                f"model.lora_adapter_path={self.lora_adapter_path!r} has no effect with model.lora_rank=0; "
+                "set the rank of that adapter"
+            )
+        return self
+
+
+class MixedPrecision(Record):
+    param_dtype: Precision = Field("bf16", description="fp16 would need loss scaling, which inner steps do not have")
+    reduce_dtype: Precision = "fp32"
+
+
+_EngineFlags = with_keys(
+    Built,
+    (bool, "entropy_checkpointing entropy_from_logits_with_chunking forward_prefetch full_determinism offload_policy"),
+    (bool, "optimizer_offload pad_to_length param_offload reshard_after_forward use_orig_params use_torch_compile"),
+)
+
+
+class Engine(_EngineFlags):
+    strategy: Literal["fsdp2"] = Field(description="the inner loop steps FSDP2 shards: set fsdp2")
+    seed: Seed
+    model_dtype: Precision
+    mixed_precision: MixedPrecision | None = Field(description="param_dtype and reduce_dtype")
+    entropy_from_logits_chunk_size: Positive
+    pad_to_length_bucket: Positive
+    fsdp_size: Annotated[Any, replaced(-1, None, by="use meta.task_group_size")] = None
+    ulysses_sequence_parallel_size: Annotated[
+        Any, replaced(1, by="sequence parallelism inside an episode is not supported")
+    ] = None
+    forward_only: Annotated[Any, replaced(False, by="a trainer needs gradients")] = None
+
+
+class Optim(Built):
+    lr: float = Field(gt=0, le=LARGEST_RATE, description="the meta learning rate")
+    clip_grad: float = Field(gt=0, description="the largest norm of the meta-gradient, above 0")
+    weight_decay: float = Field(ge=0, le=1e4)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=2, max_length=2, description="two numbers from 0 to below 1, such as [0.9,0.999]"
+    )
+    lr_scheduler_type: Literal["constant", "cosine"]
+    lr_warmup_steps: int | None = Field(ge=-1, description="a whole number of meta-steps; -1 = by the ratio")
+    lr_warmup_steps_ratio: Share | None
+    min_lr_ratio: Share | None
+    num_cycles: float = Field(ge=0, le=1e6, description="cosine cycles")
+    optimizer: Text
+    optimizer_impl: Text
+
+
+_DataFlags = with_keys(
+    Schema,
+    (Any, "image_key video_key image_patch_size shuffle seed"),
+    (bool, "use_dynamic_bsz balance_dp_token ignore_input_ids_mismatch use_shm"),
+)
+
+
+class Data(_DataFlags):
+    max_length: int = Field(ge=2, description="tokens of the longest example")
+    max_token_len_per_gpu: int = Field(ge=1, description="tokens of a micro-batch")
+    micro_batch_size_per_gpu: Positive | None = Field(description="examples of a micro-batch, or null")
+    pad_mode: Literal["no_padding"] = Field(
+        description="the engine packs or pads batches (model.use_remove_padding): set no_padding"
+    )
+    truncation: Literal["error", "right"] = Field(description="packed examples can only be cut at their end")
+    messages_key: Text = Field(description="the name of a column")
+    tools_key: Text
+    enable_thinking_key: Text
+    enable_thinking_default: bool | Literal["none"] | None = Field(
+        description="true, false, or null for the template's own"
+    )
+    apply_chat_template_kwargs: TemplateArguments
+    num_workers: int = Field(ge=0)
+    train_files: Annotated[Any, replaced(None, by="episodes are read from meta.task_dir")] = None
+    val_files: Annotated[Any, replaced(None, by="use evaluate_few_shot.py on the unseen tasks")] = None
+    train_batch_size: Annotated[Any, replaced(None, by="use meta.meta_batch_size and meta.inner_batch_size")] = None
+    train_max_samples: Annotated[Any, replaced(-1, None, by="use meta.support_samples and meta.query_samples")] = None
+    val_max_samples: Annotated[Any, replaced(-1, None, by="use evaluate_few_shot.py --limit")] = None
+    custom_cls: Annotated[
+        Any, replaced(None, {"path": None, "name": None}, by="veRL's own class reads the examples")
+    ] = None
+
+
+class Trainer(Schema):
+    default_local_dir: Text = Field(description="the folder of checkpoints and metrics")
+    default_hdfs_dir: Text | None = Field(description="the path of a folder, or null")
+    project_name: Text
+    experiment_name: Text
+    total_epochs: Steps
+    total_training_steps: Steps | None = Field(description="a whole number of meta-steps, or null")
+    logger: Logger | list[Logger] = Field(description=f"a list with some of {', '.join(LOGGERS)}")
+    seed: Seed
+    save_freq: Literal[-1, "after_each_epoch"] | Positive = Field(
+        description="a whole number of meta-steps, at least 1, -1 for only at the end"
+    )
+    max_ckpt_to_keep: int | None = Field(ge=-1, description="a whole number of checkpoints, or null for all")
+    resume_mode: Literal["auto", "disable", "resume_path"] = Field(description="auto, disable or resume_path")
+    resume_from_path: Text | None = Field(description="the path of a global_step_<N> folder, or null")
+    nnodes: Positive
+    n_gpus_per_node: Positive
+    profile_interval: Annotated[tuple[int, int], Tuple] = Field(description="two meta-steps, [-1,-1] for no profile")
+    balance_batch: bool
+    device: Any = None
+    test_freq: Annotated[Any, replaced(-1, None, by="use evaluate_few_shot.py on the unseen tasks")] = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> Trainer:
+        for name in [self.logger] if isinstance(self.logger, str) else self.logger:
+            if (package := LOGGERS[name]) is not None and not _is_installed(package):
+                raise ValueError(
+                    f"trainer.logger={self.logger} needs the package {package}, which is not installed; run "
+                    f"`pip install {package}`, or leave {name} out"
+                )
+        check_place(user_path(self.default_local_dir), "trainer.default_local_dir")
+        resumed = self.resume_from_path
+        if resumed is not None and not user_path(resumed).is_dir():
+            raise ValueError(f"trainer.resume_from_path={resumed} is no folder; choose another global_step_<N> folder")
+        if resumed is None and self.resume_mode == "resume_path":
+            raise ValueError("trainer.resume_from_path is not set; give a global_step_<N> folder, or resume_mode=auto")
+        return self
+
+
+class Checkpoint(Built):
+    save_contents: Contents
+    load_contents: Contents
+
+
+Profiler = with_keys(Built, (bool, "all_ranks enable"))

@@ -15,17 +15,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+
+from pydantic import Field, create_model
 
 from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.training import INNER_OPTIMIZERS
+from metasft.config.schema import Count, Schema, Unique, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 from metasft.data.task_sets import check_turns
 from metasft.files.atomic import check_place
 from metasft.files.untrusted import printable, read_columns
 
-MODEL_TYPES = ("base", "fomaml", "meta_lora", "reptile", "lora")
+ModelType = Literal["base", "fomaml", "meta_lora", "reptile", "lora"]
+MODEL_TYPES = get_args(ModelType)
 DTYPES = ("float32", "bfloat16")
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
@@ -37,131 +41,68 @@ _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
 
 
+def _is_device(name: str) -> bool:
+    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+
+
+def _told(doc: str, **bounds: Any) -> Any:
+    return Field(description=doc, **bounds)
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What to evaluate, one attribute per flag of ``evaluate_few_shot.py``.
+    """What to evaluate, one attribute per flag of ``evaluate_few_shot.py``."""
 
-    Attributes:
-        model_path: model or checkpoint, see :func:`find_model_source`.
-        model_type: one of ``MODEL_TYPES``; names the result files.
-        output_dir: folder for the result files.
-        eval_tasks: tasks of ``data_dir/meta_test`` (unseen) or ``data_dir/meta_train`` (in-domain); empty means every
-            unseen one.
-        n_shots: shot counts N.
-        base_model: model under an adapter; None means what the checkpoint records.
-        data_dir: folder made by ``prepare_math_science_data.py``.
-        n_runs: shot sets per task and N above 0.
-        adaptation_steps: update steps of one adaptation.
-        adaptation_lr: None means what the checkpoint records, else the default for what is adapted.
-        adaptation_optimizer: likewise.
-        adaptation_batch_size: examples per update step; N where there are fewer shots.
-        batch_size: rows (a test item under one adaptation) generated together.
-        max_new_tokens: longest generation in tokens.
-        limit: test items per task, the first ones; None means all.
-        seed: of shots, adaptation batches and fresh LoRA weights.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
-        dtype: of the frozen weights. With all parameters adapted they stay in float32 and this is the autocast dtype.
-        max_length: longest example in tokens; longer ones are an error.
-        chat_template: a Jinja text, or a file with one; None means what the checkpoint records, else the model's own.
-        chat_template_kwargs: arguments of the template as a JSON object; None means what the checkpoint records.
-        lora_rank: rank of the fresh LoRA that ``base`` adapts; None means 16.
-        lora_alpha: scale of the fresh LoRA; None means 32.
-        cells_per_batch: adaptations done and tested together where the adapter allows; None means automatic.
-        shots_in_prompt: the shots come as earlier turns of the conversation, and nothing is adapted.
-        search_adaptation: choose optimizer and learning rate by their loss on held-out items of the training tasks.
-        search_limit: held-out items per training task in that search.
-        speed_steps: update steps after which the speed curve measures; empty means no speed curve.
-        speed_shots: N of the speed curve.
-        speed_only: leave the evaluation of ``n_shots`` out.
-        overwrite: drop earlier results of this model type in ``output_dir`` instead of continuing them.
-    """
-
-    model_path: str
-    model_type: str
-    output_dir: Path
-    eval_tasks: tuple[str, ...] = ()
-    n_shots: tuple[int, ...] = (0, 5, 10, 25, 50)
-    base_model: str | None = None
-    data_dir: Path = Path("data/math_science_meta")
-    n_runs: int = 3
-    adaptation_steps: int = 10
-    adaptation_lr: float | None = None
-    adaptation_optimizer: str | None = None
-    adaptation_batch_size: int = 4
-    batch_size: int = 64
-    max_new_tokens: int = 48
-    limit: int | None = None
-    seed: int = 1
-    device: str = "auto"
-    dtype: str = "float32"
-    max_length: int = 1024
-    chat_template: str | None = None
-    chat_template_kwargs: str | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    cells_per_batch: int | None = None
-    shots_in_prompt: bool = False
-    search_adaptation: bool = False
-    search_limit: int = 16
-    speed_steps: tuple[int, ...] = ()
-    speed_shots: int = 25
-    speed_only: bool = False
-    overwrite: bool = False
+    model_path: Annotated[str, _told("model or checkpoint, see find_model_source")]
+    model_type: Annotated[ModelType, _told("what it is; names the result files")]
+    output_dir: Annotated[Path, _told("folder for the result files")]
+    eval_tasks: Annotated[tuple[str, ...], Unique, _told("unseen or in-domain tasks; empty = every unseen one")] = ()
+    n_shots: Annotated[tuple[Count, ...], Unique, _told("counts N, such as 0 5", min_length=1)] = (
+        0,
+        5,
+        10,
+        25,
+        50,
+    )
+    base_model: Annotated[str | None, _told("model under an adapter; null = what the checkpoint records")] = None
+    data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
+    n_runs: Annotated[int, _told("shot sets per task and N above 0", ge=1, le=10_000)] = 3
+    adaptation_steps: Annotated[int, _told("update steps of one adaptation", ge=1, le=100_000)] = 10
+    adaptation_lr: Annotated[
+        float | None, _told("null = what the checkpoint records, else by what is adapted", gt=0, le=LARGEST_RATE)
+    ] = None
+    adaptation_optimizer: Annotated[Literal["sgd", "adamw"] | None, _told("null: likewise")] = None
+    adaptation_batch_size: Annotated[int, _told("examples per update step; N where there are fewer", ge=1)] = 4
+    batch_size: Annotated[int, _told("rows (a test item under one adaptation) generated together", ge=1)] = 64
+    max_new_tokens: Annotated[int, _told("longest generation in tokens", ge=1, le=1_000_000)] = 48
+    limit: Annotated[int | None, _told("test items per task, the first ones; null = all", ge=1)] = None
+    seed: Annotated[int, _told("of shots, adaptation batches, fresh LoRA weights", ge=0, le=LARGEST_SEED)] = 1
+    device: Annotated[str, rule(_is_device, "auto, cpu, cuda or cuda:<index>")] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        _told("of the frozen weights; with all parameters adapted these stay in float32 and it is the autocast dtype"),
+    ] = "float32"
+    max_length: Annotated[int, _told("longest example in tokens; longer ones are an error", ge=2)] = 1024
+    chat_template: Annotated[str | None, _told("Jinja text or file; null = as recorded, else the model's own")] = None
+    chat_template_kwargs: Annotated[str | None, _told("its arguments, a JSON object; null = as recorded")] = None
+    lora_rank: Annotated[int | None, _told("of the fresh LoRA under base; null = 16", ge=1, le=LARGEST_RANK)] = None
+    lora_alpha: Annotated[float | None, _told("scale of the fresh LoRA; null = 32", gt=0)] = None
+    cells_per_batch: Annotated[int | None, _told("adaptations done and tested together; null = automatic", ge=1)] = None
+    shots_in_prompt: Annotated[bool, _told("the shots are earlier turns, nothing is adapted")] = False
+    search_adaptation: Annotated[bool, _told("choose optimizer and rate on held-out items of training tasks")] = False
+    search_limit: Annotated[int, _told("held-out items per training task in that search", ge=1)] = 16
+    speed_steps: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=100_000)], ...],
+        Unique,
+        _told("update steps after which a curve measures"),
+    ] = ()
+    speed_shots: Annotated[int, _told("N of the speed curve", ge=1)] = 25
+    speed_only: Annotated[bool, _told("leave the evaluation of n_shots out")] = False
+    overwrite: Annotated[bool, _told("drop earlier results of this model type instead of continuing them")] = False
 
     def check(self) -> None:
         """Raise ValueError naming the first flag with an impossible value."""
-        for flag, value, choices in (
-            ("--model-type", self.model_type, MODEL_TYPES),
-            ("--dtype", self.dtype, DTYPES),
-            ("--adaptation-optimizer", self.adaptation_optimizer, (None, *INNER_OPTIMIZERS)),
-        ):
-            if value not in choices:
-                known = ", ".join(choice for choice in choices if choice is not None)
-                raise ValueError(f"{flag} is {value!r}: choose one of {known}")
-        if not self.n_shots:
-            raise ValueError("--n-shots is empty: give at least one shot count, such as 0 5")
-        for flag, values in (
-            ("--n-shots", self.n_shots),
-            ("--eval-tasks", self.eval_tasks),
-            ("--speed-steps", self.speed_steps),
-        ):
-            repeated = sorted({value for value in values if values.count(value) > 1})
-            if repeated:
-                raise ValueError(f"{flag} names {', '.join(map(str, repeated))} more than once: give every value once")
-        for flag, value, least in (
-            *(("--n-shots", shots, 0) for shots in self.n_shots),
-            ("--n-runs", self.n_runs, 1),
-            ("--adaptation-steps", self.adaptation_steps, 1),
-            ("--adaptation-batch-size", self.adaptation_batch_size, 1),
-            ("--batch-size", self.batch_size, 1),
-            ("--max-new-tokens", self.max_new_tokens, 1),
-            ("--limit", self.limit, 1),
-            ("--seed", self.seed, 0),
-            ("--max-length", self.max_length, 2),
-            ("--lora-rank", self.lora_rank, 1),
-            ("--cells-per-batch", self.cells_per_batch, 1),
-            ("--search-limit", self.search_limit, 1),
-            ("--speed-shots", self.speed_shots, 1),
-            *(("--speed-steps", steps, 0) for steps in self.speed_steps),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} is {value}: use at least {least}")
-        for flag, value, most in (
-            ("--n-runs", self.n_runs, 10_000),
-            ("--adaptation-steps", self.adaptation_steps, 100_000),
-            ("--max-new-tokens", self.max_new_tokens, 1_000_000),
-            ("--seed", self.seed, LARGEST_SEED),
-            ("--lora-rank", self.lora_rank, LARGEST_RANK),
-            ("--adaptation-lr", self.adaptation_lr, LARGEST_RATE),
-            *(("--speed-steps", steps, 100_000) for steps in self.speed_steps),
-        ):
-            if value is not None and most < value < float("inf"):
-                raise ValueError(f"{flag} is {value}: use at most {most if isinstance(most, int) else f'{most:g}'}")
-        for flag, value in (("--adaptation-lr", self.adaptation_lr), ("--lora-alpha", self.lora_alpha)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{flag} is {value}: use a number above 0")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device is {self.device!r}: choose auto, cpu, cuda or cuda:<index>")
+        validated(_schema(), vars(self), name=lambda loc: f"--{loc[0]}".replace("_", "-"))
         if self.model_type != "base":
             for flag, value in (("--lora-rank", self.lora_rank), ("--lora-alpha", self.lora_alpha)):
                 if value is not None:
@@ -173,29 +114,29 @@ class EvaluationConfig:
             chosen_template(self.chat_template, "--chat-template")
         if self.chat_template_kwargs is not None:
             chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
-        self._check_combinations()
-        check_place(self.output_dir, "--output-dir")
-
-    def _check_combinations(self) -> None:
         if self.shots_in_prompt:
-            for flag, given in (
-                ("--adaptation-lr", self.adaptation_lr is not None),
-                ("--adaptation-optimizer", self.adaptation_optimizer is not None),
-                ("--search-adaptation", self.search_adaptation),
-                ("--speed-steps", bool(self.speed_steps)),
-            ):
-                if given:
+            for flag in ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "speed_steps"):
+                if getattr(self, flag):
                     raise ValueError(
-                        f"{flag} and --shots-in-prompt exclude each other: nothing is adapted on shots there"
+                        f"--{flag.replace('_', '-')} and --shots-in-prompt exclude each other: nothing is adapted on "
+                        "shots there"
                     )
         if self.speed_only and not self.speed_steps:
             raise ValueError("--speed-only needs --speed-steps: give the update steps to measure after, such as 0 5 10")
+        check_place(self.output_dir, "--output-dir")
 
     @property
     def largest_n(self) -> int:
         """The largest number of shots that any part of the evaluation takes."""
         grid = () if self.speed_only else self.n_shots
         return max((*grid, *((self.speed_shots,) if self.speed_steps else ())))
+
+
+@cache
+def _schema() -> type[Schema]:
+    """Of the fields above; the dataclass itself takes any values, which :meth:`EvaluationConfig.check` looks at."""
+    kinds = get_type_hints(EvaluationConfig, include_extras=True)
+    return create_model("EvaluationConfig", __base__=Schema, **{name: (kind, ...) for name, kind in kinds.items()})
 
 
 # ---- tasks and shots ------------------------------------------------------------------------------------------------

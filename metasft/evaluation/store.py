@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.config.json_checks import Check, any_number, count, fields, flag
-from metasft.config.result_files import PLACE
+from metasft.config.result_files import Place
+from metasft.config.schema import AnyNumber, Count, validated
 from metasft.evaluation.protocol import Cell
 from metasft.files.atomic import replacing_file, write_json
 from metasft.files.untrusted import read_json
@@ -18,10 +18,20 @@ from metasft.files.untrusted import read_json
 # and what was measured along the way, not what was evaluated.
 _NOT_COMPARED = ("versions", "trained_parameters", "cells_per_batch", "one_at_a_time_because", "tokens")
 
-# What is read again of a line. Unlike what compares methods, it takes a loss that has left the finite range.
-_PREDICTION = fields({**PLACE, "step": count, "correct": flag, "formatted": flag}, (*PLACE, "correct", "formatted"))
-_COSTS = {"n_test": count, "loss": any_number, "adapt_steps": count, "adapt_seconds": any_number}
-_RECORD = fields({**PLACE, "step": count, **_COSTS}, needed=(*PLACE, *_COSTS))
+
+# What is read again of a line. Unlike what compares methods, it accepts a loss that has left the finite range.
+class _Prediction(Place):
+    step: Count | None = None
+    correct: bool
+    formatted: bool
+
+
+class _Cell(Place):
+    step: Count | None = None
+    n_test: Count
+    loss: AnyNumber
+    adapt_steps: Count
+    adapt_seconds: AnyNumber
 
 
 class ResultStore:
@@ -82,9 +92,9 @@ class ResultStore:
 
     def _read_finished(self, remedy: str) -> None:
         predictions: dict[Cell, list[dict[str, Any]]] = {}
-        for line in _read_lines(self.predictions_path, _PREDICTION, remedy):
+        for line in _read_lines(self.predictions_path, _Prediction, remedy):
             predictions.setdefault(_cell_of(line), []).append(line)
-        for record in _read_lines(self.cells_path, _RECORD, remedy):
+        for record in _read_lines(self.cells_path, _Cell, remedy):
             cell = _cell_of(record)
             if len(predictions.get(cell, ())) == record["n_test"]:
                 self.cells[cell], self.predictions[cell] = record, predictions[cell]
@@ -104,7 +114,7 @@ def _cell_of(line: Mapping[str, Any]) -> Cell:
     return Cell(line["task"], line["n_shots"], line["run"], line.get("step"))
 
 
-def _read_lines(path: Path, check: Check, remedy: str) -> list[dict[str, Any]]:
+def _read_lines(path: Path, kind: type[Place], remedy: str) -> list[dict[str, Any]]:
     """The JSON lines of a file; the last one may have been cut off by an interruption, within a character too.
 
     Raises:
@@ -117,7 +127,7 @@ def _read_lines(path: Path, check: Check, remedy: str) -> list[dict[str, Any]]:
     for number, encoded in enumerate(complete, 1):
         try:
             lines.append(json.loads(encoded.decode("utf-8")))
-            check(lines[-1], "")
+            validated(kind, lines[-1])
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is damaged: {remedy}") from error
     return lines

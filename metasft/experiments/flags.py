@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metasft.config.schema import hint
 from metasft.evaluation.protocol import EvaluationConfig
-from metasft.experiments.suites import Scale, check_mapping
+from metasft.experiments.suites import Scale
 
 _SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
-_KINDS = {
-    "int": (int, "a whole number"),
-    "float": (int | float, "a number"),
-    "str": (str, "a text"),
-    "bool": (bool, "true or false"),
-}
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -94,7 +89,7 @@ def check_data(scale: Scale) -> PreparedData:
 
     where = f"data of the scale {scale.name}"
     known = [key for key in vars(script.parse_arguments([])) if key not in ("output_dir", "dry_run")]
-    check_mapping(scale.data, where, known)
+    _check_known(scale.data, known, where)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -133,39 +128,29 @@ def evaluation_results(settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_scale_evaluation(scale: Scale) -> None:
-    """Check keys and kinds of the ``evaluate`` groups of a scale.
-
-    Raises:
-        ValueError: naming the key and its value.
-    """
-    known = EvaluationConfig.__dataclass_fields__
+    """Raise ValueError for a key in the ``evaluate`` groups of a scale that is not a flag, or that the runner sets."""
+    known = [field.name for field in fields(EvaluationConfig) if field.name not in _SET_BY_RUNNER]
     for group in ("all", "lora", "full"):
-        where = f"evaluate.{group} of the scale {scale.name}"
-        check_mapping(scale.evaluate[group], where, [key for key in known if key not in _SET_BY_RUNNER])
-        for key, value in scale.evaluate[group].items():
-            _check_kind(f"evaluate.{group}.{key} of the scale {scale.name}", value, known[key].type)
-    if scale.speed is not None:
-        for key in ("steps", "shots"):
-            _check_kind(f"speed.{key} of the scale {scale.name}", scale.speed[key], known[f"speed_{key}"].type)
+        _check_known(getattr(scale.evaluate, group), known, f"evaluate.{group} of the scale {scale.name}")
 
 
-def _check_kind(name: str, value: Any, annotation: str) -> None:
-    listed = annotation.startswith("tuple")
-    kind, words = _KINDS[re.search(r"\b(int|float|str|bool)\b", annotation)[1]]
-    for item in value if listed and isinstance(value, list) else [value]:
-        if value is not None and (not isinstance(item, kind) or (isinstance(item, bool) and kind is not bool)):
-            raise ValueError(f"{name} is {value!r}: give {words}{' or a list of those' if listed else ''}")
+def _check_known(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where} has the key {key}, which is not known there; {hint(key, known)}")
 
 
 def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> None:
-    """Raise ValueError for flags that ``evaluate_few_shot.py`` would refuse, or that do not fit the data."""
-    known = EvaluationConfig.__dataclass_fields__
+    """Raise ValueError for flags that ``evaluate_few_shot.py`` would not accept, or that do not fit the data."""
     values = {key: value for key, value in settings.items() if value is not None}
-    for key, value in values.items():
-        if known[key].type.startswith("tuple"):
-            values[key] = tuple(value) if isinstance(value, list) else (value,)
+    for field in fields(EvaluationConfig):
+        if "tuple" in field.type and field.name in values:
+            value = values[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else (value,)
     try:
-        config = EvaluationConfig(**{**values, "output_dir": Path(settings["output_dir"])})
+        config = EvaluationConfig(
+            **{**values, "output_dir": Path(settings["output_dir"]), "data_dir": Path(settings["data_dir"])}
+        )
         config.check()
         data.check_evaluation(config)
     except ValueError as error:

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,9 +119,7 @@ class Plan:
 
     def axis_values(self, suite: Suite) -> dict[str, Any]:
         """Arm -> the value that the suite varies, from the arm's configuration."""
-        return {
-            name: _look_up(self.arms[name].config, suite.axis["key"], f"axis of {suite.name}") for name in suite.arms
-        }
+        return {name: _look_up(self.arms[name].config, suite.axis.key, f"axis of {suite.name}") for name in suite.arms}
 
     def needed_by(self, arms: Sequence[str]) -> list[str]:
         """Names of the runs of these arms and of what they need, in the order of the plan."""
@@ -195,7 +193,7 @@ def _make_plan(
 
 def _at_scale(arm: Arm, suite: Suite, scale: Scale) -> Arm:
     further = scale.suites.get(suite.name, {}) if arm.method in META_LEARNERS else {}
-    return replace(arm, overrides={**further, **arm.overrides})
+    return arm.model_copy(update={"overrides": {**further, **arm.overrides}})
 
 
 def identity(command: Sequence[str], folder: Path | str) -> tuple[str, ...]:
@@ -264,7 +262,7 @@ class _Planner:
                 tuple(word.replace(OWN_FOLDER, str(self.folder(shared))) for word in one)
                 for one in (own, identity(results, self.folder(name)))
             )
-            self.runs[shared] = Run(shared, kind, words, self.scale.runs[group], results=files, **more)
+            self.runs[shared] = Run(shared, kind, words, getattr(self.scale.runs, group), results=files, **more)
         return shared
 
     def _does(self, name: str) -> tuple[str, ...] | None:
@@ -298,7 +296,7 @@ class _Planner:
         self, arm: Arm, name: str, of: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[str, Mapping[str, Any]]:
         script, config_name = SCRIPTS[arm.method]
-        asked = {**self.scale.train["meta_learners"], **self.scale.train[arm.method], **arm.overrides}
+        asked = {**self.scale.train.meta_learners, **getattr(self.scale.train, arm.method), **arm.overrides}
         own = {
             "model.path": self.model,
             "meta.task_dir": str(self.data_dir / "meta_train"),
@@ -306,7 +304,7 @@ class _Planner:
             "trainer.seed": of["seed"],
         }
         overrides = overrides_of(asked, own, arm.name)
-        processes = self.scale.runs["train"].processes
+        processes = self.scale.runs.train.processes
         if not config:
             config = compose(ROOT / CONFIG_DIR, config_name, overrides, arm.name)
             self._check_meta_learner(arm, config, processes)
@@ -347,12 +345,12 @@ class _Planner:
             "data.seed": of["seed"],
             "trainer.resume_mode": "disable",  # it saves at the end only: there is nothing half-way to resume from
         }
-        overrides = overrides_of({**self.scale.train["lora"], **arm.overrides}, own, arm.name)
+        overrides = overrides_of({**self.scale.train.lora, **arm.overrides}, own, arm.name)
         shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANY_TASK
         config = config or compose(ROOT / "data" / place, shipped, overrides, arm.name)
         config_dir = os.path.normpath(self.data_dir / place)
         command = [
-            *_torchrun(self.scale.runs["train_lora"].processes),
+            *_torchrun(self.scale.runs.train_lora.processes),
             *("-m", "verl.trainer.sft_trainer", "--config-dir", config_dir, "--config-name", config_name),
             *overrides,
         ]
@@ -378,14 +376,14 @@ class _Planner:
             "data_dir": str(self.data_dir),
             "output_dir": str(self.folder(name)),
             **self._prompts(arm, config),
-            **self.scale.evaluate["all"],
-            **self.scale.evaluate["lora" if adapts_lora else "full"],
+            **self.scale.evaluate.all,
+            **(self.scale.evaluate.lora if adapts_lora else self.scale.evaluate.full),
             "seed": of["seed"],
         }
         if settings["model_type"] == "lora":  # veRL's checkpoint does not say what it was trained on
             settings["base_model"] = self.model
-        if self.scale.speed is not None and arm.name in self.scale.speed["arms"]:
-            settings |= {"speed_steps": self.scale.speed["steps"], "speed_shots": self.scale.speed["shots"]}
+        if self.scale.speed is not None and arm.name in self.scale.speed.arms:
+            settings |= {"speed_steps": self.scale.speed.steps, "speed_shots": self.scale.speed.shots}
         check_evaluation(settings, arm.name, self.prepared)
         needs = self._needs if train is None else (train,)
         of = {**of, "results": evaluation_results(settings)}
@@ -400,7 +398,7 @@ class _Planner:
         for key in ("adaptation_optimizer", "adaptation_lr"):
             settings.pop(key, None)
         searching = evaluation_command(
-            {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate["search"]["limit"]}
+            {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate.search.limit}
         )
         if search.run in (name, self.known.get(identity(searching, self.folder(name)))):
             shared = self._add(name, "evaluate", searching, "evaluate", needs=needs, **of)
@@ -416,7 +414,7 @@ class _Planner:
         if arm.method in META_LEARNERS:
             return {}
         if not config:
-            overrides = overrides_of(self.scale.train["meta_learners"], {}, arm.name)
+            overrides = overrides_of(self.scale.train.meta_learners, {}, arm.name)
             config = compose(ROOT / CONFIG_DIR, SCRIPTS["meta_lora"][1], overrides, arm.name)
         arguments = given_arguments(config["data"])
         if arguments.get(DATE_ARGUMENT) == DEFAULT_DATE:

@@ -44,7 +44,7 @@ def choose_searches(arms: Sequence[Arm], scale: Scale, finished: Mapping[str, st
         ValueError: the scale's arm is of another model type.
     """
     searches: dict[str, Search] = {}
-    for model_type, wanted in scale.evaluate["search"].get("arms", {}).items():
+    for model_type, wanted in (scale.evaluate.search.arms if scale.evaluate.search else {}).items():
         planned = {arm.name: arm for arm in arms}
         if wanted in planned and planned[wanted].model_type != model_type:
             raise ValueError(

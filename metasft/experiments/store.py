@@ -162,12 +162,12 @@ class ExperimentStore:
         plan = self.plan
         suites = dict(self.earlier.get("suites") or {})
         for suite in plan.suites:
-            axis = None if suite.axis is None else {**suite.axis, "values": plan.axis_values(suite)}
+            axis = None if suite.axis is None else {**suite.axis.model_dump(), "values": plan.axis_values(suite)}
             suites[suite.name] = {
                 "title": suite.title,
                 "question": suite.question,
                 "arms": list(suite.arms),
-                "comparisons": [dict(comparison) for comparison in suite.comparisons],
+                "comparisons": [comparison.model_dump() for comparison in suite.comparisons],
                 "axis": axis,
             }
         write_json(
@@ -194,12 +194,12 @@ class ExperimentStore:
 
     def _evaluation(self) -> dict[str, Any]:
         groups = self.plan.scale.evaluate
-        values = dict(groups["all"])
+        values = dict(groups.all)
         return {
             "tasks": values.pop("eval_tasks", None),
             **values,
-            **{group: dict(groups[group]) for group in ("lora", "full")},
-            **({"search": groups["search"]} if groups["search"] else {}),
+            **{group: getattr(groups, group) for group in ("lora", "full")},
+            **({"search": groups.search.model_dump()} if groups.search else {}),
         }
 
     def _check_arms(self) -> None:

@@ -11,14 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.config.json_checks import fields, number
 from metasft.config.result_files import (
     RESULTS_SUFFIX,
     SUMMARY_FILE,
-    check_entry,
-    check_interval,
+    SpeedEntry,
     find_file,
-    read_entries,
     read_results,
     read_settings,
     read_summary,
@@ -103,13 +100,8 @@ def read_speed(label: str, path: Path) -> Method:
     Raises:
         ValueError: there is no such file, several, or it is of another format.
     """
-    content = read_entries(find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY), _check_speed)
+    content = read_results(find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY), SpeedEntry)
     return {"label": label, "scores": _scores(content, "steps")}
-
-
-def _check_speed(entry: Any, where: str) -> None:
-    check_entry(entry, where)
-    fields({"loss_mean": number, "loss_ci95": check_interval})(entry, where)  # the curve is drawn where it is finite
 
 
 def _scores(content: Mapping[str, Mapping[str, Mapping[str, Any]]], by: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metasft.config.json_checks import LARGEST, is_number
 from metasft.config.result_files import model_memory
 
 _KEYS = {
@@ -18,11 +17,13 @@ _KEYS = {
     "tokens": ("tokens",),
 }
 
+_LARGEST = 1e300  # what is larger would leave the finite range in the first sum
+
 
 def number(values: Mapping[str, Any] | None, key: str) -> float | None:
     """A finite number of a JSON mapping, None where there is none."""
     value = (values or {}).get(key)
-    return float(value) if is_number(value) and abs(value) < LARGEST and math.isfinite(value) else None
+    return float(value) if type(value) in (int, float) and abs(value) < _LARGEST and math.isfinite(value) else None
 
 
 def cost(summaries: Sequence[Mapping[str, Any] | None], process_seconds: Sequence[float | None] = ()) -> dict[str, Any]:

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.config.json_checks import Check, count, fields, read_checked_lines
-from metasft.config.result_files import CELL, PREDICTION, RESULTS_SUFFIX, find_file, read_settings
+from pydantic import create_model
+
+from metasft.config.result_files import (
+    RESULTS_SUFFIX,
+    CellLine,
+    Prediction,
+    find_file,
+    read_lines,
+    read_settings,
+)
+from metasft.config.schema import Count
 
 SPEED_SUFFIX = "_speed.json"
 # What of the settings is the protocol: every key that begins like this, and these. Where the optimizer and its rate
@@ -79,12 +88,12 @@ def _read_cells(files: Mapping[str, Path], by: str) -> tuple[dict, dict, dict]:
     correct: dict[Place, dict[int, dict[str, bool]]] = {}
     losses: dict[Place, dict[int, float]] = {}
     shots: dict[Place, dict[int, list[str]]] = {}
-    for line in read_checked_lines(files["predictions.jsonl"], _with(by, PREDICTION)):
+    for line in read_lines(files["predictions.jsonl"], _with(by, Prediction)):
         run = correct.setdefault((line["task"], line[by]), {}).setdefault(line["run"], {})
         if line["example_id"] in run:
             raise ValueError(f"item {line['example_id']} is there twice in run {line['run']}")
         run[line["example_id"]] = line["correct"]
-    for line in read_checked_lines(files["cells.jsonl"], _with(by, CELL)):
+    for line in read_lines(files["cells.jsonl"], _with(by, CellLine)):
         place, run = (line["task"], line[by]), line["run"]
         losses.setdefault(place, {})[run] = line["loss"]
         shots.setdefault(place, {})[run] = line["shots"]
@@ -97,14 +106,8 @@ def _read_cells(files: Mapping[str, Path], by: str) -> tuple[dict, dict, dict]:
     return correct, losses, shots
 
 
-def _with(by: str, check: Check) -> Check:
-    number = fields({by: count}, needed=(by,))
-
-    def checked(line: Any, where: str) -> None:
-        check(line, where)
-        number(line, where)
-
-    return checked
+def _with(by: str, kind: type) -> type:
+    return create_model(kind.__name__, __base__=kind, **{by: (Count, ...)})
 
 
 # ---- may they be paired? --------------------------------------------------------------------------------------------

@@ -282,10 +282,10 @@ def test_errors_that_need_no_model_come_before_torch(tiny_model, adapter, data_d
         "does not exist": [*good, "--model-path", str(tmp_path / "nowhere")],
         "--model-type base takes a Hugging Face model folder": [*good, "--model-path", str(adapter)],
         "--model-type meta_lora takes": [*good, "--model-type", "meta_lora"],
-        "--n-runs is 0": [*good, "--n-runs", "0"],
-        "--device is 'tpu'": [*good, "--device", "tpu"],
+        "--n-runs=0": [*good, "--n-runs", "0"],
+        "--device='tpu'": [*good, "--device", "tpu"],
         "only --model-type base adapts a fresh LoRA": [*good, "--model-type", "fomaml", "--lora-rank", "8"],
-        "--cells-per-batch is 0": [*good, "--cells-per-batch", "0"],
+        "--cells-per-batch=0": [*good, "--cells-per-batch", "0"],
         "--speed-only needs --speed-steps": [*good, "--speed-only"],
         "exclude each other": [*good, "--shots-in-prompt", "--adaptation-lr", "1"],
     }

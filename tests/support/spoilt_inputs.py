@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +30,13 @@ SCRIPTS = {
 OUTPUT = "out"
 """Where a script is told to write, below the folder that it runs in."""
 SUPPORT, QUERY = "tasks/add_support.parquet", "tasks/add_query.parquet"
-POOL, TEST = "data/meta_test/calculus_support.parquet", "data/meta_test/calculus_test.parquet"
+POOL = "data/meta_test/calculus_support.parquet"
 ADAPTER = "adapter/adapter_step_7"
 FROM_ADAPTER = f"model.lora_adapter_path={ADAPTER}"
 
 
-@dataclass(frozen=True)
-class BadInput:
-    """One case.
-
-    Attributes:
-        program: a key of ``spoilt_inputs.SCRIPTS``.
-        arguments: behind those that work, separated by spaces.
-        words: of the culprit, and of the remedy.
-        spoil: changes the copy of the inputs.
-        noisy: it is found where transformers has its say too, most of all where weights are read.
-        processes: of the run.
-    """
-
-    program: str
-    arguments: str
-    words: tuple[str, ...]
-    spoil: Callable[[Path], object] | None = None
-    noisy: bool = False
-    processes: int = 1
-
-    def __str__(self) -> str:
-        spoilt = "" if self.spoil is None else self.spoil.__name__
-        return " ".join(part for part in (self.program, spoilt, self.arguments) if part)
-
-
 def arguments_of(program: str) -> list[str]:
-    """A command line that works on the files of :func:`copy_inputs`, in a second or two."""
+    """A command line that works on the files of :func:`make_inputs`, in a second or two."""
     if program in TRAINERS:
         settings = {
             "model.path": "model",
@@ -88,7 +61,7 @@ def arguments_of(program: str) -> list[str]:
 
 
 def make_inputs(folder: Path, tiny_model: Path, task_dir: Path) -> Path:
-    """Everything that :func:`copy_inputs` copies, made once. Returns ``folder``.
+    """Everything that the scripts read, made once. Returns ``folder``.
 
     ``model`` is read up to its weights without complaint, and these do not fit it: a check that is made before the
     model is loaded speaks first, and one that is made too late never speaks. ``good_model`` is the whole one.
@@ -131,11 +104,6 @@ def _write_results(folder: Path, model_type: str = "base") -> None:
     write_json(folder / f"{model_type}_settings.json", {"seed": 1, "data_sha256": {"calculus_test.parquet": "aa"}})
     for name, lines in (("predictions", predictions), ("cells", cells)):
         (folder / f"{model_type}_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def copy_inputs(inputs: Path, folder: Path) -> Path:
-    """A copy that a case may spoil; the files are small."""
-    return Path(shutil.copytree(inputs, folder))
 
 
 # ---- spoiling -------------------------------------------------------------------------------------------------------

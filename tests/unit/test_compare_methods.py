@@ -155,15 +155,15 @@ def test_unusable_arguments_are_one_line_and_exit_code_2(work, capsys, arguments
 def bad_entries(**more):
     """Changes of an entry of results or a speed curve, and words of the refusal."""
     return [
-        ({"accuracy_mean": "0.5"}, "accuracy_mean is '0.5', not a number between 0 and 1"),
-        ({"accuracy_mean": 7}, "accuracy_mean is 7, not a number between 0 and 1"),
-        ({"ci95": "12"}, "ci95 is '12', not two numbers"),
-        ({"ci95": [0.9, 0.1]}, r"ci95 is \[0.9, 0.1\], not a lower and an upper limit"),
-        ({"ci95": [0.0, 0.01]}, r"ci95 is .*, not an interval within 0 and 1 around"),
-        ({"n_test": "4"}, "n_test is '4', not a whole number"),
-        ({"n_runs": "x"}, "n_runs is 'x', not a whole number"),
-        ({"majority_baseline": "x"}, "majority_baseline is 'x', not a number"),
-        ({"loss_mean": "1.0"}, "loss_mean is '1.0', not a"),
+        ({"accuracy_mean": "0.5"}, "accuracy_mean='0.5'"),
+        ({"accuracy_mean": 7}, "accuracy_mean=7"),
+        ({"ci95": "12"}, "ci95='12'"),
+        ({"ci95": [0.9, 0.1]}, r"ci95=\[0.9, 0.1\]"),
+        ({"ci95": [0.0, 0.01]}, r"ci95=.* an interval within 0 and 1 around"),
+        ({"n_test": "4"}, "n_test='4'"),
+        ({"n_runs": "x"}, "n_runs='x'"),
+        ({"majority_baseline": "x"}, "majority_baseline='x'"),
+        ({"loss_mean": "1.0"}, "loss_mean='1.0'"),
         *more.values(),
     ]
 
@@ -174,7 +174,9 @@ def test_results_are_taken_as_they_are_or_not_at_all(change, words, work):
     results = json.loads(path.read_text())
     results["calculus"]["5"].update(change)
     path.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=f"base_results.json is not what .* writes .calculus.5.{words}.*run it again"):
+    with pytest.raises(
+        ValueError, match=f"base_results.json is not what .* writes .calculus.5[.:] ?{words}.*run it again"
+    ):
         read_method("base", path)
 
 
@@ -184,7 +186,7 @@ def test_a_shot_count_has_one_spelling(key, work):
     results = json.loads(path.read_text())
     results["calculus"][key] = results["calculus"]["5"]
     path.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=r"a key of calculus is .*, not a whole number as text"):
+    with pytest.raises(ValueError, match=r"calculus has the key .* a whole number as text"):
         read_method("base", path)
 
 
@@ -214,7 +216,7 @@ def test_an_adaptation_of_unknown_rate_is_told_as_that(work):
 def test_a_summary_of_another_format_is_refused(change, work):
     write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, **change)
     with pytest.raises(
-        ValueError, match=rf"run_summary.json is not what a finished training writes .{next(iter(change))} "
+        ValueError, match=rf"run_summary.json is not what a finished training writes .{next(iter(change))}"
     ):
         methods_of(work, "base")
 
@@ -542,8 +544,8 @@ def test_speed_files_of_another_format_are_refused(speed, content):
 @pytest.mark.parametrize(
     ("change", "words"),
     bad_entries(
-        loss=({"loss_mean": float("nan")}, "loss_mean is nan, not a finite number"),
-        interval=({"loss_ci95": 5}, "loss_ci95 is 5, not two numbers"),
+        loss=({"loss_mean": float("nan")}, "loss_mean=nan"),
+        interval=({"loss_ci95": 5}, "loss_ci95=5"),
     ),
 )
 def test_speed_curves_are_taken_as_they_are_or_not_at_all(change, words, speed):
@@ -551,7 +553,7 @@ def test_speed_curves_are_taken_as_they_are_or_not_at_all(change, words, speed):
     content = json.loads(path.read_text())
     content["calculus"]["5"].update(change)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"base_speed.json is not what .* writes .calculus.5.{words}"):
+    with pytest.raises(ValueError, match=f"base_speed.json is not what .* writes .calculus.5[.:] ?{words}"):
         read_speed("base", path)
 
 

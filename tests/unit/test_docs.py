@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -102,7 +101,7 @@ VERL = "torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer"
         ("python run_experiments.py --suite rank --arms fomaml_300", "fomaml_300"),
         ("python run_experiments.py --scale tiny", "tiny"),
         (f"{TRAIN} meta.inner_steps=5", "inner_steps"),
-        (f"{TRAIN} meta.num_inner_steps=-1", "too small"),
+        (f"{TRAIN} meta.num_inner_steps=-1", "must be at least 0"),
         (f"{TRAIN} model.path=models/nowhere", "does not exist"),
         (f"torchrun --nproc_per_node=3 {TRAIN.removeprefix('python ')}", "does not divide"),
         (f"torchrun --nproc-per-nod=3 {TRAIN.removeprefix('python ')}", "meta_lora_trainer.py"),
@@ -259,7 +258,7 @@ def test_settings_and_files_in_the_text_exist(name):
 def _is_setting(key: str) -> bool:
     group, *rest = key.split(".")
     if group == "meta":
-        return rest[0] in {field.name for field in fields(MetaConfig)}
+        return rest[0] in MetaConfig.model_fields
     for method in METHODS:
         value = compose(ROOT / CONFIG_DIR, SCRIPTS[method][1], (), method)[group]
         for part in rest:

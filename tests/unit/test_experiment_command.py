@@ -22,8 +22,8 @@ def main(*arguments):
     [
         (["--suite", "matrx"], "--suite is matrx: choose from"),
         (["--scale", "cpus"], "--scale is cpus: choose from"),
-        (["--seeds", "1", "1"], "--seeds is [1, 1]: give every seed once"),
-        (["--seeds", "-1"], "--seeds is [-1]: give whole numbers, at least 0"),
+        (["--seeds", "1", "1"], "--seeds=[1, 1] names 1 more than once"),
+        (["--seeds", "-1"], "--seeds=-1 must be at least 0"),
         (
             ["--arms", "meta_lora_1000"],
             "--arms names meta_lora_1000, which is in none of the suites: choose from meta_lora_100,",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from experiment_files import (
@@ -40,9 +39,9 @@ def plans(tmp_path_factory):
     model = model_folder(tmp_path_factory.mktemp("model"))
     planned = {}
     for name in SCALES:
-        scale = replace(read_scale(name), seeds=(1,))
+        scale = read_scale(name).model_copy(update={"seeds": (1,)})
         if name == "cpu":  # its model is made by `make model`
-            scale = replace(scale, model=str(model))
+            scale = scale.model_copy(update={"model": str(model)})
         planned[name] = make_plan(read_suites(["all"]), scale, ROOT / "results" / "never-there")
     return planned
 

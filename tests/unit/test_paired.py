@@ -232,10 +232,10 @@ def test_unfinished_and_foreign_files_are_refused(tmp_path):
     cells = folder / "base_cells.jsonl"
     good = cells.read_text(encoding="utf-8")
     for old, new, message in (
-        ('"loss": 1.0', '"loss": NaN', r"line 1 of base_cells.jsonl.loss is nan, not a finite number"),
-        ('"n_shots": 5', '"n_shots": "5"', r"line 2 of base_cells.jsonl.n_shots is '5', not a whole number"),
-        ('"run": 0', '"run": [1]', r"line 1 of base_cells.jsonl.run is \[1\], not a whole number"),
-        ("}\n", "}]\n", r"line 1 of base_cells.jsonl is no JSON"),
+        ('"loss": 1.0', '"loss": NaN', r"line 1 of base_cells.jsonl: loss=nan"),
+        ('"n_shots": 5', '"n_shots": "5"', r"line 2 of base_cells.jsonl: n_shots='5'"),
+        ('"run": 0', '"run": [1]', r"line 1 of base_cells.jsonl: run=\[1\]"),
+        ("}\n", "}]\n", r"line 1 of base_cells.jsonl is not JSON"),
     ):
         cells.write_text(good.replace(old, new), encoding="utf-8")
         with pytest.raises(ValueError, match=message + r".*run evaluate_few_shot.py again"):

@@ -295,7 +295,7 @@ def test_answers_end_where_the_template_ends_a_turn(config, bare_model):
         ("chat_template", "{% for", "the chat template of .* cannot be rendered"),
         ("chat_template_kwargs", "enable_thinking", "--chat-template-kwargs is 'enable_thinking': give a JSON object"),
         ("chat_template_kwargs", "[1]", "give a JSON object"),
-        ("chat_template_kwargs", '{"tokenize": true}', "--chat-template-kwargs .* none of which is .*tokenize"),
+        ("chat_template_kwargs", '{"tokenize": true}', "--chat-template-kwargs .* none of the names .*tokenize"),
         (
             "chat_template_kwargs",
             '{"enable_thinking": true}',

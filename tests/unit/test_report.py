@@ -640,7 +640,7 @@ def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "old" / "experiments.json").write_text('{"format": 99}')
     for command, words in (
         (["--report", "nowhere"], "nowhere holds no experiments.json"),
-        (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format is 99"),
+        (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format=99"),
         (["--report", "e", "--output", "mine"], "holds no report.json"),
         (["--report", "e", "--output", "mine/thesis.txt"], "holds no report.json"),
         (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),

@@ -490,8 +490,8 @@ WRONG = {
     "unknown scorer": ({"scorer": "judge"}, "scorer in steps.yaml is 'judge'"),
     "choices without scorer": ({"scorer": "choice"}, "choice and choices go together"),
     "tasks as a text": ({"train": "heat"}, "give a list of task names, or a mapping as in suites"),
-    "task without sources": ({"train": {"heat": 1}}, "task heat of train in steps.yaml has no sources"),
-    "unknown source": ({"train": {"heat": {"sources": {"stairs": ["heat"]}}}}, "source 'stairs', which is not known"),
+    "task without sources": ({"train": {"heat": 1}}, "steps.yaml: train.heat=1 must be a mapping"),
+    "unknown source": ({"train": {"heat": {"sources": {"stairs": ["heat"]}}}}, "the source 'stairs' is not known"),
     "level without number": (
         {"fields": {"prompt": "q", "answer": "result", "task": "topic", "level": "work"}},
         "fields in steps.yaml maps level to work, which holds 'Multiply 0 by 2.': give numbers, 1 the easiest",

@@ -162,7 +162,7 @@ def test_task_names_in_suites_and_mappings(kind, name, tmp_path):
         fields = {"prompt": "q", "answer": "a", "task": "t"}
         values = {"title": "t", "files": ["rows.jsonl"], "fields": fields, "train": [name]}
     path.write_text(yaml.safe_dump(values))
-    with refused("a name that is no file name"):
+    with refused("has the key", "must be a file name"):
         read_suite(str(path), SOURCES) if kind == "suite" else read_mapping(path, SOURCES)
 
 

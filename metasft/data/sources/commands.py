@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -96,7 +95,7 @@ def select(arguments: argparse.Namespace) -> Selection:
         "tasks": list(suite.tasks),
         "seed": arguments.seed,
         "full_samples": arguments.full_samples,
-        "suite": dataclasses.asdict(suite),
+        "suite": suite.model_dump(),
         "sizes": {name: size._asdict() for name, size in sizes.items()},
         "local_dir": None if arguments.local_dir is None else str(arguments.local_dir),
         "revisions": {known[n].repository: access.revision(known[n]) for n in wanted_subsets(suite, known)},
@@ -127,11 +126,11 @@ def _some_tasks(suite: Suite, names: list[str] | None) -> Suite:
             f"--tasks names '{unknown[0]}', which is no task of suite {suite.name}: choose from "
             f"{', '.join(suite.tasks)}"
         )
-    return dataclasses.replace(
-        suite,
-        train={name: task for name, task in suite.train.items() if name in names},
-        unseen={name: task for name, task in suite.unseen.items() if name in names},
-    )
+    kept = {
+        role: {name: task for name, task in getattr(suite, role).items() if name in names}
+        for role in ("train", "unseen")
+    }
+    return suite.model_copy(update=kept)
 
 
 def _revisions(entries: tuple[str, ...] | list[str], suite: Suite, known: Mapping[str, Source]) -> dict[str, str]:

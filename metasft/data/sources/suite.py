@@ -16,47 +16,99 @@ A suite is a YAML file. ``data/suites`` holds those that come with the project; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator, with_config
+from typing_extensions import TypedDict
+
+from metasft.config.schema import STRICT, Named, Schema, Text, Tuple, rule, validated
 from metasft.data.sources.source import Source
 from metasft.files import untrusted
 
 SUITES_DIR = (Path(__file__).parents[2] / "shipped" / "suites").resolve()
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
-STRATIFY = ("proportional", "equal", None)
+
+TaskName = Annotated[
+    str, rule(re.compile(r"[\w-]*[^\W_][\w-]*").fullmatch, "a file name of letters, digits, _ and -")
+]  # fmt: skip
+Subsets = Annotated[
+    tuple[str, ...],
+    Tuple,
+    BeforeValidator(lambda value: () if value is None else value),
+    AfterValidator(lambda value: tuple(dict.fromkeys(value))),
+]
 
 
-@dataclass(frozen=True)
-class SuiteTask:
-    """One task of a suite: source -> subsets, the levels it takes (empty: all), and its own sizes."""
+@with_config(STRICT)
+class Sizes(TypedDict, total=False):
+    """Bounds are in :func:`metasft.data.sources.commands.split_sizes`."""
+
+    samples_per_task: int
+    support_ratio: float
+    query_ratio: float
+    test_samples: int
+    shot_pool: int
+
+
+class SuiteTask(Schema):
+    """One task of a suite."""
 
     name: str
-    sources: Mapping[str, tuple[str, ...]]
-    levels: tuple[int, ...] = ()
-    sizes: Mapping[str, float] = field(default_factory=dict)
+    sources: dict[str, Subsets] = Field(min_length=1, description="source -> subsets, for example {gsm8k: []}")
+    levels: Annotated[tuple[int, ...], Tuple] = Field((), description="a list such as [1, 2, 3]; empty = all")
+    sizes: Sizes = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sources_are_known(self, info: ValidationInfo) -> SuiteTask:
+        for name, subsets in self.sources.items():
+            source = _known(name, info.context)
+            if unknown := [subset for subset in subsets if subset not in source.subsets]:
+                raise ValueError(
+                    f"sources.{name} has the subset {unknown[0]!r}: choose from "
+                    f"{', '.join(source.subsets) or '[], it has none'}"
+                )
+            if source.subsets and not subsets:
+                raise ValueError(f"sources.{name} has no subset: choose from {', '.join(source.subsets)}")
+        return self
 
 
-@dataclass(frozen=True)
-class Suite:
+def _known(name: str, known: Mapping[str, Source]) -> Source:
+    if name not in known:
+        raise ValueError(f"the source {untrusted.printable(name)!r} is not known: choose from {', '.join(known)}")
+    return known[name]
+
+
+class Suite(Schema):
     """See the module's text; ``sizes`` are the defaults of the flags of the same names."""
 
     name: str
-    title: str
-    train: Mapping[str, SuiteTask]
-    unseen: Mapping[str, SuiteTask]
-    sizes: Mapping[str, float]
-    exclude: tuple[str, ...] = ()
-    near_duplicates: float | None = 0.8
-    stratify: str | None = "proportional"
-    max_chars: int = 2500
+    title: Text = Field(description="what the suite is, in one line")
+    train: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
+    unseen: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
+    sizes: Sizes = Field(default_factory=dict)
+    exclude: Annotated[tuple[str, ...], Tuple] = Field((), description="a list of sources, such as [math_500]")
+    near_duplicates: float | None = Field(0.8, gt=0, le=1, description="a share, or null")
+    stratify: Literal["proportional", "equal"] | None = Field("proportional", description="or null")
+    max_chars: int = Field(2500, ge=1, description="characters of prompt and response")
 
     @property
     def tasks(self) -> dict[str, SuiteTask]:
         """Every task, the training tasks first."""
         return {**self.train, **self.unseen}
+
+    @model_validator(mode="after")
+    def _names_are_known(self, info: ValidationInfo) -> Suite:
+        for source in self.exclude:
+            if _known(source, info.context).generate is not None:
+                raise ValueError(f"exclude names {source}, whose items are made up as needed: leave it out")
+        if not self.tasks:
+            raise ValueError("no task is named: list tasks under train and unseen")
+        if both := [task for task in self.train if task in self.unseen]:
+            raise ValueError(f"the task {both[0]} is under train and unseen: name it once")
+        return self
 
 
 def shipped_suites() -> list[str]:
@@ -98,95 +150,8 @@ def suite_from(values: Mapping[str, Any], name: str, where: str, known: Mapping[
     Raises:
         ValueError: naming the entry, its value and the remedy.
     """
-    allowed = ("title", "sizes", "exclude", "near_duplicates", "stratify", "max_chars", "train", "unseen")
-    _check_keys(values, allowed, where)
-    if not isinstance(values.get("title"), str):
-        raise ValueError(f"title in {where} is {values.get('title')!r}: say in one line what the suite is")
-    exclude = values.get("exclude") or ()
-    if not isinstance(exclude, list | tuple):
-        raise ValueError(f"exclude in {where} is {exclude!r}: give a list of sources, such as [math_500]")
-    for source in exclude:
-        _check_source(source, f"exclude in {where}", known)
-        if known[source].generate is not None:
-            raise ValueError(f"exclude in {where} names {source}, whose items are made up as needed: leave it out")
-    threshold = values.get("near_duplicates", 0.8)
-    if threshold is not None and not (_is_number(threshold) and 0 < threshold <= 1):
-        raise ValueError(f"near_duplicates in {where} is {threshold!r}: give a share above 0 and up to 1, or null")
-    stratify = values.get("stratify", "proportional")
-    if stratify not in STRATIFY:
-        raise ValueError(f"stratify in {where} is {stratify!r}: choose proportional, equal or null")
-    max_chars = values.get("max_chars", 2500)
-    if not isinstance(max_chars, int) or isinstance(max_chars, bool) or max_chars < 1:
-        raise ValueError(f"max_chars in {where} is {max_chars!r}: give a number of characters, such as 2500")
-    roles = {role: _read_tasks(values.get(role) or {}, f"{role} in {where}", known) for role in ("train", "unseen")}
-    if not roles["train"] and not roles["unseen"]:
-        raise ValueError(f"{where} names no task: list tasks under train and unseen")
-    if both := [task for task in roles["train"] if task in roles["unseen"]]:
-        raise ValueError(f"{where} has the task {both[0]} under train and unseen: name it once")
-    sizes = {**SIZES, **_read_sizes(values.get("sizes") or {}, f"sizes in {where}")}
-    tasks = (roles["train"], roles["unseen"])
-    return Suite(name, values["title"], *tasks, sizes, tuple(exclude), threshold, stratify, max_chars)
-
-
-def _read_tasks(tasks: Any, where: str, known: Mapping[str, Source]) -> dict[str, SuiteTask]:
-    if not isinstance(tasks, Mapping):
-        raise ValueError(f"{where} is {tasks!r}: give a mapping of task names to what they are made of")
-    read = {}
-    for name, entry in tasks.items():
-        here = f"task {untrusted.printable(str(name))} of {where}"
-        if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"{here} has a name that is no file name: use letters, digits, _ and -")
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("sources"), Mapping) or not entry["sources"]:
-            raise ValueError(f"{here} has no sources: write for example {{sources: {{gsm8k: []}}}}")
-        _check_keys(entry, ("sources", "levels", "sizes"), here)
-        sources = {}
-        for source, subsets in entry["sources"].items():
-            _check_source(source, here, known)
-            sources[source] = _check_subsets(known[source], subsets, here)
-        levels = entry.get("levels") or ()
-        if not isinstance(levels, list | tuple) or not all(isinstance(level, int) for level in levels):
-            raise ValueError(f"levels of {here} is {levels!r}: give a list of integers, such as [1, 2, 3]")
-        sizes = _read_sizes(entry.get("sizes") or {}, f"sizes of {here}")
-        read[name] = SuiteTask(name, sources, tuple(levels), sizes)
-    return read
-
-
-def _check_subsets(source: Source, subsets: Any, where: str) -> tuple[str, ...]:
-    if subsets is None:
-        subsets = []
-    if not isinstance(subsets, list):
-        raise ValueError(
-            f"{where} gives {source.name} the subsets {subsets!r}: give a list, [] for a source without any"
-        )
-    if unknown := [subset for subset in subsets if subset not in source.subsets]:
-        raise ValueError(
-            f"{where} names the subset {unknown[0]!r} of {source.name}: choose from "
-            f"{', '.join(source.subsets) or '[], it has none'}"
-        )
-    if source.subsets and not subsets:
-        raise ValueError(f"{where} names no subset of {source.name}: choose from {', '.join(source.subsets)}")
-    return tuple(dict.fromkeys(subsets))
-
-
-def _check_source(name: Any, where: str, known: Mapping[str, Source]) -> None:
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"{where} names the source {name!r}, which is not known: choose from {', '.join(known)}")
-
-
-def _read_sizes(sizes: Any, where: str) -> dict[str, float]:
-    if not isinstance(sizes, Mapping):
-        raise ValueError(f"{where} is {sizes!r}: give a mapping with some of {', '.join(SIZES)}")
-    _check_keys(sizes, tuple(SIZES), where)
-    for key, value in sizes.items():
-        if not _is_number(value) or (isinstance(SIZES[key], int) and not isinstance(value, int)):
-            raise ValueError(f"{key} in {where} is {value!r}: give a number like {SIZES[key]}")
-    return dict(sizes)
-
-
-def _check_keys(values: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    if unknown := [key for key in values if key not in allowed]:
-        raise ValueError(f"{where} has the entry {unknown[0]!r}, which means nothing: use {', '.join(allowed)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    given = {key: value for key, value in values.items() if value is not None or key in ("near_duplicates", "stratify")}
+    if "name" in given:
+        raise ValueError(f"{where}: name={given['name']!r} is not known; a suite is called as its file is")
+    suite = validated(Suite, {**given, "name": name}, where=f"{where}: ", context=known)
+    return suite.model_copy(update={"sizes": {**SIZES, **suite.sizes}})
