@@ -18,7 +18,7 @@ from pydantic import Field
 
 from metasft.checkpoint.tensors import read_tensors
 from metasft.config.prompts import are_arguments
-from metasft.config.schema import Positive, Record, rule, validated, with_keys
+from metasft.config.schema import Positive, Record, rule, validated
 from metasft.config.verl_groups import LARGEST_RATE
 from metasft.files.atomic import replacing_file, replacing_folder, write_json
 from metasft.files.untrusted import check_sums, printable, read_json, read_template, reason, write_sums
@@ -248,11 +248,11 @@ Alpha = Annotated[float, Field(gt=0, le=LARGEST_ALPHA)]
 ModuleName = Annotated[str, rule(re.compile(r"\^?[\w.-]+").fullmatch, "the name of a module")]
 ModuleNames = list[ModuleName] | None
 Arguments = Annotated[Any, rule(are_arguments, "arguments of a chat template")]
-_Recorded = with_keys(
-    Record,
-    (Literal["sgd", "adamw"] | None, "inner_optimizer"),
-    (Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None, "inner_lr"),
-)
+
+
+class _Recorded(Record):
+    inner_optimizer: Literal["sgd", "adamw"] | None = None
+    inner_lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
 
 
 class _Adaptation(_Recorded):

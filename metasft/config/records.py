@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from metasft.config.schema import Count, Number, Record, read_checked, rule, with_keys
+from metasft.config.schema import Count, Number, Record, read_checked, rule
 from metasft.files.atomic import write_json
 
 FORMAT = 1
@@ -41,40 +41,85 @@ Name = Annotated[
 
 
 Values = dict[str, Any]
-_Run = with_keys(
-    Record,
-    (str | None, "kind arm task error"),
-    (State | None, "state"),
-    (list[str] | None, "command planned_command results"),
-    (list[Name] | None, "needs"),
-    (dict[str, str] | None, "environment"),
-    (Values | None, "summary"),
-    (Count | None, "seed gpus attempts"),
-    (Number | None, "seconds peak_memory_bytes"),
-    (Moment | None, "started finished"),
-)
-_AttemptedRun = with_keys(_Run, (State, "state"), (Count, "attempts"))
-_PlannedRun = with_keys(_AttemptedRun, (str, "kind"), (list[str], "command"))
-_Replicate = with_keys(Record, (Count, "seed"), (str | None, "task"), (Name | None, "train"), (Name, "evaluate"))
-_Arm = with_keys(
-    Record,
-    (str | None, "label experiment method"),
-    (Number | None, "samples_per_task"),
-    (Values | None, "overrides"),
-    (list[Count] | None, "seeds"),
-    (list[_Replicate] | None, "replicates"),
-)
-_PlannedArm = with_keys(_Arm, (str, "method"), (Values, "overrides"), (list[_Replicate], "replicates"))
-_Comparison = with_keys(Record, (str, "a b"), (Number | None, "margin"))
-_Axis = with_keys(Record, (str | None, "label key"), (Values | None, "values"))
-_Suite = with_keys(
-    Record,
-    (str | None, "title question"),
-    (list[str] | None, "arms"),
-    (list[_Comparison] | None, "comparisons"),
-    (_Axis | None, "axis"),
-)
-_Provenance = with_keys(Record, (Values | None, "versions"), (dict[str, str] | None, "data_sha256"))
+
+
+class _Run(Record):
+    kind: str | None = None
+    arm: str | None = None
+    task: str | None = None
+    error: str | None = None
+    state: State | None = None
+    command: list[str] | None = None
+    planned_command: list[str] | None = None
+    results: list[str] | None = None
+    needs: list[Name] | None = None
+    environment: dict[str, str] | None = None
+    summary: Values | None = None
+    seed: Count | None = None
+    gpus: Count | None = None
+    attempts: Count | None = None
+    seconds: Number | None = None
+    peak_memory_bytes: Number | None = None
+    started: Moment | None = None
+    finished: Moment | None = None
+
+
+class _AttemptedRun(_Run):
+    state: State
+    attempts: Count
+
+
+class _PlannedRun(_AttemptedRun):
+    kind: str
+    command: list[str]
+
+
+class _Replicate(Record):
+    seed: Count
+    task: str | None = None
+    train: Name | None = None
+    evaluate: Name
+
+
+class _Arm(Record):
+    label: str | None = None
+    experiment: str | None = None
+    method: str | None = None
+    samples_per_task: Number | None = None
+    overrides: Values | None = None
+    seeds: list[Count] | None = None
+    replicates: list[_Replicate] | None = None
+
+
+class _PlannedArm(_Arm):
+    method: str
+    overrides: Values
+    replicates: list[_Replicate]
+
+
+class _Comparison(Record):
+    a: str
+    b: str
+    margin: Number | None = None
+
+
+class _Axis(Record):
+    label: str | None = None
+    key: str | None = None
+    values: Values | None = None
+
+
+class _Suite(Record):
+    title: str | None = None
+    question: str | None = None
+    arms: list[str] | None = None
+    comparisons: list[_Comparison] | None = None
+    axis: _Axis | None = None
+
+
+class _Provenance(Record):
+    versions: Values | None = None
+    data_sha256: dict[str, str] | None = None
 
 
 class _Experiments(Record):
@@ -92,9 +137,9 @@ class _Experiments(Record):
     arms: dict[str, _Arm] | None = None
 
 
-_PlannedExperiments = with_keys(
-    _Experiments, (dict[Name, _PlannedRun] | None, "runs"), (dict[str, _PlannedArm] | None, "arms")
-)
+class _PlannedExperiments(_Experiments):
+    runs: dict[Name, _PlannedRun] | None = None  # type: ignore[assignment]
+    arms: dict[str, _PlannedArm] | None = None  # type: ignore[assignment]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

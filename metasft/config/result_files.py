@@ -24,7 +24,6 @@ from metasft.config.schema import (
     read_checked,
     rule,
     validated,
-    with_keys,
 )
 from metasft.files.untrusted import printable, reason
 from metasft.files.untrusted import read_json as read_object
@@ -95,22 +94,37 @@ Interval = Annotated[
 WholeText = Annotated[str, rule(re.compile("0|[1-9][0-9]{0,8}").fullmatch, "a whole number as text")]
 
 
-Summary = with_keys(
-    Record,
-    (Number, "seconds_total seconds_per_step_median peak_memory_bytes checkpoint_bytes"),
-    (Number | None, "model_memory_bytes"),
-    (Line | None, "method base_model device_name peak_memory_kind"),
-    (Count | None, "meta_steps tokens world_size task_group_size"),
-    (dict[Line, AnyNumber] | None, "diverged"),
-)
+class Summary(Record):
+    seconds_total: Number
+    seconds_per_step_median: Number
+    peak_memory_bytes: Number
+    checkpoint_bytes: Number
+    model_memory_bytes: Number | None = None
+    method: Line | None = None
+    base_model: Line | None = None
+    device_name: Line | None = None
+    peak_memory_kind: Line | None = None
+    meta_steps: Count | None = None
+    tokens: Count | None = None
+    world_size: Count | None = None
+    task_group_size: Count | None = None
+    diverged: dict[Line, AnyNumber] | None = None
+
+
 """``run_summary.json`` of a finished training."""
-Settings = with_keys(
-    Record,
-    (Line | None, "model_type model_path base_model adapts adaptation_optimizer"),
-    (Number | None, "adaptation_lr"),
-    (Count | None, "adaptation_steps"),
-    (dict[str, Any] | None, "data_sha256"),
-)
+
+
+class Settings(Record):
+    model_type: Line | None = None
+    model_path: Line | None = None
+    base_model: Line | None = None
+    adapts: Line | None = None
+    adaptation_optimizer: Line | None = None
+    adaptation_lr: Number | None = None
+    adaptation_steps: Count | None = None
+    data_sha256: dict[str, Any] | None = None
+
+
 """``<model_type>_settings.json``."""
 
 
@@ -203,7 +217,7 @@ def read_results(path: Path, kind: type[Entry] = Entry) -> dict[str, Any]:
         ValueError: an entry is not a ``kind``, a task has none, or there is no task.
     """
     some = Field(min_length=1)
-    tasks = Annotated[dict[Line, Annotated[dict[WholeText, kind], some]], some]
+    tasks: Any = Annotated[dict[Line, Annotated[dict[WholeText, kind], some]], some]  # type: ignore[valid-type]
     return read_checked(path, tasks, writer=_EVALUATION, remedy="run it again")
 
 

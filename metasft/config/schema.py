@@ -24,7 +24,6 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     WrapValidator,
-    create_model,
 )
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
@@ -34,7 +33,6 @@ from metasft.files.untrusted import printable, read_json
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 LOC = tuple[int | str, ...]
 T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 120
@@ -66,7 +64,7 @@ class Schema(BaseModel):
 class Record(BaseModel):
     """A mapping of which these keys are read; any others are left alone."""
 
-    model_config = ConfigDict(STRICT, extra="ignore")
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 def rule(holds: Callable[[Any], bool], words: str) -> AfterValidator:
@@ -109,16 +107,6 @@ Unique = AfterValidator(_each_once)
 Named = WrapValidator(_with_names)  # for Annotated mappings of what has a name: that of its entry
 
 
-def with_keys(base: type[M], *keys: tuple[Any, str]) -> type[M]:
-    """A schema with more keys: pairs of a type and names; those of a type with null, and of any type, are optional."""
-    fields = {
-        name: (kind, None if kind is Any or types.NoneType in get_args(kind) else ...)
-        for kind, names in keys
-        for name in names.split()
-    }
-    return create_model(base.__name__, __base__=base, **fields)
-
-
 def dotted(loc: LOC) -> str:
     """``("runs", "a", "needs", 0)`` as ``runs.a.needs[0]``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{printable(str(step))}" for step in loc).lstrip(".")
@@ -143,7 +131,7 @@ def validated(
         raise ValueError(where + explain(error, kind, name)) from None
 
 
-_adapter = functools.cache(TypeAdapter)
+_adapter: Callable[[Any], TypeAdapter] = functools.cache(TypeAdapter)
 
 
 def read_checked(path: Path, kind: Any, *, writer: str, remedy: str) -> dict[str, Any]:
@@ -201,7 +189,7 @@ def hint(word: Any, known: Iterable[str], name: Callable[[str], str] = str) -> s
     return f"did you mean {name(close[0])}?" if close else f"choose from {', '.join(known)}"
 
 
-def fields_of(kind: Any) -> Mapping[str, Any]:
+def fields_of(kind: Any) -> Mapping[Any, Any]:
     """Key -> pydantic's description of a field, of a model or TypedDict; empty for any other type."""
     if is_typeddict(kind):
         return {name: FieldInfo.from_annotation(one) for name, one in get_type_hints(kind, include_extras=True).items()}

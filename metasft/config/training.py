@@ -106,26 +106,28 @@ class MetaConfig(Schema):
     def _of_the_method(cls, values: Any, info: ValidationInfo) -> Any:
         if not isinstance(values, Mapping):
             return values
+        method: Any = info.context
         for name, field in cls.model_fields.items():
-            methods = field.json_schema_extra["methods"]
-            if name in values and info.context not in methods:
+            extra: Any = field.json_schema_extra
+            if name in values and method not in extra["methods"]:
                 raise ValueError(
-                    f"meta.{name}={values[name]!r} has no effect in {METHOD_TITLES[info.context]}; remove it "
-                    f"(it belongs to {', '.join(METHOD_TITLES[method] for method in methods)})"
+                    f"meta.{name}={values[name]!r} has no effect in {METHOD_TITLES[method]}; remove it "
+                    f"(it belongs to {', '.join(METHOD_TITLES[reader] for reader in extra['methods'])})"
                 )
-        return {**_DEFAULTS[info.context], **values}
+        return {**_DEFAULTS[method], **values}
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> MetaConfig:
+        method: Any = info.context
         for batch, samples in (("inner_batch_size", "support_samples"), ("query_batch_size", "query_samples")):
             size, there = getattr(self, batch), getattr(self, samples)
             if there is not None and size > there:
                 raise ValueError(
                     f"meta.{batch}={size} is larger than meta.{samples}={there}; lower the batch or use more examples"
                 )
-        if info.context != "reptile" and self.query_batch_size < 1:
+        if method != "reptile" and self.query_batch_size < 1:
             raise ValueError(
-                f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[info.context]} computes its "
+                f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[method]} computes its "
                 "meta-gradient on query examples; use at least 1"
             )
         if self.task_batching is False and self.task_batch_limit is not None:
@@ -133,12 +135,12 @@ class MetaConfig(Schema):
                 f"meta.task_batch_limit={self.task_batch_limit} has no effect with meta.task_batching=false; remove "
                 "one of them"
             )
-        if info.context == "reptile" and self.num_inner_steps < 1:
+        if method == "reptile" and self.num_inner_steps < 1:
             raise ValueError(
                 f"meta.num_inner_steps={self.num_inner_steps}: Reptile moves towards the adapted parameters, so it "
                 "needs at least 1 inner step"
             )
-        if info.context == "reptile" and self.reptile_step_size is None:
+        if method == "reptile" and self.reptile_step_size is None:
             raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
         return self
 
@@ -157,10 +159,11 @@ class TrainingConfig(Schema):
 
     @model_validator(mode="after")
     def _lora_or_all_parameters(self, info: ValidationInfo) -> TrainingConfig:
-        rank, title = self.model.lora_rank, METHOD_TITLES[info.context]
-        if info.context == "meta_lora" and rank == 0:
+        method: Any = info.context
+        rank, title = self.model.lora_rank, METHOD_TITLES[method]
+        if method == "meta_lora" and rank == 0:
             raise ValueError("model.lora_rank=0: META-LORA trains LoRA parameters only; use a rank such as 16")
-        if info.context == "fomaml" and rank > 0:
+        if method == "fomaml" and rank > 0:
             raise ValueError(
                 f"model.lora_rank={rank}: FOMAML-SFT trains all parameters; set 0, or use meta_lora_trainer.py for LoRA"
             )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from metasft.config.schema import Positive, Record, Schema, Share, Text, Tuple, rule, with_keys
+from metasft.config.schema import Positive, Record, Schema, Share, Text, Tuple, rule
 from metasft.files.atomic import check_place
 from metasft.files.paths import user_path
 
@@ -53,7 +53,7 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Steps = Annotated[int, Field(ge=1, le=LARGEST_STEPS)]
 Precision = Literal["fp32", "bf16", "float32", "bfloat16"]
 Library = Annotated[Text, rule(_is_installed, "a module that can be imported")]
-Logger = Literal[tuple(LOGGERS)]
+Logger = Annotated[str, rule(LOGGERS.__contains__, f"one of {', '.join(LOGGERS)}")]
 TemplateArguments = Annotated[
     dict[str, Any],
     rule(
@@ -87,11 +87,13 @@ class Built(Record):
     target: Text = Field(alias="_target_", description=f"the class of the group, or {START}")
 
 
-_ModelFlags = with_keys(
-    Built,
-    (bool, "enable_activation_offload enable_gradient_checkpointing trust_remote_code use_liger use_remove_padding"),
-    (bool, "use_shm"),
-)
+class _ModelFlags(Built):
+    enable_activation_offload: bool
+    enable_gradient_checkpointing: bool
+    trust_remote_code: bool
+    use_liger: bool
+    use_remove_padding: bool
+    use_shm: bool
 
 
 class Model(_ModelFlags):
@@ -129,11 +131,18 @@ class MixedPrecision(Record):
     reduce_dtype: Precision = "fp32"
 
 
-_EngineFlags = with_keys(
-    Built,
-    (bool, "entropy_checkpointing entropy_from_logits_with_chunking forward_prefetch full_determinism offload_policy"),
-    (bool, "optimizer_offload pad_to_length param_offload reshard_after_forward use_orig_params use_torch_compile"),
-)
+class _EngineFlags(Built):
+    entropy_checkpointing: bool
+    entropy_from_logits_with_chunking: bool
+    forward_prefetch: bool
+    full_determinism: bool
+    offload_policy: bool
+    optimizer_offload: bool
+    pad_to_length: bool
+    param_offload: bool
+    reshard_after_forward: bool
+    use_orig_params: bool
+    use_torch_compile: bool
 
 
 class Engine(_EngineFlags):
@@ -166,11 +175,16 @@ class Optim(Built):
     optimizer_impl: Text
 
 
-_DataFlags = with_keys(
-    Schema,
-    (Any, "image_key video_key image_patch_size shuffle seed"),
-    (bool, "use_dynamic_bsz balance_dp_token ignore_input_ids_mismatch use_shm"),
-)
+class _DataFlags(Schema):
+    image_key: Any = None
+    video_key: Any = None
+    image_patch_size: Any = None
+    shuffle: Any = None
+    seed: Any = None
+    use_dynamic_bsz: bool
+    balance_dp_token: bool
+    ignore_input_ids_mismatch: bool
+    use_shm: bool
 
 
 class Data(_DataFlags):
@@ -243,4 +257,6 @@ class Checkpoint(Built):
     load_contents: Contents
 
 
-Profiler = with_keys(Built, (bool, "all_ranks enable"))
+class Profiler(Built):
+    all_ranks: bool
+    enable: bool

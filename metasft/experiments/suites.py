@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from metasft.config.schema import (
     Count,
-    M,
     Named,
     Positive,
     Schema,
@@ -25,7 +24,6 @@ from metasft.config.schema import (
     hint,
     rule,
     validated,
-    with_keys,
 )
 from metasft.files.untrusted import read_yaml
 
@@ -59,6 +57,8 @@ Content = Annotated[
     Any, rule(lambda value: isinstance(value, str | int | float) and "\0" not in str(value), "text without NUL"),
     AfterValidator(str),
 ]  # fmt: skip
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Arm(Schema):
@@ -174,7 +174,13 @@ class Training(Schema):
 
 
 Occupied = Annotated[Resources, Field(description="what such a run occupies, for example {cpus: 1}")]
-Runs = with_keys(Schema, (Occupied, "prepare train train_lora evaluate"))
+
+
+class Runs(Schema):
+    prepare: Occupied
+    train: Occupied
+    train_lora: Occupied
+    evaluate: Occupied
 
 
 class Scale(Schema):
