@@ -15,6 +15,7 @@ from metasft.data.rules.inputs import (
     iso,
     long_date,
     written,
+    year_and_month,
 )
 from metasft.data.rules.rule import rule
 
@@ -29,51 +30,51 @@ def read_written(text: str) -> date:
 
 @rule("date_order", iso)
 def day_first(text: str) -> str:
-    """2021-03-14 as 14/03/2021."""
+    """``2021-03-14`` as ``14/03/2021``."""
     return "/".join(reversed(text.split("-")))
 
 
 @rule("date_order", iso)
 def month_first(text: str) -> str:
-    """2021-03-14 as 03/14/2021."""
+    """``2021-03-14`` as ``03/14/2021``."""
     year, month, day = text.split("-")
     return f"{month}/{day}/{year}"
 
 
 @rule("date_order", iso)
 def day_first_dots(text: str) -> str:
-    """2021-03-14 as 14.03.2021."""
+    """``2021-03-14`` as ``14.03.2021``."""
     return ".".join(reversed(text.split("-")))
 
 
 @rule("date_order", iso)
 def compact_date(text: str) -> str:
-    """2021-03-14 as 20210314."""
+    """``2021-03-14`` as ``20210314``."""
     return text.replace("-", "")
 
 
 @rule("month_names", iso)
 def write_month(text: str) -> str:
-    """2021-03-14 as 14 March 2021."""
+    """``2021-03-14`` as ``14 March 2021``."""
     return written(date.fromisoformat(text))
 
 
 @rule("month_names", long_date)
 def read_month(text: str) -> str:
-    """14 March 2021 as 2021-03-14."""
+    """``14 March 2021`` as ``2021-03-14``."""
     return read_written(text).isoformat()
 
 
 @rule("month_names", iso)
 def short_month(text: str) -> str:
-    """2021-03-14 as 14 Mar 2021."""
+    """``2021-03-14`` as ``14 Mar 2021``."""
     day, month, year = written(date.fromisoformat(text)).split()
     return f"{day} {month[:3]} {year}"
 
 
 @rule("month_names", long_date)
 def month_name_first(text: str) -> str:
-    """14 March 2021 as March 14, 2021."""
+    """``14 March 2021`` as ``March 14, 2021``."""
     day, month, year = text.split()
     return f"{month} {day}, {year}"
 
@@ -176,14 +177,14 @@ def weekday_before(text: str) -> str:
 
 @rule("clock", clock)
 def to_12_hours(text: str) -> str:
-    """15:40 as 3:40 pm."""
+    """``15:40`` as ``3:40 pm``."""
     hour, minute = text.split(":")
     return f"{(int(hour) - 1) % 12 + 1}:{minute} {'pm' if int(hour) >= 12 else 'am'}"
 
 
 @rule("clock", clock_12)
 def to_24_hours(text: str) -> str:
-    """3:40 pm as 15:40."""
+    """``3:40 pm`` as ``15:40``."""
     time, half = text.split()
     hour, minute = time.split(":")
     return f"{int(hour) % 12 + 12 * (half == 'pm'):02}:{minute}"
@@ -191,13 +192,13 @@ def to_24_hours(text: str) -> str:
 
 @rule("clock", clock)
 def with_h(text: str) -> str:
-    """15:40 as 15h40."""
+    """``15:40`` as ``15h40``."""
     return text.replace(":", "h")
 
 
 @rule("clock", fill("{}-{}", clock, clock))
 def from_to(text: str) -> str:
-    """09:10-15:40 as from 09:10 to 15:40."""
+    """``09:10-15:40`` as ``from 09:10 to 15:40``."""
     start, end = text.split("-")
     return f"from {start} to {end}"
 
@@ -222,15 +223,15 @@ def half_hour_later(text: str) -> str:
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-@rule("which_date", fill("{} {} {}", iso, iso, iso))
+@rule("which_date", fill("{} {} {}", year_and_month, year_and_month, year_and_month))
 def earliest(text: str) -> str:
-    """The earliest of three dates."""
+    """The earliest of three months."""
     return min(text.split())
 
 
-@rule("which_date", fill("{} {} {}", iso, iso, iso))
+@rule("which_date", fill("{} {} {}", year_and_month, year_and_month, year_and_month))
 def latest(text: str) -> str:
-    """The latest of three dates."""
+    """The latest of three months."""
     return max(text.split())
 
 

@@ -75,9 +75,9 @@ NAMES = listed(
 )
 SURNAMES = listed(
     "Lopez Miller Rossi Novak Silva Weber Tanaka Walker Garcia Fischer Moreau Jensen Carter Santos Keller Parker Olsen "
-    "Turner Wagner Brown Costa Meyer Bauer Harris Ivanov Murphy Kim Lee Singh Chen Adams Baker Clark Cooper Davis Evans "
-    "Foster Gray Hall Hill Hughes Jones King Lewis Martin Mason Morris Nelson Price Reed Roberts Scott Stone Taylor "
-    "Ward White Young Bennett"
+    "Turner Wagner Brown Costa Meyer Bauer Harris Ivanov Murphy Kim Lee Singh Chen Adams Baker Clark Cooper Davis "
+    "Evans Foster Gray Hall Hill Hughes Jones King Lewis Martin Mason Morris Nelson Price Reed Roberts Scott Stone "
+    "Taylor Ward White Young Bennett"
 )
 VERBS = listed("walk jump talk cook paint work play help call visit follow answer lift pull thank greet wait cover")
 """That take -s, -ed and -ing without a change of the stem."""
@@ -132,6 +132,11 @@ def draw_date(rng: random.Random) -> date:
 def iso(rng: random.Random) -> str:
     """A day as 2021-03-14."""
     return draw_date(rng).isoformat()
+
+
+def year_and_month(rng: random.Random) -> str:
+    """A month as 2021-03."""
+    return iso(rng)[:7]
 
 
 def long_date(rng: random.Random) -> str:

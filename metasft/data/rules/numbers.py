@@ -237,7 +237,7 @@ def number_word(number: int) -> str:
 
 @rule("number_words", some(2, TWO_DIGITS))
 def spell_numbers(text: str) -> str:
-    """Two numbers as words: 47 12 as forty-seven twelve."""
+    """Two numbers as words: ``47 12`` as ``forty-seven twelve``."""
     return row(number_word(n) for n in ints(text))
 
 

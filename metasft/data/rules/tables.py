@@ -49,7 +49,7 @@ def with_change(rng: random.Random) -> str:
 
 @rule("lookup", with_change)
 def changed_table(text: str) -> str:
-    """The table with the value that follows it: Anna 4, Ben 9; Ben 5 as Anna 4, Ben 5."""
+    """The table with the value that follows it: ``Anna 4, Ben 9; Ben 5`` as ``Anna 4, Ben 5``."""
     rows, change = text.split("; ")
     return write({**read(rows), **read(change)})
 
@@ -108,7 +108,7 @@ def values_only(text: str) -> str:
 
 @rule("columns", lambda rng: " ".join(read(text := table(rng))) + " | " + " ".join(map(str, read(text).values())))
 def rows_of_columns(text: str) -> str:
-    """Anna Ben Carol | 4 9 2 as Anna 4, Ben 9, Carol 2."""
+    """``Anna Ben Carol | 4 9 2`` as ``Anna 4, Ben 9, Carol 2``."""
     names, values = (part.split() for part in text.split(" | "))
     return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
@@ -126,7 +126,7 @@ def grid(rng: random.Random) -> str:
 
 @rule("grid", grid)
 def transpose(text: str) -> str:
-    """Rows become columns: 4 9 / 2 7 as 4 2 / 9 7."""
+    """Rows become columns: ``4 9 / 2 7`` as ``4 2 / 9 7``."""
     a, b, _, c, d = text.split()
     return f"{a} {c} / {b} {d}"
 

@@ -87,13 +87,13 @@ def spell_two_units(text: str) -> str:
 
 @rule("currency", fill("{}{}", list(SIGNS), decimals(1, 100, 2)))
 def sign_to_code(text: str) -> str:
-    """A price with the currency's code for its sign: $5.20 as 5.20 USD."""
+    """A price with the currency's code for its sign: ``$5.20`` as ``5.20 USD``."""
     return f"{text[1:]} {SIGNS[text[0]]}"
 
 
 @rule("currency", fill("{} {}", decimals(1, 100, 2), list(SIGNS.values())))
 def code_to_sign(text: str) -> str:
-    """A price with the currency's sign for its code: 5.20 USD as $5.20."""
+    """A price with the currency's sign for its code: ``5.20 USD`` as ``$5.20``."""
     amount, code = text.split()
     return next(sign for sign, one in SIGNS.items() if one == code) + amount
 
@@ -118,13 +118,13 @@ def instrument(text: str) -> int:
 
 @rule("percent", fill("{}%", decimals(1, 100, 1)))
 def percent_to_decimal(text: str) -> str:
-    """A percentage as a decimal: 35.2% as 0.352."""
+    """A percentage as a decimal: ``35.2%`` as ``0.352``."""
     return f"0.{int(text[:-1].replace('.', '')):03}"
 
 
 @rule("percent", fill("0.{}", range(100, 1000)))
 def decimal_to_percent(text: str) -> str:
-    """A decimal as a percentage: 0.352 as 35.2%."""
+    """A decimal as a percentage: ``0.352`` as ``35.2%``."""
     return f"{text[2:4]}.{text[4]}%"
 
 

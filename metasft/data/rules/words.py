@@ -50,7 +50,7 @@ def last_letters(text: str) -> str:
 
 @rule("initials", some(3, NOUNS))
 def dotted_initials(text: str) -> str:
-    """The first letters with dots: lemon tin boat as l.t.b."""
+    """The first letters with dots: ``lemon tin boat`` as ``l.t.b.``."""
     return "".join(f"{word[0]}." for word in text.split())
 
 
@@ -244,7 +244,7 @@ def shared_kind(text: str) -> str:
 
 @rule("kind_names", fill("{} {}", ADJECTIVES, (*ANIMALS, *FOODS, *VEHICLES)))
 def kind_of_noun(text: str) -> str:
-    """The adjective with the kind of the noun: small tiger as small animal."""
+    """The adjective with the kind of the noun: ``small tiger`` as ``small animal``."""
     adjective, noun = text.split()
     return f"{adjective} {KIND_OF[noun]}"
 
@@ -287,7 +287,7 @@ def capital_with_number(text: str) -> str:
 
 @rule("capitals", fill("{} in {}", NAMES, list(CAPITALS)))
 def name_in_capital(text: str) -> str:
-    """The name and the capital of the country: Anna in Peru as Anna, Lima."""
+    """The name and the capital of the country: ``Anna in Peru`` as ``Anna, Lima``."""
     name, _, country = text.split()
     return f"{name}, {CAPITALS[country]}"
 
@@ -321,14 +321,14 @@ def from_german(text: str) -> str:
 
 @rule("sentences", fill("{} {}s the {} {}", NAMES, OBJECT_VERBS, ADJECTIVES, ANIMALS))
 def negate(text: str) -> str:
-    """The sentence is denied: "Anna calls the old dog" -> "Anna does not call the old dog"."""
+    """The sentence denied: ``Anna calls the old dog`` as ``Anna does not call the old dog``."""
     name, verb, *rest = text.split()
     return " ".join([name, "does not", stem(verb), *rest])
 
 
 @rule("sentences", fill("{} {}s the {} {}", NAMES, OBJECT_VERBS, ADJECTIVES, ANIMALS))
 def ask(text: str) -> str:
-    """The sentence as a question: "Anna calls the old dog" -> "Does Anna call the old dog?"."""
+    """The sentence as a question: ``Anna calls the old dog`` as ``Does Anna call the old dog?``."""
     name, verb, *rest = text.split()
     return " ".join(["Does", name, stem(verb), *rest]) + "?"
 

@@ -10,6 +10,8 @@ A suite is a YAML file. ``data/suites`` holds those that come with the project; 
     stratify: proportional       # of difficulty levels in every file: proportional, equal, or null
     train:
       algebra: {sources: {math: [algebra, prealgebra]}, levels: [1, 2, 3]}
+    search: {}                   # validation tasks that settings are searched on
+    valid: {}                    # validation tasks to report on while something is developed
     unseen:
       calculus: {sources: {numina_calculus: []}, sizes: {test_samples: 100}}
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from metasft.files import untrusted
 
 SUITES_DIR = (Path(__file__).parents[2] / "shipped" / "suites").resolve()
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
+ROLES = ("train", "search", "valid", "unseen")
 STRATIFY = ("proportional", "equal", None)
 
 
@@ -52,11 +56,22 @@ class Suite:
     near_duplicates: float | None = 0.8
     stratify: str | None = "proportional"
     max_chars: int = 2500
+    search: Mapping[str, SuiteTask] = field(default_factory=dict)
+    valid: Mapping[str, SuiteTask] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, Mapping[str, SuiteTask]]:
+        """Role -> its tasks; all but the training tasks have a shot pool and a test set alone."""
+        return {role: getattr(self, role) for role in ROLES}
 
     @property
     def tasks(self) -> dict[str, SuiteTask]:
         """Every task, the training tasks first."""
-        return {**self.train, **self.unseen}
+        return {name: task for tasks in self.roles.values() for name, task in tasks.items()}
+
+    def role(self, task: str) -> str:
+        """One of ``ROLES``."""
+        return next(role for role, tasks in self.roles.items() if task in tasks)
 
 
 def shipped_suites() -> list[str]:
@@ -98,7 +113,7 @@ def suite_from(values: Mapping[str, Any], name: str, where: str, known: Mapping[
     Raises:
         ValueError: naming the entry, its value and the remedy.
     """
-    allowed = ("title", "sizes", "exclude", "near_duplicates", "stratify", "max_chars", "train", "unseen")
+    allowed = ("title", "sizes", "exclude", "near_duplicates", "stratify", "max_chars", *ROLES)
     _check_keys(values, allowed, where)
     if not isinstance(values.get("title"), str):
         raise ValueError(f"title in {where} is {values.get('title')!r}: say in one line what the suite is")
@@ -118,14 +133,23 @@ def suite_from(values: Mapping[str, Any], name: str, where: str, known: Mapping[
     max_chars = values.get("max_chars", 2500)
     if not isinstance(max_chars, int) or isinstance(max_chars, bool) or max_chars < 1:
         raise ValueError(f"max_chars in {where} is {max_chars!r}: give a number of characters, such as 2500")
-    roles = {role: _read_tasks(values.get(role) or {}, f"{role} in {where}", known) for role in ("train", "unseen")}
-    if not roles["train"] and not roles["unseen"]:
+    roles = {role: _read_tasks(values.get(role) or {}, f"{role} in {where}", known) for role in ROLES}
+    if not any(roles.values()):
         raise ValueError(f"{where} names no task: list tasks under train and unseen")
-    if both := [task for task in roles["train"] if task in roles["unseen"]]:
-        raise ValueError(f"{where} has the task {both[0]} under train and unseen: name it once")
+    for one, other in combinations(ROLES, 2):
+        if both := [task for task in roles[one] if task in roles[other]]:
+            raise ValueError(f"{where} has the task {both[0]} under {one} and {other}: name it once")
     sizes = {**SIZES, **_read_sizes(values.get("sizes") or {}, f"sizes in {where}")}
-    tasks = (roles["train"], roles["unseen"])
-    return Suite(name, values["title"], *tasks, sizes, tuple(exclude), threshold, stratify, max_chars)
+    return Suite(
+        name=name,
+        title=values["title"],
+        sizes=sizes,
+        exclude=tuple(exclude),
+        near_duplicates=threshold,
+        stratify=stratify,
+        max_chars=max_chars,
+        **roles,
+    )
 
 
 def _read_tasks(tasks: Any, where: str, known: Mapping[str, Source]) -> dict[str, SuiteTask]:
