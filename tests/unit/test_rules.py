@@ -21,6 +21,8 @@ RULES = all_rules()
 GROUPS = {rule.group: rule.kind for rule in RULES.values()}
 SUITE = read_suite("rules", SOURCES)
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+LATER_GROUPS: set[str] = set()
+"""Groups that were added after the draw of the sides, for training."""
 CONTENT = "96d34bc8feb6b7a31019acb99c9eca1dc7e7220734321b8c13abd62c504d80d4"
 """SHA-256 of the suite's files as they shall stay; a rule that is changed on purpose changes it."""
 
@@ -97,11 +99,13 @@ def test_the_sides_are_those_of_a_seeded_draw():
     """Groups in random order within their kinds, then every side at its places in turns of 18."""
     order = []
     for kind in KINDS:
-        groups = sorted(group for group, its_kind in GROUPS.items() if its_kind == kind)
+        groups = sorted(group for group, its_kind in GROUPS.items() if its_kind == kind and group not in LATER_GROUPS)
         order += random.Random(f"rules/{kind}").sample(groups, len(groups))
     places = {"t": "train", "s": "search", "v": "valid", "u": "unseen"}
     drawn = {group: places["tuttvtutsttuttvtut"[index % 18]] for index, group in enumerate(order)}
-    assert {name: drawn[rule.group] for name, rule in RULES.items()} == {name: SUITE.role(name) for name in RULES}
+    assert {name: drawn.get(rule.group, "train") for name, rule in RULES.items()} == {
+        name: SUITE.role(name) for name in RULES
+    }
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import date, datetime, timedelta
 
 from metasft.data.rules.inputs import (
@@ -79,7 +80,7 @@ def month_name_first(text: str) -> str:
     return f"{month} {day}, {year}"
 
 
-def _year_in_the_middle(rng) -> str:
+def _year_in_the_middle(rng: random.Random) -> str:
     day = draw_date(rng)
     return f"{MONTHS[day.month - 1]} {day.year}, {day.day}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from metasft.data.rules.inputs import COLOURS, FOODS, NAMES, shuffled
 from metasft.data.rules.rule import rule
@@ -137,7 +138,7 @@ def flip_rows(text: str) -> str:
     return " / ".join(reversed(text.split(" / ")))
 
 
-def with_twins(pairs: int, singles: int):
+def with_twins(pairs: int, singles: int) -> Callable[[random.Random], list[str]]:
     """A list with ``pairs`` words that occur twice and ``singles`` that occur once."""
 
     def draw(rng: random.Random) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from metasft.data.answers import shape
@@ -52,7 +53,7 @@ def trivial_accuracies(pool: Sequence[Pair], test: Sequence[Pair]) -> Trivial:
     )
 
 
-def _most_frequent(answers) -> str:
+def _most_frequent(answers: Iterable[str]) -> str:
     """Among equally frequent ones the alphabetically first."""
     counts = Counter(answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))
@@ -62,9 +63,14 @@ def _accuracy(solve: Callable[[str], str], pairs: Sequence[Pair]) -> float:
     return round(sum(solve(text) == answer for text, answer in pairs) / len(pairs), 4)
 
 
+@functools.lru_cache(4096)
+def _split(pattern: str, text: str) -> list[str]:
+    return re.findall(pattern, text)
+
+
 def _part(pattern: str, position: int) -> Callable[[str], str]:
     def solve(text: str) -> str:
-        parts = re.findall(pattern, text)
+        parts = _split(pattern, text)
         return parts[position] if -len(parts) <= position < len(parts) else ""
 
     return solve

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 from metasft.data.rules.inputs import (
     ADJECTIVES,
     ANIMALS,
@@ -29,7 +32,8 @@ from metasft.data.rules.rule import rule
 VOWELS = "aeiou"
 
 
-def each(text: str, change) -> str:
+def each(text: str, change: Callable[[str], str]) -> str:
+    """Every word changed."""
     return " ".join(change(word) for word in text.split())
 
 
@@ -211,7 +215,7 @@ def the_food(text: str) -> str:
     return next(word for word in text.split() if word in FOODS)
 
 
-def _two_and_one(rng) -> list[str]:
+def _two_and_one(rng: random.Random) -> list[str]:
     pair, single = rng.sample((ANIMALS, FOODS, COLOURS, VEHICLES), 2)
     return [*rng.sample(pair, 2), rng.choice(single)]
 
