@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: venv model quickstart test test-all bench architectures lint clean
+.PHONY: venv model quickstart test test-all bench architectures rules lint clean
 
 venv: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: $(STAMP) $(MODEL)/config.json
 # docs/architectures.md: the gradients of every model type of transformers against the reference; about 20 minutes.
 architectures: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/architectures.py --output docs/architectures.md
+
+# docs/rules.md: every hidden rule, and what trivial solvers get right; seconds.
+rules: $(STAMP)
+	$(BIN)/python -m metasft.data.rules.table docs/rules.md
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 INSTRUCTION = 'End with "Answer: <answer>".'
@@ -75,3 +76,8 @@ def unwrap(answer: str) -> str:
 def normalised(answer: str) -> str:
     """Lower case, with single spaces."""
     return " ".join(answer.casefold().split())
+
+
+def shape(text: str) -> str:
+    """A text's form: ``a`` for every word and ``0`` for every number, with punctuation and spaces as they are."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", " ".join(text.split())))

@@ -637,10 +637,10 @@ def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
 
 def _stating(answer: str, row: Mapping[str, Any] | Example) -> str:
     """A text that gives this answer in the form that the row's scorer reads."""
-    from metasft.data.scoring import EXACT_MATCH
+    from metasft.data.scoring import BARE, EXACT_MATCH
 
-    exact = _has(row, "extra_info") and _extra_info(row).get("scorer") == EXACT_MATCH
-    return answer if exact else f"Answer: {answer}"
+    whole = _has(row, "extra_info") and _extra_info(row).get("scorer") in (BARE, EXACT_MATCH)
+    return answer if whole else f"Answer: {answer}"
 
 
 def package_version() -> str:

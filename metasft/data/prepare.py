@@ -7,6 +7,7 @@ writes, from the verifiable problem generators of reasoning-gym (nothing is down
     meta_train/<task>_support.parquet  <task>_query.parquet  <task>_test.parquet    tasks for meta-training
     meta_train/<task>_full.parquet                                                  with --full-samples
     meta_test/<task>_support.parquet   <task>_test.parquet                          unseen tasks: shot pool, test set
+    meta_valid/<task>_support.parquet  <task>_test.parquet                          validation tasks of a suite, if any
     manifest.json                                                                   source, settings, SHA-256 of files
 
 and, in the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
@@ -20,6 +21,8 @@ Public benchmarks and own data make the same files (docs/sources.md):
     python prepare_math_science_data.py --suite guide --dry-run        what would be fetched from the hub
     python prepare_math_science_data.py --benchmark bbh --local-dir ~/datasets
     python prepare_math_science_data.py --source local --mapping my_tasks.yaml
+
+The hidden rules (docs/rules.md) need no network: ``--suite rules``.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from metasft.config.prompts import DEFAULT_DATE
 from metasft.data import answers
 from metasft.data import embedded_tasks as task_source
 from metasft.data.embedded_tasks import Example
+from metasft.data.rules import source as rules
 from metasft.data.sources import commands
 from metasft.data.sources.build import Built, build
 from metasft.data.sources.local import OWN_DATA
@@ -86,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip-existing", action="store_true", help="do nothing where these flags' files exist unchanged")
     group = parser.add_argument_group("public benchmarks and own data; their sizes come from the suite unless given")
     add = group.add_argument
-    add("--suite", help=f"tasks from the hub: {', '.join(shipped_suites())}, or the path of a YAML file")
+    add("--suite", help=f"which tasks: {', '.join(shipped_suites())}, or the path of a YAML file")
     add("--benchmark", choices=commands.BENCHMARKS, help="the suite of one benchmark")
     add("--local-dir", type=Path, help="folder with copies of the datasets, <owner>/<name>/..., instead of the hub")
     add("--revision", nargs="+", metavar="REPOSITORY=COMMIT", help="revisions to use instead of the pinned ones")
@@ -461,6 +465,7 @@ def code_sha256(source: str) -> str:
     else:
         folder = Path(commands.__file__).parent
         paths += [folder.parent / "answers.py", folder.parent / "scoring.py", *sorted(folder.glob("*.py"))]
+        paths += sorted(Path(rules.__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -541,7 +546,7 @@ def read_manifest(output_dir: Path) -> dict[str, Any] | None:
         return None
     files = manifest.get("files")
     usable = isinstance(files, dict) and all(
-        re.fullmatch(r"meta_(train|test)/[^/\\\x00-\x1f]+\.parquet", name) and isinstance(entry, dict)
+        re.fullmatch(r"meta_(train|valid|test)/[^/\\\x00-\x1f]+\.parquet", name) and isinstance(entry, dict)
         for name, entry in files.items()
     )
     return manifest if usable and isinstance(manifest.get("baseline_configs", []), list) else None
@@ -591,9 +596,12 @@ def make_suite(selection: commands.Selection) -> Built:
             bar.update()
 
         suite, known = selection.suite, selection.known
-        return build(
+        built = build(
             suite, selection.sizes, selection.access, known, seed=selection.settings["seed"], progress=progress
         )
+    for name, description in rules.describe(suite, built.files).items():
+        built.tasks[name] |= description
+    return built
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:

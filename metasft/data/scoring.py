@@ -8,10 +8,11 @@ A data row names its scorer in ``extra_info["scorer"]``, with what else the scor
     number       a number, with ``relative_tolerance`` and ``unit`` where given; a list of numbers likewise
     boolean      true or false, yes or no
     text         equality up to case, white space and surrounding quotes
+    bare         the whole text up to white space; a label, one of ``choices``, also up to case
     exact_match  the whole text, but for white space around it: data without a scorer
 
-All but the last also accept a last line ``Answer: <answer>``. ``formatted`` tells whether the form asked for was there:
-what a scorer finds by looking further counts as correct, not as formatted.
+All but the last two also accept a last line ``Answer: <answer>``. ``formatted`` tells whether the form asked for was
+there: what a scorer finds by looking further counts as correct, not as formatted.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from metasft.data.answers import Score, extract_answer, last_boxed, normalised, unwrap
+from metasft.data.answers import Score, extract_answer, last_boxed, normalised, shape, unwrap
 
+BARE = "bare"
 EXACT_MATCH = "exact_match"
 MAX_SCORED_CHARS = 300  # whatever is longer is no final answer, and may be slow to judge
 
@@ -341,6 +343,16 @@ def _text(text: str, gold: str, info: Mapping[str, Any]) -> Score:
     )
 
 
+def _bare_answer(text: str, gold: str, info: Mapping[str, Any]) -> Score:
+    answer, right, labels = " ".join(text.split()), " ".join(gold.split()), info.get("choices")
+    if labels:
+        answer = answer.casefold()
+        known = [label.casefold() for label in labels]
+        return Score(correct=answer == right.casefold(), formatted=answer in known, extracted=answer or None)
+    # Another answer to a task of this kind looks like the gold one: as many numbers, words and signs.
+    return Score(correct=answer == right, formatted=shape(answer) == shape(right), extracted=answer or None)
+
+
 def _exact_match(text: str, gold: str, info: Mapping[str, Any]) -> Score:
     text = text.strip()
     return Score(correct=text == gold.strip(), formatted=True, extracted=text or None)
@@ -353,5 +365,6 @@ SCORERS: dict[str, Callable[[str, str, Mapping[str, Any]], Score]] = {
     "number": _number,
     "boolean": _boolean,
     "text": _text,
+    BARE: _bare_answer,
     EXACT_MATCH: _exact_match,
 }

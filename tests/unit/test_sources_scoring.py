@@ -155,6 +155,18 @@ HAND_MADE = {
         ["", "Answer: apple stone river", "Answer: apple, river, stone", "apple river stone", "Answer: apple river",
          "Answer: apple river stone tower"],
     ),
+    "bare": (
+        "2 9 Four",
+        {},
+        ["2 9 Four", " 2  9 Four\n"],
+        ["", "2 9", "2 9 four", "2 9 Four.", "Answer: 2 9 Four", "2 9 Four\n2 9 Four", "2, 9, Four"],
+    ),
+    "bare, a label": (
+        "tork",
+        {"choices": ["blip", "tork"]},
+        ["tork", "Tork", " tork\n"],
+        ["", "blip", "tork tork", "Answer: tork", "tor"],
+    ),
     "exact_match": (
         " Dear Ms Ödön,\n\nthank you.",
         {},
@@ -189,6 +201,8 @@ def test_every_scorer_has_outputs_written_by_hand():
         ("boolean", "true", False),
         ("number", "Answer: 3", True),
         ("text", "nothing", False),
+        ("bare", "Y", True),
+        ("bare", "1", False),
         ("exact_match", "nothing", True),
     ],
 )
@@ -202,6 +216,9 @@ def test_rows_of_data_files_are_scored_by_the_scorer_they_name():
     assert tasks.majority_baseline([row, {**row, "answer": "A"}]) == 0.5
     free = {"data_source": "mine", "answer": "Thank you.", "extra_info": '{"scorer": "exact_match"}'}
     assert tasks.majority_baseline([free, free, {**free, "answer": "No."}]) == pytest.approx(2 / 3)
+    bare = {"data_source": "rules/sort_up", "answer": "2 9", "extra_info": '{"scorer": "bare"}'}
+    assert tasks.majority_baseline([bare, {**bare, "answer": "3 4"}]) == 0.5
+    assert [tasks.score(text, bare).formatted for text in ("4 4", "4 4 4", "4, 4", "two 9")] == [True, *[False] * 3]
 
 
 def test_unusable_rows():

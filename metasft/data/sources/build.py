@@ -18,7 +18,7 @@ from metasft.data.sources.suite import Suite, SuiteTask
 
 
 class TaskSizes(NamedTuple):
-    """Examples per file of one task; the support set of an unseen task is its shot pool, and its query set is empty."""
+    """Examples per file of one task; but for training tasks the support set is the shot pool, without a query set."""
 
     support: int
     query: int
@@ -308,8 +308,9 @@ class _Builder:
 
     def _files(self, name: str, members: list[Candidate], tests: list[Candidate]) -> dict[str, list[Example]]:
         sizes = self.sizes[name]
-        if name in self.suite.unseen:
-            parts = {"meta_test": {"support": members, "test": tests}}
+        if name not in self.suite.train:
+            folder = "meta_test" if name in self.suite.unseen else "meta_valid"
+            parts = {folder: {"support": members, "test": tests}}
         else:
             # The query set first: it stays the same, and the support set only grows, when more support is asked for.
             query, support = members[: sizes.query], members[sizes.query : sizes.query + sizes.support]
@@ -330,7 +331,7 @@ class _Builder:
         for name, task in self.suite.tasks.items():
             examples = {e.example_id: e for members in files.values() for e in members if e.task == name}.values()
             described[name] = {
-                "role": "train" if name in self.suite.train else "unseen",
+                "role": self.suite.role(name),
                 "sources": {source: list(subsets) for source, subsets in task.sources.items()},
                 "data_sources": dict(sorted(Counter(e.data_source for e in examples).items())),
                 "levels": dict(sorted(Counter(str(e.extra_info.get("level")) for e in examples).items())),

@@ -126,10 +126,7 @@ def _some_tasks(suite: Suite, names: list[str] | None) -> Suite:
             f"--tasks names '{unknown[0]}', which is no task of suite {suite.name}: choose from "
             f"{', '.join(suite.tasks)}"
         )
-    kept = {
-        role: {name: task for name, task in getattr(suite, role).items() if name in names}
-        for role in ("train", "unseen")
-    }
+    kept = {role: {name: task for name, task in tasks.items() if name in names} for role, tasks in suite.roles.items()}
     return suite.model_copy(update=kept)
 
 
@@ -158,7 +155,7 @@ def _task_sizes(name: str, suite: Suite, arguments: argparse.Namespace) -> TaskS
         sizes = split_sizes(values, arguments.full_samples)
     except ValueError as error:
         raise ValueError(f"{error} (task {name} of suite {suite.name})") from None
-    if name in suite.unseen:
+    if name not in suite.train:
         return TaskSizes(support=values["shot_pool"], query=0, test=values["test_samples"])
     return TaskSizes(**sizes, full=arguments.full_samples)
 
@@ -214,7 +211,7 @@ def dry_run(selection: Selection) -> Iterator[str]:
     """
     suite, known = selection.suite, selection.known
     yield f"suite {suite.name}: {suite.title}"
-    for role, tasks in (("train", suite.train), ("unseen", suite.unseen)):
+    for role, tasks in suite.roles.items():
         for name in tasks:
             sizes = selection.sizes[name]
             counts = f"{sizes.support} support, {sizes.query} query, {sizes.test} test"

@@ -69,8 +69,9 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
             f"{where} has the entry {unknown[0]!r}, which means nothing: use {', '.join(_OWN_KEYS + _SUITE_KEYS)}"
         )
     scorer = scoring.EXACT_MATCH if values.get("scorer") is None else values["scorer"]
-    if not isinstance(scorer, str) or scorer not in scoring.SCORERS:
-        raise ValueError(f"scorer in {where} is {scorer!r}: choose from {', '.join(scoring.SCORERS)}")
+    scorers = [name for name in scoring.SCORERS if name != scoring.BARE]  # of responses without a last line Answer:
+    if not isinstance(scorer, str) or scorer not in scorers:
+        raise ValueError(f"scorer in {where} is {scorer!r}: choose from {', '.join(scorers)}")
     fields = _check_fields(values.get("fields"), scorer, where)
     if (scorer == "choice") != ("choices" in fields):
         raise ValueError(f"{where} has scorer {scorer} and fields {', '.join(fields)}: choice and choices go together")

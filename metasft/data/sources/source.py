@@ -22,7 +22,7 @@ class Item:
         response: content of the assistant turn, with the reasoning where the source has it.
         answer: the gold answer, as the scorer reads it.
         scoring: ``scorer``, one of ``scoring.SCORERS``, and what it needs.
-        level: difficulty, 1 is easiest; None: the source does not say.
+        level: difficulty, 1 is easiest, or the class of a label, so that files are stratified; None: neither is known.
         group: items with the same group are one problem (in several languages, say) and never lie on both sides of
             training and test; empty: the item is its own group.
         key: unique within the source at one revision; ``reading`` fills it in for items of files.

@@ -10,6 +10,8 @@ A suite is a YAML file. ``data/suites`` holds those that come with the project; 
     stratify: proportional       # of difficulty levels in every file: proportional, equal, or null
     train:
       algebra: {sources: {math: [algebra, prealgebra]}, levels: [1, 2, 3]}
+    search: {}                   # validation tasks that settings are searched on
+    valid: {}                    # validation tasks to report on while something is developed
     unseen:
       calculus: {sources: {numina_calculus: []}, sizes: {test_samples: 100}}
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +32,7 @@ from metasft.data.sources.source import Source
 from metasft.files import untrusted
 
 SUITES_DIR = (Path(__file__).parents[2] / "shipped" / "suites").resolve()
+ROLES = ("train", "search", "valid", "unseen")
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
 
 TaskName = Annotated[
@@ -87,6 +91,8 @@ class Suite(Schema):
     name: str
     title: Text = Field(description="what the suite is, in one line")
     train: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
+    search: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
+    valid: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
     unseen: Annotated[dict[TaskName, SuiteTask], Named] = Field(default_factory=dict)
     sizes: Sizes = Field(default_factory=dict)
     exclude: Annotated[tuple[str, ...], Tuple] = Field((), description="a list of sources, such as [math_500]")
@@ -95,9 +101,18 @@ class Suite(Schema):
     max_chars: int = Field(2500, ge=1, description="characters of prompt and response")
 
     @property
+    def roles(self) -> dict[str, dict[str, SuiteTask]]:
+        """Role -> its tasks; all but the training tasks have a shot pool and a test set alone."""
+        return {role: getattr(self, role) for role in ROLES}
+
+    @property
     def tasks(self) -> dict[str, SuiteTask]:
         """Every task, the training tasks first."""
-        return {**self.train, **self.unseen}
+        return {name: task for tasks in self.roles.values() for name, task in tasks.items()}
+
+    def role(self, task: str) -> str:
+        """One of ``ROLES``."""
+        return next(role for role, tasks in self.roles.items() if task in tasks)
 
     @model_validator(mode="after")
     def _names_are_known(self, info: ValidationInfo) -> Suite:
@@ -106,8 +121,9 @@ class Suite(Schema):
                 raise ValueError(f"exclude names {source}, whose items are made up as needed: leave it out")
         if not self.tasks:
             raise ValueError("no task is named: list tasks under train and unseen")
-        if both := [task for task in self.train if task in self.unseen]:
-            raise ValueError(f"the task {both[0]} is under train and unseen: name it once")
+        for one, other in combinations(ROLES, 2):
+            if both := [task for task in self.roles[one] if task in self.roles[other]]:
+                raise ValueError(f"the task {both[0]} is under {one} and {other}: name it once")
         return self
 
 

@@ -1,0 +1,80 @@
+"""Accuracies of solvers that understand nothing: what a rule has to be above to show that it was learned."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from metasft.data.answers import shape
+
+
+class Trivial(NamedTuple):
+    """Fractions of test items that are answered right.
+
+    Attributes:
+        constant: always the most frequent answer of the pool.
+        copy: the input itself.
+        part: the part of the input at one position, counted from either end; the position that fits the pool best.
+        pattern: the most frequent answer to inputs of the same pattern, which is their punctuation and where letters
+            and digits stand.
+    """
+
+    constant: float
+    copy: float
+    part: float
+    pattern: float
+
+
+Pair = tuple[str, str]
+"""An input and its answer."""
+
+
+def trivial_accuracies(pool: Sequence[Pair], test: Sequence[Pair]) -> Trivial:
+    """What each trivial solver gets right on ``test`` when it has seen all of ``pool``.
+
+    Args:
+        pool: of support examples, at least one.
+        test: at least one.
+    """
+    constant = _most_frequent(answer for _, answer in pool)
+    by_pattern: dict[str, list[str]] = defaultdict(list)
+    for text, answer in pool:
+        by_pattern[shape(text)].append(answer)
+    of_pattern = {pattern: _most_frequent(answers) for pattern, answers in by_pattern.items()}
+    part = max(_PARTS, key=lambda solver: _accuracy(solver, pool))
+    return Trivial(
+        constant=_accuracy(lambda text: constant, test),
+        copy=_accuracy(lambda text: text, test),
+        part=_accuracy(part, test),
+        pattern=_accuracy(lambda text: of_pattern.get(shape(text), constant), test),
+    )
+
+
+def _most_frequent(answers: Iterable[str]) -> str:
+    """Among equally frequent ones the alphabetically first."""
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _accuracy(solve: Callable[[str], str], pairs: Sequence[Pair]) -> float:
+    return round(sum(solve(text) == answer for text, answer in pairs) / len(pairs), 4)
+
+
+@functools.lru_cache(4096)
+def _split(pattern: str, text: str) -> list[str]:
+    return re.findall(pattern, text)
+
+
+def _part(pattern: str, position: int) -> Callable[[str], str]:
+    def solve(text: str) -> str:
+        parts = _split(pattern, text)
+        return parts[position] if -len(parts) <= position < len(parts) else ""
+
+    return solve
+
+
+_PARTS = [_part(pattern, position) for pattern in (r"\S+", r"\w+", r"\w") for position in range(-6, 6)]
+"""Words with and without punctuation, and single characters."""
