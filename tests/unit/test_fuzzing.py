@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -20,8 +20,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from script_runner import ROOT
 
+from metasft.checkpoint import exports
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
-from metasft.checkpoint.model_folder import check_model_files
+from metasft.config import records, result_files
+from metasft.config.schema import _members, fields_of, validated
 from metasft.config.training import METHODS, MetaConfig, check_training_config
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
@@ -29,10 +31,12 @@ from metasft.data import scoring
 from metasft.data.answers import extract_answer, last_boxed, unwrap
 from metasft.data.embedded_tasks import Example, score
 from metasft.data.episodes import EpisodeSampler, ShuffledStream
+from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.commands import split_sizes
+from metasft.data.sources.suite import Suite as DataSuite
 from metasft.data.task_sets import find_task_files
-from metasft.evaluation.model_source import find_model_source
-from metasft.evaluation.protocol import read_test_tasks
+from metasft.evaluation.protocol import _schema, read_test_tasks
+from metasft.experiments.suites import Scale, Suite
 from metasft.files import untrusted
 
 
@@ -242,62 +246,79 @@ def test_the_files_of_a_task_are_disjoint_and_complete(examples):
     )
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- schemas --------------------------------------------------------------------------------------------------------
 
-KEYS = st.sampled_from([f.name for f in dataclasses.fields(MetaConfig)]) | st.text(max_size=8) | st.integers()
 EDGES = st.sampled_from([0, 1, -1, 10**400, -(10**400), 1e308, 5e-324, float("nan"), float("inf"), True, "sgd", "mean"])
-VALUES = EDGES | PLAIN | st.lists(st.sampled_from(["a", "b", "../c", ""]), max_size=3)
-GOOD = {"task_dir": "tasks", "inner_lr": 0.1, "support_samples": 8, "inner_batch_size": 2}
+VALUES = EDGES | PLAIN | st.lists(st.sampled_from(["a", "b", "../c", "a\0\n", ""]), max_size=3)
 
 
-@tiers(300, 10_000)
-def test_any_mapping_is_settings_or_a_sentence(examples):
-    def check(method, values, good):
-        values = {**(GOOD if good else {}), **values}
-        if method == "reptile" and good:
-            values.setdefault("reptile_step_size", 0.5)
-        config = value_or_sentence(lambda: MetaConfig.from_mapping(values, method))
-        if config is not None:
-            assert isinstance(config, MetaConfig)
-            for name, value in values.items():
-                given_ = tuple(value) if isinstance(value, list) else value
-                assert getattr(config, name) == given_, name
+def values_of(kind) -> st.SearchStrategy:
+    """Values for a place of a schema: of its shape as often as not, and anything else."""
+    (kind, *_), inner = _members(kind), get_args(_members(kind)[0])
+    if fields := fields_of(kind):
+        entries = [st.tuples(st.just(name), values_of(field.annotation)) for name, field in fields.items()]
+        more = st.tuples(st.text(max_size=6) | st.integers(), VALUES)
+        return VALUES | st.lists(st.one_of(*entries, more), max_size=6).map(dict)
+    if get_origin(kind) is dict:
+        return VALUES | st.dictionaries(st.sampled_from(["a", "5", "../a", ""]), values_of(inner[1]), max_size=2)
+    if get_origin(kind) in (list, tuple) and inner:
+        return VALUES | st.lists(values_of(inner[0]), max_size=2)
+    return VALUES | st.sampled_from(inner) if get_origin(kind) is Literal else VALUES
 
-    mapping = st.dictionaries(KEYS, VALUES, max_size=4)
-    fuzz(examples, check, method=st.sampled_from(METHODS), values=mapping, good=st.booleans())
+
+KINDS = {
+    **{f"meta of {method}": (MetaConfig, method) for method in METHODS},
+    "suite": (Suite, None),
+    "scale": (Scale, None),
+    "suite of data": (DataSuite, SOURCES),
+    "experiments": (records._PlannedExperiments, None),
+    "results": (dict[str, dict[result_files.WholeText, result_files.SpeedEntry]], None),
+    "summary": (result_files.Summary, None),
+    "settings of an evaluation": (_schema(), None),
+    "prediction": (result_files.Prediction, None),
+    "adapter": (exports._Export, None),
+}
+
+
+@tiers(400, 10_000)
+@pytest.mark.parametrize("name", KINDS)
+def test_any_mapping_is_valid_or_a_sentence(name, examples):
+    kind, context = KINDS[name]
+
+    def check(values):
+        value_or_sentence(lambda: validated(kind, values, context=context))
+
+    fuzz(examples, check, values=values_of(kind))
 
 
 @pytest.fixture(scope="module")
 def composed(tiny_model):
-    """The shipped configuration of every method, as a plain mapping."""
+    """The shipped configuration of Reptile, as a plain mapping."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    names = {"meta_lora": "config_meta_lora_example", "fomaml": "config_fomaml_math_science"}
-    found = {}
     with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
-        for method in METHODS:
-            config = compose(names.get(method, "config_reptile_math_science"), overrides=[f"model.path={tiny_model}"])
-            found[method] = OmegaConf.to_container(config, resolve=True)
-    return found
+        config = compose("config_reptile_math_science", overrides=[f"model.path={tiny_model}"])
+    return OmegaConf.to_container(config, resolve=True)
 
 
-@tiers(150, 5000)
-def test_any_configuration_is_settings_or_a_sentence(examples, composed):
-    for method in METHODS:
-        assert isinstance(check_training_config(composed[method], method), MetaConfig)
-    groups = {group: values for group, values in composed["reptile"].items() if isinstance(values, dict)}
-    places = [(group, key) for group, values in groups.items() for key in values]
+@tiers(200, 5000)
+def test_a_setting_is_taken_as_it_is_or_named(examples, composed):
+    """A good configuration with one setting replaced: what is accepted is what was given."""
+    keys = [(group, key) for group, values in composed.items() if isinstance(values, dict) for key in values]
 
-    def check(method, changes):
-        config = copy.deepcopy(composed[method])
-        for (group, key), value in changes.items():
-            config[group][key] = value
-        value_or_sentence(lambda: check_training_config(config, method))
+    def check(place, value):
+        group, key = place
+        config = {**composed, group: {**composed[group], key: value}}
+        try:
+            meta = check_training_config(config, "reptile")
+        except ValueError as error:
+            assert "\n" not in str(error) and key in str(error), error
+        else:
+            if group == "meta":
+                assert getattr(meta, key) == (tuple(value) if isinstance(value, list) else value)
 
-    changes = st.dictionaries(st.sampled_from(places), VALUES, min_size=1, max_size=3)
-    found = {"method": "meta_lora", "changes": {("checkpoint", "save_contents"): [[]]}}
-    fuzz(examples, check, found, method=st.sampled_from(METHODS), changes=changes)
+    fuzz(examples, check, place=st.sampled_from(keys), value=VALUES)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -482,47 +503,6 @@ def test_a_damaged_adapter_folder(examples, adapter, tmp_path):
     fuzz(examples, check, name=st.sampled_from(sorted(contents)), **DAMAGE)
 
 
-@tiers(100, 5000)
-def test_a_damaged_adapter_folder_without_checksums(examples, adapter, tmp_path):
-    """Of somebody else's trainer: what cannot be noticed may be other values, but nothing else happens."""
-    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
-    (folder / "SHA256SUMS").unlink()
-    contents = {name: (folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
-
-    def check(name, **damage):
-        (folder / name).write_bytes(damaged(contents[name], **damage))
-        value_or_sentence(lambda: load_adapter_folder(folder))
-        (folder / name).write_bytes(contents[name])
-
-    fuzz(examples, check, name=st.sampled_from(sorted(contents)), **DAMAGE)
-
-
-@tiers(60, 2000)
-def test_a_damaged_model_folder(examples, tiny_model, tmp_path):
-    folder = shutil.copytree(tiny_model, tmp_path / "step_3")
-    untrusted.write_sums(folder)
-    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
-    config = dataclasses.replace(
-        base_config(folder, tmp_path, tmp_path), model_type="fomaml", lora_rank=None, lora_alpha=None
-    )
-
-    def checked():
-        source = find_model_source(config)
-        check_model_files(str(folder), "--model-path")
-        return source
-
-    whole = checked()
-
-    def check(name, **damage):
-        changed = damaged(contents[name], **damage)
-        (folder / name).write_bytes(changed)
-        found = value_or_sentence(checked)
-        assert found is None or (found == whole and (changed == contents[name] or name == "SHA256SUMS"))
-        (folder / name).write_bytes(contents[name])
-
-    fuzz(examples, check, name=st.sampled_from(sorted(contents)), **DAMAGE)
-
-
 @tiers(200, 10_000)
 @pytest.mark.parametrize("listed", [True, False])
 def test_damaged_data_files(listed, examples, tmp_path):
@@ -556,10 +536,3 @@ def test_damaged_data_files(listed, examples, tmp_path):
     # A text column that has become one of bytes.
     found = {"name": "meta_train/calculus_support.parquet", "kind": "flip", "share": 0.22265625, "length": 1, "mask": 4}
     fuzz(examples, check, found, name=st.sampled_from(files), **DAMAGE)
-
-
-def test_what_is_written_for_a_check_is_what_the_tool_reads(adapter):
-    """``SHA256SUMS`` is the form that ``sha256sum -c`` takes."""
-    lines = (adapter.parent / "adapter_step_7" / "SHA256SUMS").read_text().splitlines()
-    assert all(re.fullmatch(r"[0-9a-f]{64}  \S+", line) for line in lines)
-    assert {line.split("  ")[1] for line in lines} >= {"adapter_model.safetensors", "adaptation.json"}

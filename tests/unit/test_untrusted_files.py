@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynami
 
 import evaluate_few_shot
 from metasft.checkpoint.exports import attach_adapter, load_adapter_folder, load_meta_lora
-from metasft.checkpoint.model_folder import check_model_files, check_vocabulary
+from metasft.checkpoint.model_folder import check_vocabulary
 from metasft.config.training import MetaConfig
 from metasft.data.task_sets import TokenizedSet, find_task_files
 from metasft.evaluation.open_model import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
@@ -30,7 +30,6 @@ from metasft.files.untrusted import check_data_file, check_sums, read_json, read
 from metasft.reporting.exports import read_export
 from metasft.training.resume import _find_state
 
-DEEP = "[" * 100_000
 RENDERED_ON_IMPORT = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 
 
@@ -109,57 +108,47 @@ def test_pickled_weights_of_a_model(model_type, tmp_path, marker, tiny_model, ev
     assert not marker.exists()
 
 
+PATTERN = "([a-z_.0-9]+)+!"
+"""As a regular expression it takes longer than anybody waits."""
+
+
+def in_config(**changes):
+    return {"adapter_config": {"r": 4, "lora_alpha": 8, **changes}}
+
+
+def weights(dtype):
+    return {"lora": {"base_model.model.q_proj.lora_A.weight": torch.full((4, 8), torch.nan).to(dtype)}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("words", "wrong"),
     [
-        ({"lora": [1, 2]}, "the LoRA tensors"),
-        ({"lora": {"a": "text"}}, "the LoRA tensors"),
-        ({"lora": {"a": torch.zeros(2, dtype=torch.long)}}, "the LoRA tensors"),
-        ({"lora": None}, "the LoRA tensors"),
-        ({"adapter_config": "r=4"}, "the adapter's configuration"),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "base_module": "x"}}, "the adapter's configuration"),
-        ({"adapter_config": {"r": "4", "lora_alpha": 8}}, "its rank"),
-        ({"adapter_config": {"r": 10**9, "lora_alpha": 8}}, "its rank is 1000000000, its tensors have 4"),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 10**9}}}, "its rank is 1000000000"),
-        *(
-            ({"adapter_config": {"r": 4, "lora_alpha": alpha}}, "its lora_alpha")
-            for alpha in (float("nan"), 0, 1e308, "8")
-        ),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 1e308}}}, "in its alpha_pattern"),
-        *(
-            ({"adapter_config": {"r": 4, "lora_alpha": 8, key: value}}, f"in {key}, where names of modules alone")
-            for pattern in ("([a-z_.0-9]+)+!", ".*proj", "(", 5)
-            for key, value in (
-                ("target_modules", pattern),
-                ("target_modules", ["q_proj", pattern]),
-                ("exclude_modules", [pattern]),
-                ("layers_pattern", pattern),
-                *(((key, {pattern: 4}) for key in ("rank_pattern", "alpha_pattern")) if pattern != 5 else ()),
-            )
-        ),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "exclude_modules": "lm_head"}}, "in exclude_modules, where"),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head"]}}, "sets modules_to_save"),
-        ({"adapter_config": {"r": 4, "lora_alpha": 8, "megatron_config": {"a": 1}}}, "sets megatron_config"),
-        ({"base_model": 7}, "the base model's name"),
-        ({"adaptation": [0.1]}, "the inner-loop settings"),
-        *(
-            ({"adaptation": {"inner_lr": lr}}, "records inner_lr=")
-            for lr in ("0.1", [], True, 0, -1, float("nan"), float("inf"), 10**400)
-        ),
-        ({"adaptation": {"inner_optimizer": "lion"}}, "records inner_optimizer=lion"),
-        ({"adaptation": {"inner_optimizer": ["sgd"]}}, "records inner_optimizer="),
-        *(
-            ({"lora": {"base_model.model.q_proj.lora_A.weight": torch.full((4, 8), torch.nan).to(dtype)}}, "not finite")
-            for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
-        ),
-        ({"step": "3"}, "the meta-step"),
-        ({"version": "1\n2"}, r"has format version '1\n2'"),
+        ("the LoRA tensors", [{"lora": value} for value in ([1, 2], None, {"a": "x"}, {"a": torch.zeros(2).long()})]),
+        ("not finite", [weights(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)]),
+        ("adapter_config", [{"adapter_config": "r=4"}]),
+        ("adapter_config.r", [in_config(r="4"), in_config(r=0)]),
+        ("lora_alpha", [in_config(lora_alpha=value) for value in (float("nan"), 0, 1e308, "8")]),
+        ("target_modules", [in_config(target_modules=value) for value in (PATTERN, ["q_proj", PATTERN], 5)]),
+        ("exclude_modules", [in_config(exclude_modules=value) for value in ("lm_head", [PATTERN])]),
+        ("layers_pattern", [in_config(layers_pattern=PATTERN)]),
+        ("rank_pattern", [in_config(rank_pattern={PATTERN: 4}), in_config(rank_pattern={"q_proj": "4"})]),
+        ("alpha_pattern", [in_config(alpha_pattern={PATTERN: 4}), in_config(alpha_pattern={"q_proj": 1e308})]),
+        ("modules_to_save", [in_config(modules_to_save=["lm_head"])]),
+        ("megatron_config", [in_config(megatron_config={"a": 1})]),
+        ("base_model=7", [{"base_model": 7}]),
+        ("adaptation", [{"adaptation": [0.1]}]),
+        ("inner_lr", [{"adaptation": {"inner_lr": v}} for v in ("0.1", True, 0, -1, float("nan"), 10**400)]),
+        ("inner_optimizer", [{"adaptation": {"inner_optimizer": value}} for value in ("lion", ["sgd"])]),
+        ("chat_template_kwargs", [{"adaptation": {"chat_template_kwargs": value}} for value in (7, {"tokenize": 1})]),
+        ("step='3'", [{"step": "3"}]),
+        (r"has format version '1\n2'", [{"version": "1\n2"}]),
     ],
 )
-def test_an_export_with_something_else_in_its_place(changes, words, tmp_path):
-    torch.save({**EXPORT, **changes}, tmp_path / "x.pt")
-    with refused("x.pt", words):
-        load_meta_lora(tmp_path / "x.pt")
+def test_an_export_with_something_else_in_its_place(words, wrong, tmp_path):
+    for changes in wrong:
+        torch.save({**EXPORT, **changes}, tmp_path / "x.pt")
+        with refused("x.pt", words):
+            load_meta_lora(tmp_path / "x.pt")
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path):
@@ -259,12 +248,12 @@ def test_training_on_a_model_that_brings_code(tmp_path, marker, tiny_model, task
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../base", "/etc", "/nowhere\nerror: fine", "a\0b", 7, {"a": 1}, None, "a/b/../c"])
+@pytest.mark.parametrize("name", ["../base", "/nowhere\nerror: fine", 7])
 def test_the_base_that_an_adapter_names(name, tmp_path, adapter, evaluate):
     folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
     (folder / "SHA256SUMS").unlink()
     change_json(folder / "adapter_config.json", base_model_name_or_path=name)
-    assert "--base-model" in evaluate(folder, "meta_lora") or name == "/etc"
+    assert "--base-model" in evaluate(folder, "meta_lora")
     torch.save({**torch.load(adapter, weights_only=True), "base_model": name}, tmp_path / "x.pt")
     evaluate(tmp_path / "x.pt", "meta_lora")
 
@@ -279,20 +268,8 @@ def test_an_adapter_names_a_module_to_import(tmp_path, marker, adapter, tiny_mod
     attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), load_adapter_folder(folder))
     megatron = {"megatron_core": "bait_library", "megatron_config": {"tensor_model_parallel_size": 1}}
     change_json(folder / "adapter_config.json", **megatron)
-    with refused("sets megatron_config", marker=marker):
+    with refused("megatron_config", marker=marker):
         load_adapter_folder(folder)
-
-
-def test_settings_that_peft_stumbles_over(tmp_path, adapter, tiny_model):
-    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
-    (folder / "SHA256SUMS").unlink()
-    original = (folder / "adapter_config.json").read_text()
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    for changes in ({"init_lora_weights": "pissa_niter_x"}, {"bias": 7}, {"target_modules": "("}, {"r": 4.5}):
-        (folder / "adapter_config.json").write_text(original)
-        change_json(folder / "adapter_config.json", **changes)
-        with refused(str(folder) if {"r", "target_modules"} & set(changes) else "does not fit"):
-            attach_adapter(base, load_adapter_folder(folder))
 
 
 @pytest.mark.parametrize("sums", [b"", b"nonsense\n", b"\xff\n", b"0" * 64 + b"  ../../../etc/passwd\n"])
@@ -380,10 +357,8 @@ def test_files_without_an_end_are_not_opened(endless, tmp_path, monkeypatch):
     "template",
     [
         RENDERED_ON_IMPORT,
-        "{{ messages.__class__.__base__.__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.system('false') }}",
         "{% for i in range(10000000000) %}x{% endfor %}",
-        "{% for message in messages %}",
         "{{ raise_exception('no\nsuch') }}",
     ],
 )
@@ -393,17 +368,6 @@ def test_a_chat_template_that_reaches_too_far(template, tmp_path, tiny_model):
     assert AutoTokenizer.from_pretrained(folder).chat_template == template
     with refused(f"the chat template of {folder} cannot be rendered"):
         load_transformers(str(folder), torch.float32)
-
-
-@pytest.mark.parametrize("content", [DEEP, "[]", "7", "{", '{"a": ' + "9" * 5000 + "}", b"\xff\xfe", "", DEEP[:50]])
-@pytest.mark.parametrize("name", ["adapter_config.json", "adaptation.json"])
-def test_json_that_is_none_of_ours(name, content, tmp_path, adapter, evaluate):
-    folder = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "adapter")
-    (folder / "SHA256SUMS").unlink()
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with refused(f"{name} is not readable JSON", "export the adapter again"):
-        load_adapter_folder(folder)
-    assert f"{name} is not readable JSON" in evaluate(folder, "meta_lora")
 
 
 @pytest.mark.parametrize(
@@ -468,25 +432,6 @@ def test_one_row_of_every_order_of_roles_is_tokenised(tmp_path, tiny_model, monk
         TokenizedSet(tmp_path / "a.parquet", 100, tokenizer, UNLIMITED).check_template()
 
 
-@pytest.mark.parametrize("ends", ["x", 10**9, -1, [2, -1], True, 1.5, {}])
-def test_end_tokens_that_the_model_does_not_know(ends, tmp_path, tiny_model):
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    change_json(folder / "generation_config.json", eos_token_id=ends)
-    with refused("generation_config.json has eos_token_id=", "correct it"):
-        check_model_files(str(folder), "model.path")
-
-
-@pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 10**9}, {"n_layer": 100}, {"text_config": {"num_hidden_layers": 100}}]
-)
-def test_more_layers_than_weights(changes, tmp_path, tiny_model):
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    check_model_files(str(folder), "model.path")
-    change_json(folder / "config.json", **changes)
-    with refused("config.json says", "the weights beside it are", "copy"):
-        check_model_files(str(folder), "model.path")
-
-
 def test_a_vocabulary_smaller_than_the_tokenizers(tiny_model):
     tokenizer, config = AutoTokenizer.from_pretrained(tiny_model), AutoConfig.from_pretrained(tiny_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|in no conversation|>"]})
@@ -529,12 +474,3 @@ def test_a_state_is_only_read_from_the_runs_own_folder(tmp_path, marker, caplog)
     link = tmp_path / "link"
     link.symlink_to(other)
     assert _find_state(link, "auto", str(foreign)) == foreign, "the folder itself may be a link"
-
-
-@pytest.mark.parametrize("content", [DEEP, "[]", '{"files": []}', '{"files": {"../../x": 0}}', '{"files": {"/x": 0}}'])
-def test_a_layout_file_that_is_none(content, tmp_path):
-    state = tmp_path / "global_step_2"
-    state.mkdir()
-    (state / "layout.json").write_text(content)
-    with refused("its layout.json is damaged"):
-        _find_state(tmp_path, "resume_path", str(state))
