@@ -10,6 +10,7 @@ import pytest
 from experiment_files import BASE, META_LORA, MIXED, SEARCH, SEARCHED, flag, opened
 
 import run_experiments
+from metasft.experiments import command
 from metasft.config.records import read_record, write_record
 from metasft.experiments.process import END_NOW_FILE
 from metasft.experiments.runner import Progress, _check_resources, _schedule, _stop, time_left
@@ -103,7 +104,7 @@ def test_what_was_interrupted_and_what_needs_it_is_left_to_the_next_start(tmp_pa
     assert (states["train-b-seed1"], states["evaluate-b-seed1"]) == ("interrupted", "waiting")
     assert (states["evaluate-a-seed1"], states["evaluate-f-seed1"]) == ("waiting", "skipped")
     assert "train-b-seed1 interrupted after 1 s: it interrupted\n" in capsys.readouterr().out
-    assert run_experiments._summary(store, list(store.records)) == 1
+    assert command._summary(store, list(store.records)) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [
         "8 runs: 3 finished, 1 interrupted, 1 failed, 2 waiting, 1 skipped",  # in the order of the plan
         *("", "train-f-seed1 failed:", "    it failed"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from metasft.data import baselines
+from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
 
@@ -61,7 +63,7 @@ def run_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str, small: bool = True) -> int:
-        return prepare_data.main([*(SMALL if small else []), *flags])
+        return prepare_command.main([*(SMALL if small else []), *flags])
 
     return run
 
@@ -136,7 +138,7 @@ def test_support_ratios_are_comparable(tmp_path, monkeypatch):
     ids = {}
     for ratio in ("0.15", "0.45"):
         flags = ["--output-dir", ratio, "--support-ratio", ratio, "--tasks", "number_theory", "probability"]
-        assert prepare_data.main(flags) == 0
+        assert prepare_command.main(flags) == 0
         ids[ratio] = {name: list(frame["example_id"]) for name, frame in read_all(tmp_path / ratio).items()}
     for task in ("number_theory", "probability"):
         small, large = (
@@ -204,7 +206,7 @@ def test_recorded_command_makes_the_same_files(run_here, tmp_path):
     shutil.rmtree(tmp_path / "one")
     words = command.split()
     assert words[:2] == ["python", "prepare_math_science_data.py"]
-    assert prepare_data.main(words[2:]) == 0
+    assert prepare_command.main(words[2:]) == 0
     assert tree(tmp_path) == before
 
 
@@ -288,7 +290,7 @@ def test_mixed_baseline_takes_600_samples_of_all_tasks(tmp_path, monkeypatch, mo
 
     monkeypatch.chdir(tmp_path)
     flags = ["--samples-per-task", "400", "--support-ratio", "0.4", "--tasks", *tasks.TRAIN_TASKS]
-    assert prepare_data.main(["--output-dir", "data/math_science_meta", *flags]) == 0
+    assert prepare_command.main(["--output-dir", "data/math_science_meta", *flags]) == 0
     config = compose(tmp_path / "data", "baseline_lora_mixed")
     assert config.data.train_max_samples == 600  # of 800
     dataset = create_sft_dataset(
@@ -380,11 +382,11 @@ def test_nothing_under_version_control_is_touched(flags, run_here, checkout):
 
 
 def test_shipped_configs_are_used_where_they_fit(checkout):
-    settings = prepare_data.check_settings(prepare_data.parse_arguments([]))
-    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), settings)
+    settings = prepare_command.check_settings(prepare_command.parse_arguments([]))
+    configs = baselines.make_baseline_configs(Path("data/math_science_meta"), settings)
     assert len(configs) == 12 and all(name.startswith("../") for name in configs)
-    other = prepare_data.check_settings(prepare_data.parse_arguments(["--support-ratio", "0.45"]))
-    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), other)
+    other = prepare_command.check_settings(prepare_command.parse_arguments(["--support-ratio", "0.45"]))
+    configs = baselines.make_baseline_configs(Path("data/math_science_meta"), other)
     assert len(configs) == 6 and not any(name.startswith("..") for name in configs)
 
 
@@ -402,7 +404,7 @@ def test_the_mixed_baseline_makes_sense_from_2_to_500_tasks(tasks_, support, sam
     names = [f"task_{i}" for i in range(tasks_)]
     sizes = {name: {"support": support, "query": 1, "test": 1, "full": None} for name in names}
     settings = {"source": "local", "suite": {"train": names}, "sizes": sizes, "full_samples": None}
-    configs = prepare_data.make_baseline_configs(Path("data/mine"), settings)
+    configs = baselines.make_baseline_configs(Path("data/mine"), settings)
     (tmp_path / "mixed.yaml").write_text(configs["baseline_lora_mixed.yaml"])
     config = compose(tmp_path, "mixed")
     assert len(config.data.train_files) == tasks_
@@ -498,7 +500,7 @@ def test_wrong_flags(case, tmp_path):
 
 def test_flags_are_checked_without_heavy_imports(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import metasft.data.prepare as p\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import metasft.data.command as p\n"
         "assert p.main(['--support-ratio', '2']) == 2\n"
         "heavy = ('torch', 'transformers', 'verl', 'pandas', 'pyarrow', 'reasoning_gym', 'sympy')\n"
         "print([m for m in heavy if m in sys.modules])"

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from metasft import chat_template
+from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
-from metasft.data import prepare as prepare_data
 
 SIZES = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
 
@@ -51,7 +51,7 @@ def run_here(tmp_path, monkeypatch):
 
     def run(values: dict, *flags: str) -> int:
         (tmp_path / "steps.yaml").write_text(yaml.safe_dump(values))
-        return prepare_data.main(["--source", "local", "--mapping", "steps.yaml", "--output-dir", "x", *flags])
+        return prepare_command.main(["--source", "local", "--mapping", "steps.yaml", "--output-dir", "x", *flags])
 
     return run
 

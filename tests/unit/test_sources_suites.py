@@ -13,6 +13,7 @@ import source_files
 import yaml
 from datasets import Dataset
 
+from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
 from metasft.data.sources.build import Candidate, splits_of, stratified
@@ -40,7 +41,7 @@ def copies(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *flags: prepare_data.main([str(flag) for flag in flags])
+    return lambda *flags: prepare_command.main([str(flag) for flag in flags])
 
 
 def frames_of(folder: Path) -> dict[str, pd.DataFrame]:
