@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 from experiment_files import BASE, META_LORA, MIXED, SEARCH, SEARCHED, flag, opened
 
-import run_experiments
-from metasft.experiments import command
 from metasft.config.records import read_record, write_record
+from metasft.experiments import command
 from metasft.experiments.process import END_NOW_FILE
 from metasft.experiments.runner import Progress, _check_resources, _schedule, _stop, time_left
 

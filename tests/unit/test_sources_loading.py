@@ -11,21 +11,19 @@ from datasets import Features, Value
 
 from metasft.data import embedded_tasks as tasks
 from metasft.data import scoring
-from metasft.data.sources import bbh, competition, science, word_problems
+from metasft.data.sources import catalog
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.hub import Access, SourceUnavailable
 from metasft.data.sources.reading import open_source, read_items
 from metasft.data.sources.source import Item
 
 WRITERS = {
-    "math": lambda root: source_files.write_math(root, competition.MATH_SUBJECTS),
-    "math_lighteval": lambda root: source_files.write_math(
-        root, competition.MATH_SUBJECTS, owner="DigitalLearningGmbH"
-    ),
+    "math": lambda root: source_files.write_math(root, catalog.MATH_SUBJECTS),
+    "math_lighteval": lambda root: source_files.write_math(root, catalog.MATH_SUBJECTS, owner="DigitalLearningGmbH"),
     "math_500": source_files.write_math_500,
     "numina_calculus": source_files.write_numina,
     "gsm8k": source_files.write_gsm8k,
-    "mgsm": lambda root: source_files.write_mgsm(root, word_problems.LANGUAGES),
+    "mgsm": lambda root: source_files.write_mgsm(root, catalog.LANGUAGES),
     "mmlu": lambda root: source_files.write_mmlu(root, ("astronomy", "college_physics")),
     "arc": source_files.write_arc,
     "sciq": source_files.write_sciq,
@@ -117,7 +115,7 @@ def test_math_levels_and_worked_solutions(copies):
     ],
 )
 def test_boxed_answers_of_worked_solutions(solution, answer):
-    assert competition.boxed_answer(solution) == answer
+    assert catalog.boxed_answer(solution) == answer
 
 
 def test_math_without_a_level_or_an_answer():
@@ -289,10 +287,10 @@ def test_published_names_are_spelled_as_lm_eval_spells_them():
     names = set(
         re.findall(r'"?dataset_name"?: "?([\w-]+)', "".join(p.read_text() for p in folder.glob("bbh/zeroshot/*.yaml")))
     )
-    assert set(bbh.TASKS) == names
+    assert set(catalog.BBH_TASKS) == names
     texts = "".join(path.read_text() for path in folder.glob("mmlu/default/*.yaml"))
-    assert set(science.MMLU_SUBJECTS) <= set(re.findall(r'"?dataset_name"?: "?(\w+)', texts))
+    assert set(catalog.MMLU_SUBJECTS) <= set(re.findall(r'"?dataset_name"?: "?(\w+)', texts))
     texts = "".join(path.read_text() for path in folder.glob("hendrycks_math/*.yaml"))
-    assert set(competition.MATH_SUBJECTS) <= set(re.findall(r"dataset_name: (\w+)", texts))
+    assert set(catalog.MATH_SUBJECTS) <= set(re.findall(r"dataset_name: (\w+)", texts))
     texts = "".join(path.read_text() for path in folder.glob("mgsm/direct/*.yaml"))
-    assert set(word_problems.LANGUAGES) == set(re.findall(r"dataset_name: (\w+)", texts)) - {"null"}
+    assert set(catalog.LANGUAGES) == set(re.findall(r"dataset_name: (\w+)", texts)) - {"null"}
