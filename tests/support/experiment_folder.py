@@ -22,6 +22,14 @@ ITEMS = 60  # of each task: two arms that agree on all of them are equivalent wi
 MODEL_TYPES = {"lora_single": "lora", "lora_mixed": "lora"}
 TRAINED_IN_PARTS = "lora_single"
 
+SETTINGS = {
+    "seed": 1, "adaptation_steps": 10, "adaptation_batch_size": 4, "adaptation_optimizer": "sgd",
+    "adaptation_lr": 0.05, "adaptation_origin": "checkpoint", "max_new_tokens": 48, "max_length": 1024,
+    "decoding": "greedy", "dtype": "float32", "base_model": "models/tiny",
+    "data_sha256": {"calculus_support.parquet": "aa", "calculus_test.parquet": "bb", "logic_test.parquet": "cc"},
+}  # fmt: skip
+"""Of an evaluation that :func:`write_evaluation` writes."""
+
 Answers = Callable[[str, int, int, int], Sequence[bool]]
 """(task, shots, run, seed) -> whether each item was answered right."""
 
@@ -285,7 +293,11 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
         return [i < count for i in range(items)]
 
     cells = [
-        ({"task": task, "n_shots": n, "run": run}, right(task, n, run), arm.loss if n == 0 else arm.few_loss)
+        (
+            {"task": task, "n_shots": n, "run": run},
+            right(task, n, run),
+            (arm.loss if n == 0 else arm.few_loss) + 0.02 * run,
+        )
         for task in TASKS
         for n in SHOTS
         for run in range(1 if n == 0 else runs)
@@ -306,48 +318,101 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
         "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
     }
     (folder / f"{model_type}_settings.json").write_text(json.dumps(settings))
-    _write_cells(folder, model_type, cells, "n_shots", "results")
+    write_cells(folder, model_type, cells)
     if arm.speed:
         cells = [
-            ({"task": task, "n_shots": 25, "run": run, "step": n}, [i < count for i in range(items)], 2.0 / (1 + n))
+            (
+                {"task": task, "n_shots": 25, "run": run, "step": n},
+                [i < count for i in range(items)],
+                2.0 / (1 + n) + 0.02 * run,
+            )
             for task in TASKS
             for n, count in arm.speed.items()
             for run in range(runs)
         ]
         (folder / f"{model_type}_speed_settings.json").write_text(json.dumps(settings))
-        _write_cells(folder, model_type, cells, "step", "speed")
+        write_cells(folder, model_type, cells, "step", "speed")
 
 
-def _write_cells(folder: Path, model_type: str, cells: Sequence[Any], by: str, kind: str) -> None:
+def write_evaluation(
+    folder: Path,
+    model_type: str,
+    correct: Mapping[tuple[str, int], Sequence[Sequence[int]]],
+    losses: Mapping[tuple[str, int], Sequence[float]] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    items: Sequence[str] | None = None,
+    shots: str = "s-",
+) -> Path:
+    """An evaluation of its own.
+
+    Args:
+        correct: (task, N) -> [runs][items] of 0 and 1.
+        losses: (task, N) -> one per run, default 1.
+        changes: of :data:`SETTINGS`.
+        items, shots: as in :func:`write_cells`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [
+        ({"task": task, "n_shots": n, "run": run}, answers, ((losses or {}).get((task, n)) or [1.0] * len(runs))[run])
+        for (task, n), runs in correct.items()
+        for run, answers in enumerate(runs)
+    ]
+    write_cells(folder, model_type, cells, items=items, shots=shots)
+    (folder / f"{model_type}_settings.json").write_text(json.dumps({**SETTINGS, **(changes or {})}))
+    return folder
+
+
+def write_cells(
+    folder: Path,
+    model_type: str,
+    cells: Sequence[Any],
+    by: str = "n_shots",
+    kind: str = "results",
+    *,
+    items: Sequence[str] | None = None,
+    shots: str = "",
+    majority: float = 0.25,
+) -> None:
+    """What an evaluation leaves: results, predictions and cells.
+
+    Args:
+        cells: (place, whether each item was answered right, loss) each.
+        by: key of a place that the results are listed by.
+        items: ids of the test items; None: made of the task and a number.
+        shots: in front of the ids of the shots.
+    """
     stem = model_type if kind == "results" else f"{model_type}_{kind}"
     predictions, lines = [], []
     grouped: dict[str, dict[str, list[Any]]] = {}
     for place, answers, loss in cells:
+        names = items or [f"{place['task']}-{i}" for i in range(len(answers))]
         of_cell = [
-            {**place, "example_id": f"{place['task']}-{i}", "correct": bool(answer), "formatted": i > 0, "output": "x"}
-            for i, answer in enumerate(answers)
+            {**place, "example_id": name, "correct": bool(answer), "formatted": i > 0, "output": "a\u2028b"}
+            for i, (name, answer) in enumerate(zip(names, answers, strict=True))
         ]
         line = {
             **place,
             "n_test": len(of_cell),
-            "loss": loss + 0.02 * place["run"],
+            "loss": loss,
             "adapt_steps": 0 if place[by] == 0 else 10,
             "adapt_seconds": 1.0,
-            "shots": [f"{place['task']}-{place['run']}-{i}" for i in range(place["n_shots"])],
+            "shots": [f"{shots}{place['task']}-{place['run']}-{i}" for i in range(place["n_shots"])],
         }
         predictions += of_cell
         lines.append(line)
         grouped.setdefault(place["task"], {}).setdefault(str(place[by]), []).append((line, of_cell))
     results = {
         task: {
-            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], 0.25)
+            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], majority)
             for n, pairs in by_value.items()
         }
         for task, by_value in grouped.items()
     }
     (folder / f"{model_type}_{kind}.json").write_text(json.dumps(results))
     for name, content in (("predictions", predictions), ("cells", lines)):
-        (folder / f"{stem}_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content)
+        (folder / f"{stem}_{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- what tests share

@@ -220,28 +220,30 @@ def compose(folder: Path, name: str):
         return compose(config_name=name)
 
 
-def test_single_task_baseline_configs(prepared):
-    folder = prepared / "data/meta_train"
-    expected = {f"{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
-    assert {path.stem for path in folder.glob("*.yaml")} == expected
+def test_baseline_configs(prepared):
+    """Of every task and of all, each opening with the command that runs it, valid for veRL."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    expected = {f"meta_train/{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
+    paths = {str(path.relative_to(prepared / "data").with_suffix("")): path for path in prepared.rglob("*.yaml")}
+    assert set(paths) == expected | {"baseline_lora_mixed", "baseline_lora_mixed_full"}
+    for path in paths.values():
+        comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+        found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
+        assert prepared / found[1] / f"{found[2]}.yaml" == path
+    mixed = compose(prepared / "data", "baseline_lora_mixed")
+    assert sum(len(pd.read_parquet(prepared / file)) for file in mixed.data.train_files) == 500
     for task in tasks.TRAIN_TASKS:
-        config = compose(folder, f"{task}_train")
+        config = compose(prepared / "data/meta_train", f"{task}_train")
         assert config.data.train_files == [f"data/math_science_meta/meta_train/{task}_support.parquet"]
-        assert (prepared / config.data.train_files[0]).is_file()
-        assert config.data.train_max_samples == 100
-        assert config.data.train_batch_size == 4
-        assert config.model.lora_rank == 16
-        assert config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
-        assert config.optim.optimizer == "AdamW"  # from veRL's config: it really is composed
-
-
-def test_mixed_baseline_config(prepared):
-    config = compose(prepared / "data", "baseline_lora_mixed")
-    assert len(config.data.train_files) == len(tasks.TRAIN_TASKS)
-    assert sum(len(pd.read_parquet(prepared / file)) for file in config.data.train_files) == 500
-    assert config.data.train_max_samples == 500
-    assert config.data.train_batch_size == 4 * len(tasks.TRAIN_TASKS)
-    assert config.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+        assert config.data.train_files[0] in mixed.data.train_files
+        assert (config.data.train_max_samples, config.data.train_batch_size) == (100, 4)
+        assert config.model.lora_rank == 16 and config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
+    assert (mixed.data.train_max_samples, mixed.data.train_batch_size) == (500, 4 * len(tasks.TRAIN_TASKS))
+    assert mixed.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+    assert omega_conf_to_dataclass(mixed.engine).strategy == "fsdp2"
+    assert omega_conf_to_dataclass(mixed.optim).optimizer == "AdamW"  # from veRL's config: it really is composed
+    assert omega_conf_to_dataclass(mixed.checkpoint).save_lora_only is True
 
 
 def test_full_data_configs(run_here, tmp_path):
@@ -275,15 +277,6 @@ def test_baselines_match_meta_lora_in_what_can_match(prepared):
         assert config.data.max_length == ours.data.max_length
 
 
-def test_baseline_configs_are_valid_for_verl(prepared):
-    from verl.utils.config import omega_conf_to_dataclass
-
-    config = compose(prepared / "data", "baseline_lora_mixed")
-    assert omega_conf_to_dataclass(config.engine).strategy == "fsdp2"
-    assert omega_conf_to_dataclass(config.optim).lr == pytest.approx(5e-4)
-    assert omega_conf_to_dataclass(config.checkpoint).save_lora_only is True
-
-
 def test_mixed_baseline_takes_600_samples_of_all_tasks(tmp_path, monkeypatch, model_folder):
     """The guide's Exp 5. Without shuffling veRL takes the first 600 rows: two of the five tasks."""
     from verl.trainer.sft_trainer import create_sft_dataset
@@ -307,15 +300,6 @@ def model_folder(tmp_path_factory) -> Path:
     from tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def test_config_opens_with_its_command(prepared):
-    paths = [*(prepared / "data/meta_train").glob("*.yaml"), *(prepared / "data").glob("baseline_lora_*.yaml")]
-    assert len(paths) == 2 * len(tasks.TRAIN_TASKS) + 2
-    for path in paths:
-        comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-        found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
-        assert prepared / found[1] / f"{found[2]}.yaml" == path
 
 
 def test_absolute_output_dir(run_here, tmp_path):
@@ -440,29 +424,20 @@ def test_skip_existing(run_here, tmp_path, capsys):
     flags = ["--tasks", "number_theory", "--skip-existing"]
     assert run_here(*flags) == 0
     assert "there is no readable manifest.json" in capsys.readouterr().out
-
-    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    before, stamps = tree(tmp_path), {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert run_here(*flags) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == stamps
-
-    before = tree(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     damaged = output / "meta_train" / "number_theory_query.parquet"
-    damaged.write_bytes(b"damaged")
-    assert run_here(*flags) == 0
-    assert "number_theory_query.parquet has changed" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
-    damaged.unlink()
-    assert run_here(*flags) == 0
-    assert "number_theory_query.parquet is missing" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
-    (tmp_path / "data/baseline_lora_mixed.yaml").unlink()
-    assert run_here(*flags) == 0
-    assert "baseline_lora_mixed.yaml is missing" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
+    for damage, said in (
+        (lambda: damaged.write_bytes(b"damaged"), "number_theory_query.parquet has changed"),
+        (damaged.unlink, "number_theory_query.parquet is missing"),
+        ((tmp_path / "data/baseline_lora_mixed.yaml").unlink, "baseline_lora_mixed.yaml is missing"),
+    ):
+        damage()
+        assert run_here(*flags) == 0
+        assert said in capsys.readouterr().out
+        assert tree(tmp_path) == before
     assert run_here(*flags, "--seed", "2") == 0
     assert "other flags" in capsys.readouterr().out
     assert tree(tmp_path) != before
@@ -488,13 +463,14 @@ WRONG_FLAGS = {
 
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags(case, tmp_path):
+def test_wrong_flags(case, run_here, tmp_path, capsys):
     flags, message = WRONG_FLAGS[case]
-    done = run_script(*flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    try:
+        assert run_here(*flags, small=False) == 2
+    except SystemExit as error:  # argparse
+        assert error.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and len(said.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -545,11 +521,10 @@ def test_failure_while_writing_leaves_nothing(run_here, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("output_dir", ["file", "file/data", "file/deep/er/data"])
-def test_folder_that_cannot_be_written(output_dir, tmp_path):
+def test_folder_that_cannot_be_written(output_dir, run_here, tmp_path, capsys):
     """A regular file in the way: unlike a permission, it stops the superuser too."""
     (tmp_path / "file").write_text("mine")
-    done = run_script("--output-dir", output_dir, "--tasks", "number_theory", *SMALL, cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"--output-dir is {output_dir}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert run_here("--output-dir", output_dir, "--tasks", "number_theory") == 2
+    error = capsys.readouterr().err
+    assert f"--output-dir is {output_dir}" in error and len(error.splitlines()) == 1
     assert tree(tmp_path) == {"file": b"mine"}
