@@ -39,32 +39,23 @@ WRONG_SUITES = [
     (A, {"title": 5}, "title in .* is 5: give a text"),
     (A, {"titel": "x"}, "has the key titel, which is not known there; did you mean title"),
     ({"a": {**META_LORA, "override": {}}}, {}, "arms.a in .* has the key override.*did you mean overrides"),
-    (
-        {"a": {**META_LORA, "method": "metalora"}},
-        {},
-        "has the method 'metalora': choose one of base, meta_lora, fomaml",
-    ),
+    ({"a": {**META_LORA, "method": "metalora"}}, {},
+     "has the method 'metalora': choose one of base, meta_lora, fomaml"),
     ({"a": {"method": "base"}}, {}, "has no label"),
     ({"a": {**META_LORA, "experiment": 1}}, {}, "experiment of arms.a in .* is 1: give a text"),
     ({"a-b": META_LORA}, {}, "arms.a-b in .*: an arm's name is also a folder's, use letters, digits and _ only"),
     ({"a": {**META_LORA, "tasks": ["algebra"]}}, {}, "tasks belong to lora_single"),
     ({"a": {**SINGLE, "tasks": []}}, {}, "tasks belong to lora_single"),
     ({"a": {**SINGLE, "tasks": "algebra"}}, {}, "tasks of arms.a in .* is 'algebra': give a list"),
-    (
-        {"a": {**BASE, "overrides": {"meta.inner_lr": 1}}},
-        {},
-        "overrides meta.inner_lr, but the method base trains nothing",
-    ),
+    ({"a": {**BASE, "overrides": {"meta.inner_lr": 1}}}, {},
+     "overrides meta.inner_lr, but the method base trains nothing"),
     ({"a": {**META_LORA, "overrides": ["meta.inner_lr=1"]}}, {}, "overrides of arms.a in .* must be a mapping"),
     (A, {"comparisons": 3}, "comparisons in .* is 3: give a list"),
-    (
-        A,
-        {"comparisons": [{"a": "a", "b": "x", "margin": 1}]},
-        r"comparisons\[0\].b in .* is 'x': name one of its arms, a",
-    ),
+    (A, {"comparisons": [{"a": "a", "b": "x", "margin": 1}]},
+     r"comparisons\[0\].b in .* is 'x': name one of its arms, a"),
     (A, {"comparisons": [{"a": "a", "b": "a"}]}, r"comparisons\[0\].margin in .* is None: give a number above 0"),
     (A, {"axis": {"label": "r"}}, "axis in .* needs a label and the Hydra key"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arms", "more", "words"), WRONG_SUITES)
@@ -91,11 +82,9 @@ WRONG_SCALES = [
     ({"evaluate/search": {"arms": {}}}, "evaluate.search.limit in .* is None: give the held-out items"),
     ({"evaluate/search": {"limit": 2, "arms": {"loar": "a"}}}, "evaluate.search.arms in .* has the key loar"),
     ({"evaluate/search": {"limit": 2, "arms": {"lora": 3}}}, "evaluate.search.arms.lora in .* is 3: name an arm"),
-    (
-        {"evaluate/search": {"limit": 2, "arms": {}}, "evaluate/all/search_adaptation": True},
-        "evaluate.all in .* has search_adaptation, a search for every arm, beside evaluate.search",
-    ),
-]
+    ({"evaluate/search": {"limit": 2, "arms": {}}, "evaluate/all/search_adaptation": True},
+     "evaluate.all in .* has search_adaptation, a search for every arm, beside evaluate.search"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG_SCALES)
@@ -155,37 +144,26 @@ IMPOSSIBLE_ARMS = [
     ({**META_LORA, "overrides": {"meta.num_inner_step": 3}}, "arm a: .*num_inner_step.*; correct its overrides"),
     ({**META_LORA, "overrides": {"model.lora_rank": 0}}, "arm a: model.lora_rank=0: META-LORA trains LoRA"),
     ({**META_LORA, "overrides": {"optim.lr": -1}}, "arm a: optim.lr=-1 must be a number above 0"),
-    (
-        {**META_LORA, "overrides": {"trainer.total_training_steps": None}},
-        "arm a: trainer.total_training_steps is not set",
-    ),
-    (
-        {**META_LORA, "overrides": {"meta.support_samples": 28}},
-        "meta.support_samples is 28, but data .* makes 27 support",
-    ),
-    (
-        {**META_LORA, "overrides": {"meta.tasks": ["algebra", "chess"]}},
-        "meta.tasks names chess, .* choose from algebra, n",
-    ),
-    (
-        {**META_LORA, "overrides": {"meta.inner_lr": {"x": 1}}},
-        r"meta.inner_lr of the arm a is \{'x': 1\}: give a number",
-    ),
-    (
-        {**META_LORA, "overrides": {"model.path": "x"}},
-        "arm a: model.path is set to 'x' .* the runner sets it .*: remove it",
-    ),
+    ({**META_LORA, "overrides": {"trainer.total_training_steps": None}},
+     "arm a: trainer.total_training_steps is not set"),
+    ({**META_LORA, "overrides": {"meta.support_samples": 28}},
+     "meta.support_samples is 28, but data .* makes 27 support"),
+    ({**META_LORA, "overrides": {"meta.tasks": ["algebra", "chess"]}},
+     "meta.tasks names chess, .* choose from algebra, n"),
+    ({**META_LORA, "overrides": {"meta.inner_lr": {"x": 1}}},
+     r"meta.inner_lr of the arm a is \{'x': 1\}: give a number"),
+    ({**META_LORA, "overrides": {"model.path": "x"}},
+     "arm a: model.path is set to 'x' .* the runner sets it .*: remove it"),
     ({**META_LORA, "overrides": {"+trainer.seed": 5}}, r"arm a: \+trainer.seed is set to 5 .* the runner sets it"),
     ({**META_LORA, "overrides": {"data.train_files": "x"}}, "arm a: data.train_files='x' has no effect in META-LORA"),
     ({**FOMAML, "overrides": {"model.lora_rank": 4}}, "arm a: model.lora_rank=4: FOMAML-SFT trains all parameters"),
     ({**MIXED, "overrides": {"optim.rl": 1}}, "arm a: .*optim.*rl.*; correct its overrides, or those of the scale"),
-    ({**MIXED, "overrides": {"trainer.project_name": "x"}}, "trainer.project_name is set to 'x' .* the runner sets it"),
-    (
-        {**SINGLE, "tasks": ["algebr"]},
-        "arm a: tasks names algebr, which is no training task of data .* from algebra, numb",
-    ),
+    ({**MIXED, "overrides": {"trainer.project_name": "x"}},
+     "trainer.project_name is set to 'x' .* the runner sets it"),
+    ({**SINGLE, "tasks": ["algebr"]},
+     "arm a: tasks names algebr, which is no training task of data .* from algebra, numb"),
     ({**SINGLE, "tasks": ["calculus"]}, "arm a: tasks names calculus, which is no training task of data"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arm", "words"), IMPOSSIBLE_ARMS)
@@ -246,7 +224,7 @@ def test_an_axis_is_a_setting_of_every_arm(tmp_path):
         read_suites([str(suite)]),
         read_scale(str(scale)),
         tmp_path / "out",
-    )
+    )  # fmt: skip
 
 
 def test_paths_of_a_scale_are_seen_from_where_runs_start(tmp_path, monkeypatch):

@@ -96,24 +96,18 @@ def test_a_download_that_breaks_off_is_finished_by_the_next_start(hub):
 
 
 FAILURES = {
-    "gated": (
-        (403, {"X-Error-Code": "GatedRepo"}),
-        r"is gated: accept its conditions on http.*/datasets/openai/gsm8k.*hf auth login",
-    ),
-    "taken down": (
-        (403, {"X-Error-Message": "Access to this resource is disabled."}),
-        r"has been disabled or taken down: give a copy with --local-dir",
-    ),
+    "gated": ((403, {"X-Error-Code": "GatedRepo"}),
+     r"is gated: accept its conditions on http.*/datasets/openai/gsm8k.*hf auth login"),
+    "taken down": ((403, {"X-Error-Message": "Access to this resource is disabled."}),
+     r"has been disabled or taken down: give a copy with --local-dir"),
     "legal reasons": ((451, {}), r"has been disabled or taken down"),
     "not there": ((401, {"X-Error-Code": "RepoNotFound"}), r"does not exist or is private: check http"),
-    "no such revision": (
-        (404, {"X-Error-Code": "RevisionNotFound"}),
-        r"has no such revision: .*--revision openai/gsm8k=<commit>",
-    ),
+    "no such revision": ((404, {"X-Error-Code": "RevisionNotFound"}),
+     r"has no such revision: .*--revision openai/gsm8k=<commit>"),
     "rate limit": ((429, {}), r"too many requests: wait some minutes, or log in .*what has been downloaded is kept"),
     "forbidden": ((403, {}), r"was refused \(HTTP 403\): log in"),
     "broken": ((500, {}), r"the hub answered HTTP 500: start again later"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FAILURES)

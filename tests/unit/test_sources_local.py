@@ -436,51 +436,28 @@ def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_pat
 
 
 WRONG = {
-    "a list that is no conversation": (
-        {"fields": {"prompt": "list", "answer": "result", "task": "topic"}},
-        "the column list in the data of steps.yaml holds ['a', 'b']: give text, or a list of turns with a role (system",
-    ),
-    "turns of another role": (
-        {"fields": {"messages": "odd", "answer": "result", "task": "topic"}},
-        "the column odd in the data of steps.yaml holds {'role': 'narrator', 'content': 'x'}: give text, or a list of",
-    ),
-    "turns with a tool call": (
-        {"fields": {"messages": "call", "answer": "result", "task": "topic"}},
-        "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'",
-    ),
-    "messages that are text": (
-        {"fields": {"messages": "q", "answer": "result", "task": "topic"}},
-        "the column q in the data of steps.yaml holds In heat, how many metres are 0 steps of 2?: give text, or a list",
-    ),
-    "no known layout": (
-        {"fields": {"task": "topic"}, "scorer": None, "unit": None},
-        "the data of steps.yaml have the columns q, result, work, topic, grade, list, odd, call, chat, which are of no "
-        "known layout (messages; conversations; instruction and output; prompt and response): say under fields",
-    ),
-    "an answer that nothing reads": (
-        {
-            "fields": {"prompt": "q", "response": "work", "answer": "result", "task": "topic"},
-            "scorer": None,
-            "unit": None,
-        },
-        "steps.yaml maps answer to result beside responses, but names no scorer that would read it: add one, or leave",
-    ),
-    "two responses": (
-        {"fields": {"messages": "chat", "response": "work", "answer": "result", "task": "topic"}},
-        "steps.yaml maps response to work, but the turns in chat end with another response: leave one of the two out",
-    ),
-    "two prompts": (
-        {"fields": {"messages": "chat", "prompt": "q", "answer": "result", "task": "topic"}},
-        "fields in steps.yaml has messages and prompt: map one of the two",
-    ),
-    "a response without a prompt": (
-        {"fields": {"response": "work", "answer": "result", "task": "topic"}},
-        "fields in steps.yaml lacks prompt",
-    ),
-    "no answer column": (
-        {"fields": {"messages": "chat", "task": "topic"}},
-        "fields in steps.yaml lacks answer: say which column holds it, or leave scorer number out",
-    ),
+    "a list that is no conversation": ({"fields": {"prompt": "list", "answer": "result", "task": "topic"}},
+     "the column list in the data of steps.yaml holds ['a', 'b']: give text, or a list of turns with a role (system"),
+    "turns of another role": ({"fields": {"messages": "odd", "answer": "result", "task": "topic"}},
+     "the column odd in the data of steps.yaml holds {'role': 'narrator', 'content': 'x'}: give text, or a list of"),
+    "turns with a tool call": ({"fields": {"messages": "call", "answer": "result", "task": "topic"}},
+     "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'"),
+    "messages that are text": ({"fields": {"messages": "q", "answer": "result", "task": "topic"}},
+     "the column q in the data of steps.yaml holds In heat, how many metres are 0 steps of 2?: give text, or a list"),
+    "no known layout": ({"fields": {"task": "topic"}, "scorer": None, "unit": None},
+     "the data of steps.yaml have the columns q, result, work, topic, grade, list, odd, call, chat, which are of no "
+     "known layout (messages; conversations; instruction and output; prompt and response): say under fields"),
+    "an answer that nothing reads": ({"fields": {"prompt": "q", "response": "work", "answer": "result", "task":
+     "topic"}, "scorer": None, "unit": None},
+     "steps.yaml maps answer to result beside responses, but names no scorer that would read it: add one, or leave"),
+    "two responses": ({"fields": {"messages": "chat", "response": "work", "answer": "result", "task": "topic"}},
+     "steps.yaml maps response to work, but the turns in chat end with another response: leave one of the two out"),
+    "two prompts": ({"fields": {"messages": "chat", "prompt": "q", "answer": "result", "task": "topic"}},
+     "fields in steps.yaml has messages and prompt: map one of the two"),
+    "a response without a prompt": ({"fields": {"response": "work", "answer": "result", "task": "topic"}},
+     "fields in steps.yaml lacks prompt"),
+    "no answer column": ({"fields": {"messages": "chat", "task": "topic"}},
+     "fields in steps.yaml lacks answer: say which column holds it, or leave scorer number out"),
     "unknown entry": ({"file": []}, "'file', which means nothing"),
     "no files": ({"files": None}, "files in steps.yaml is None"),
     "missing file": ({"files": ["other.jsonl"]}, "other.jsonl, which is no file"),
@@ -492,24 +469,18 @@ WRONG = {
     "tasks as a text": ({"train": "heat"}, "give a list of task names, or a mapping as in suites"),
     "task without sources": ({"train": {"heat": 1}}, "task heat of train in steps.yaml has no sources"),
     "unknown source": ({"train": {"heat": {"sources": {"stairs": ["heat"]}}}}, "source 'stairs', which is not known"),
-    "level without number": (
-        {"fields": {"prompt": "q", "answer": "result", "task": "topic", "level": "work"}},
-        "fields in steps.yaml maps level to work, which holds 'Multiply 0 by 2.': give numbers, 1 the easiest",
-    ),
+    "level without number": ({"fields": {"prompt": "q", "answer": "result", "task": "topic", "level": "work"}},
+     "fields in steps.yaml maps level to work, which holds 'Multiply 0 by 2.': give numbers, 1 the easiest"),
     "tolerance": ({"relative_tolerance": "small"}, "relative_tolerance in steps.yaml is 'small': give a share"),
     "unit of a text": ({"scorer": "text"}, "gives unit with scorer text: these belong to scorer number"),
     "revision of own data": ({}, "--revision names steps.yaml, which is not fetched here: choose from none"),
-    "missing column": (
-        {"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
-        "column 'question' (any) is missing (further columns: q, work, grade, list, odd, call, chat): correct the "
-        "fields in steps.yaml",
-    ),
-    "empty task": (
-        {"train": ["cold"]},
-        "task 'cold' of suite steps has 0 test items, 12 are needed (none read, 0 kept out for resembling test items): "
-        "no row of steps belongs to it, correct the names in the suite",
-    ),
-}
+    "missing column": ({"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
+     "column 'question' (any) is missing (further columns: q, work, grade, list, odd, call, chat): correct the "
+     "fields in steps.yaml"),
+    "empty task": ({"train": ["cold"]},
+     "task 'cold' of suite steps has 0 test items, 12 are needed (none read, 0 kept out for resembling test items): "
+     "no row of steps belongs to it, correct the names in the suite"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -374,19 +374,16 @@ def test_levels_select_examples(run_here, copies, tmp_path):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = {
-    "suite of the embedded source": (
-        ["--source", "reasoning_gym", "--suite", "guide"],
-        "--suite means nothing with --source reasoning_gym",
-    ),
+    "suite of the embedded source": (["--source", "reasoning_gym", "--suite", "guide"],
+     "--suite means nothing with --source reasoning_gym"),
     "two suites": (["--suite", "guide", "--benchmark", "bbh"], "--suite is guide and --benchmark is bbh"),
     "unknown suite": (["--suite", "poetry"], "--suite is poetry"),
-    "task of another suite": (["--suite", "guide", "--tasks", "physics"], "'physics', which is no task of suite guide"),
+    "task of another suite": (["--suite", "guide", "--tasks", "physics"],
+     "'physics', which is no task of suite guide"),
     "no folder": (["--suite", "guide", "--local-dir", "nowhere"], "--local-dir is nowhere"),
     "revision without commit": (["--suite", "guide", "--revision", "openai/gsm8k"], "--revision is 'openai/gsm8k'"),
-    "revision of nothing": (
-        ["--suite", "guide", "--revision", "a/b=c"],
-        "--revision names a/b, which is not fetched here",
-    ),
+    "revision of nothing": (["--suite", "guide", "--revision", "a/b=c"],
+     "--revision names a/b, which is not fetched here"),
     "licence": (["--suite", "science"], "give --accept-licence sciq"),
     "needless consent": (["--suite", "guide", "--accept-licence", "gsm8k"], "'gsm8k', which needs no consent"),
     "no mapping": (["--source", "local"], "there is no --mapping"),
@@ -394,7 +391,7 @@ WRONG_FLAGS = {
     "missing mapping": (["--mapping", "x.yaml"], "--mapping is x.yaml, which is no file"),
     "sizes": (["--suite", "guide", "--samples-per-task", "3"], "--samples-per-task is 3"),
     "dry run of the embedded source": (["--dry-run"], "--dry-run means nothing with --source reasoning_gym"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG_FLAGS)
