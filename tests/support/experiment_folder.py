@@ -123,26 +123,17 @@ def write_experiments(
     states = states or {}
     folder.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {
-        "format": 1,
-        "command": "python run_experiments.py --suite matrix --scale cpu",
-        "created": "2030-01-02T03:00:00+00:00",
-        "updated": "2030-01-02T04:00:00+00:00",
-        "scale": "cpu",
-        "model": "models/tiny",
+        "format": 1, "command": "python run_experiments.py --suite matrix --scale cpu", "scale": "cpu",
+        "created": "2030-01-02T03:00:00+00:00", "updated": "2030-01-02T04:00:00+00:00", "model": "models/tiny",
         "provenance": {
-            "commit": "0123456789abcdef",
-            "dirty": False,
-            "versions": {"torch": "2.13.0", "verl": "0.9.0"},
-            "device": "a CPU",
-            "cores": 2,
-            "python": "3.11.7",
+            "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0", "verl": "0.9.0"},
+            "device": "a CPU", "cores": 2, "python": "3.11.7",
             "data_sha256": {"meta_test/calculus_test.parquet": "bb" * 32},
         },
         "evaluation": {"tasks": list(TASKS), "n_shots": list(SHOTS), "n_runs": runs},
-        "suites": dict(suites or {"matrix": MATRIX_SUITE}),
-        "arms": {},
+        "suites": dict(suites or {"matrix": MATRIX_SUITE}), "arms": {},
         "runs": {"data": _record("data", {"needs": []})},
-    }
+    }  # fmt: skip
     for name, arm in arms.items():
         replicates = []
         for seed in arm.seeds:
@@ -163,37 +154,21 @@ def write_experiments(
                         else:
                             _write_evaluation(target, arm, seed, items, runs)
         document["arms"][name] = {
-            "label": arm.label,
-            "experiment": arm.experiment,
-            "method": arm.method,
-            "model_type": MODEL_TYPES.get(arm.method, arm.method),
-            "samples_per_task": arm.samples,
-            "overrides": dict(arm.overrides),
-            "seeds": list(arm.seeds),
-            "replicates": replicates,
-        }
+            "label": arm.label, "experiment": arm.experiment, "method": arm.method,
+            "model_type": MODEL_TYPES.get(arm.method, arm.method), "samples_per_task": arm.samples,
+            "overrides": dict(arm.overrides), "seeds": list(arm.seeds), "replicates": replicates,
+        }  # fmt: skip
     (folder / "experiments.json").write_text(json.dumps(document, indent=1))
     return folder
 
 
 def _record(kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "kind": kind,
-        "arm": None,
-        "seed": None,
-        "state": "finished",
-        "command": ["python", f"{kind}.py", "--name", "a b"],
-        "environment": {"OMP_NUM_THREADS": "1"},
-        "seconds": 12.5,
-        "returncode": 0,
-        "attempts": 1,
-        "started": "2030-01-02T03:00:00+00:00",
-        "finished": "2030-01-02T03:10:00+00:00",
-        "peak_memory_bytes": 1e9,
-        "needs": ["data"],
-        "error": None,
-        **changes,
-    }
+        "kind": kind, "arm": None, "seed": None, "state": "finished", "seconds": 12.5, "returncode": 0, "attempts": 1,
+        "command": ["python", f"{kind}.py", "--name", "a b"], "environment": {"OMP_NUM_THREADS": "1"},
+        "started": "2030-01-02T03:00:00+00:00", "finished": "2030-01-02T03:10:00+00:00", "peak_memory_bytes": 1e9,
+        "needs": ["data"], "error": None, **changes,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -203,20 +178,11 @@ def _write_training(folder: Path, arm: FakeArm, seed: int, exports: bool) -> Non
     meta_learned = arm.method in ("meta_lora", "fomaml", "reptile")
     steps = {"meta_steps": len(arm.queries)} if meta_learned else {"steps": 50}
     summary = {
-        "method": arm.method,
-        "base_model": "models/tiny",
-        "device_name": "a CPU, 1 threads per process",
-        "support_samples": arm.samples,
-        **steps,
-        "tokens": 12345,
-        "seconds_total": arm.seconds,
-        "seconds_per_step_median": arm.step_seconds,
-        "peak_memory_bytes": arm.memory,
-        "peak_memory_kind": "rss",
-        "checkpoint_bytes": arm.checkpoint,
-        "seed": seed,
-        **arm.sizes,
-    }
+        "method": arm.method, "base_model": "models/tiny", "device_name": "a CPU, 1 threads per process",
+        "support_samples": arm.samples, **steps, "tokens": 12345, "seconds_total": arm.seconds,
+        "seconds_per_step_median": arm.step_seconds, "peak_memory_bytes": arm.memory, "peak_memory_kind": "rss",
+        "checkpoint_bytes": arm.checkpoint, "seed": seed, **arm.sizes,
+    }  # fmt: skip
     (folder / "run_summary.json").write_text(json.dumps(summary))
     if not meta_learned:
         return
@@ -263,14 +229,9 @@ def write_export(
     if foreign:
         tensors[foreign] = torch.ones(3)
     content = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "step": step,
-        "base_model": "models/tiny",
-        "adapter_config": {"r": 4, "lora_alpha": 8},
-        "adaptation": adaptation,
-        "lora": tensors,
-    }
+        "format": FORMAT, "version": FORMAT_VERSION, "step": step, "base_model": "models/tiny",
+        "adapter_config": {"r": 4, "lora_alpha": 8}, "adaptation": adaptation, "lora": tensors,
+    }  # fmt: skip
     torch.save(content, folder / f"meta_lora_checkpoint_step_{step}.pt")
     (folder / f"global_step_{step}").mkdir(exist_ok=True)
     state = {
@@ -302,21 +263,14 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
         for n in SHOTS
         for run in range(1 if n == 0 else runs)
     ]
+    full = arm.method in ("fomaml", "reptile")
     settings = {
-        "model_type": model_type,
-        "model_path": f"runs/{arm.method}",
-        "model_kind": "lora_file" if arm.method == "meta_lora" else "model",
-        "weights_sha256": "ab" * 32,
-        "base_model": "models/tiny",
-        "adapts": "all parameters" if arm.method in ("fomaml", "reptile") else "LoRA, r=16",
-        "protocol": "adaptation",
-        "adaptation_steps": 10,
-        "adaptation_optimizer": "adamw",
-        "adaptation_lr": 1e-5 if arm.method in ("fomaml", "reptile") else 1e-3,
-        "adaptation_batch_size": 4,
-        "seed": 1,
-        "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
-    }
+        "model_type": model_type, "model_path": f"runs/{arm.method}", "weights_sha256": "ab" * 32,
+        "model_kind": "lora_file" if arm.method == "meta_lora" else "model", "base_model": "models/tiny",
+        "adapts": "all parameters" if full else "LoRA, r=16", "protocol": "adaptation", "adaptation_steps": 10,
+        "adaptation_optimizer": "adamw", "adaptation_lr": 1e-5 if full else 1e-3, "adaptation_batch_size": 4,
+        "seed": 1, "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
+    }  # fmt: skip
     (folder / f"{model_type}_settings.json").write_text(json.dumps(settings))
     write_cells(folder, model_type, cells)
     if arm.speed:

@@ -108,12 +108,6 @@ for file in Path('./data/math_science_meta/meta_train').glob('*_support.parquet'
     assert lines == sorted(f"{task}_support.parquet: 100 samples" for task in tasks.TRAIN_TASKS)
 
 
-def test_gold_answers_of_every_file_score(prepared):
-    for name, frame in read_all(prepared / "data/math_science_meta").items():
-        sample = frame.iloc[::7]
-        assert all(tasks.score(row["response"], row).correct for _, row in sample.iterrows()), name
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_no_example_and_no_prompt_in_two_files(run_here, seed, tmp_path):
     assert run_here("--seed", str(seed), "--full-samples", "50") == 0
@@ -162,7 +156,7 @@ def test_full_samples_change_no_other_file(run_here, tmp_path):
 
 
 def test_same_flags_give_the_same_bytes(run_here, tmp_path):
-    """Here, and in a process with other hashes."""
+    """Here, and in a process with other hashes, which reach reasoning-gym through sets of sympy terms."""
     assert run_here("--output-dir", "data/x") == 0
     here = tree(tmp_path)
     (tmp_path / "there").mkdir()
@@ -445,34 +439,6 @@ def test_skip_existing(run_here, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------ failures
 
-WRONG_FLAGS = {
-    "support ratio 0": (["--support-ratio", "0"], "--support-ratio is 0.0"),
-    "support ratio over 1": (["--support-ratio", "1.5"], "--support-ratio is 1.5"),
-    "ratio not a number": (["--query-ratio", "nan"], "--query-ratio is nan"),
-    "query ratio negative": (["--query-ratio", "-0.1"], "--query-ratio is -0.1"),
-    "no room for a test set": (["--support-ratio", "0.6", "--query-ratio", "0.4"], "leave no test set"),
-    "unknown task": (["--tasks", "algebra", "poetry"], "'poetry'"),
-    "empty split": (["--samples-per-task", "3"], "--samples-per-task is 3"),
-    "no test samples": (["--test-samples", "0"], "--test-samples is 0"),
-    "empty shot pool": (["--shot-pool", "0"], "--shot-pool is 0"),
-    "full smaller than its parts": (["--full-samples", "266"], "ask for at least 267"),
-    "unknown source": (["--source", "internet"], "--source"),
-    "not an integer": (["--seed", "one"], "--seed"),
-    "unknown flag": (["--suport-ratio", "0.15"], "--suport-ratio"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags(case, run_here, tmp_path, capsys):
-    flags, message = WRONG_FLAGS[case]
-    try:
-        assert run_here(*flags, small=False) == 2
-    except SystemExit as error:  # argparse
-        assert error.code == 2
-    said = capsys.readouterr()
-    assert said.out == "" and message in said.err and len(said.err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
 
 def test_flags_are_checked_without_heavy_imports(tmp_path):
     code = (
@@ -518,13 +484,3 @@ def test_failure_while_writing_leaves_nothing(run_here, tmp_path, monkeypatch, c
     assert "No space left on device" in error and "choose another folder" in error
     assert len(written) == 2
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("output_dir", ["file", "file/data", "file/deep/er/data"])
-def test_folder_that_cannot_be_written(output_dir, run_here, tmp_path, capsys):
-    """A regular file in the way: unlike a permission, it stops the superuser too."""
-    (tmp_path / "file").write_text("mine")
-    assert run_here("--output-dir", output_dir, "--tasks", "number_theory") == 2
-    error = capsys.readouterr().err
-    assert f"--output-dir is {output_dir}" in error and len(error.splitlines()) == 1
-    assert tree(tmp_path) == {"file": b"mine"}
