@@ -21,8 +21,6 @@ MIXED_SAMPLES, MIXED_PER_TASK = 600, 100
 TASK_BATCH = 4  # examples of one task per update step, as in an inner step of META-LORA
 LARGEST_BATCH, LEAST_STEPS = 32, 25
 """Of the mixed baseline: examples per update step, and steps per epoch; one task's 100 examples make 25 steps too."""
-EPOCHS = 2
-MODEL = "models/SmolLM2-135M-Instruct"
 
 
 def mixed_samples(sizes: Sequence[int]) -> int:
@@ -38,7 +36,7 @@ def batch_size(tasks: int, samples: int | None) -> int:
     """Examples per update step of a baseline: 4 of each task, where that leaves enough update steps.
 
     Many tasks would otherwise leave few steps, and fewer steps over the same examples learn less (the measurement in
-    :func:`baseline_config`). A multiple of 4, the micro-batch, where there are as many examples.
+    ``baseline_lora.yaml.j2``). A multiple of 4, the micro-batch, where there are as many examples.
 
     Args:
         tasks: how many the examples are of.
@@ -48,57 +46,6 @@ def batch_size(tasks: int, samples: int | None) -> int:
         return min(TASK_BATCH * tasks, LARGEST_BATCH)
     enough_steps = max(TASK_BATCH, samples // LEAST_STEPS // TASK_BATCH * TASK_BATCH)
     return min(TASK_BATCH * tasks, LARGEST_BATCH, enough_steps, samples)
-
-
-def baseline_config(
-    name: str,
-    train_files: list[str],
-    samples: int | None,
-    folder: str,
-    config_name: str,
-    *,
-    tasks: int = 1,
-    checkpoints: str = "checkpoints",
-    conversations: bool = False,
-) -> str:
-    """A Hydra config (``baseline_lora.yaml.j2``) that trains one LoRA with veRL's own SFT trainer.
-
-    Args:
-        name: of the run, ``std_lora_<name>``.
-        train_files: parquet files, relative to the folder that the command runs in.
-        samples: how many examples of all files together to train on; None: all, the full-data setting.
-        folder: where the config will lie; Hydra's --config-path.
-        config_name: its file name without ``.yaml``.
-        tasks: how many tasks the files are of.
-        checkpoints: folder for the run's own folder.
-        conversations: whether the assistant has several turns in some example.
-    """
-    batch = batch_size(tasks, samples)
-    per_step = f"{TASK_BATCH} examples of each task per update step"
-    if batch < TASK_BATCH * tasks:
-        per_step = f"examples per update step as far as {tasks} tasks allow: {batch}, not {TASK_BATCH} of each"
-    template = Template(
-        TEMPLATE.read_text(encoding="utf-8"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    return template.render(
-        name=name,
-        train_files=[json.dumps(file) for file in train_files],
-        samples=samples,
-        where=shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"',
-        config_name=config_name,
-        batch=batch,
-        micro_batch=min(TASK_BATCH, batch),
-        per_step=per_step,
-        checkpoints=checkpoints,
-        conversations=conversations,
-        epochs=EPOCHS,
-        model=MODEL,
-        date=DEFAULT_DATE,
-    )
 
 
 def support_sizes(settings: dict[str, Any]) -> dict[str, int]:
@@ -127,19 +74,49 @@ def make_baseline_configs(output_dir: Path, settings: dict[str, Any], *, convers
 
 
 def _baseline_configs(
-    output_dir: Path, settings: dict[str, Any], place: str, *, full: bool, **more: Any
+    output_dir: Path,
+    settings: dict[str, Any],
+    place: str,
+    *,
+    full: bool,
+    checkpoints: str = "checkpoints",
+    conversations: bool = False,
 ) -> dict[str, str]:
-    """The configs in the folder ``place``, relative to ``output_dir``, with or without those of the full data.
+    """Hydra configs that train one LoRA each with veRL's own SFT trainer, from ``baseline_lora.yaml.j2``.
 
-    ``more``: see :func:`baseline_config`.
+    Args:
+        place: folder of the configs, relative to ``output_dir``.
+        full: also those of the full data.
+        checkpoints: folder for the folders of the runs.
+        conversations: whether the assistant has several turns in some example.
     """
     sizes = support_sizes(settings)
     output = os.path.normpath(output_dir)
+    text = TEMPLATE.read_text(encoding="utf-8")
+    whole_lines = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    template = Template(text, undefined=StrictUndefined, **whole_lines)
 
     def config(path: str, name: str, tasks: list[str], part: str, samples: int | None) -> tuple[str, str]:
+        """``samples``: how many examples of all tasks together to train on; None: all."""
         folder, config_name = os.path.split(os.path.normpath(os.path.join(output, place, path)))
         files = [os.path.join(output, "meta_train", f"{task}_{part}.parquet") for task in tasks]
-        text = baseline_config(name, files, samples, folder, config_name, tasks=len(tasks), **more)
+        batch = batch_size(len(tasks), samples)
+        per_step = f"{TASK_BATCH} examples of each task per update step"
+        if batch < TASK_BATCH * len(tasks):
+            per_step = f"examples per update step as far as {len(tasks)} tasks allow: {batch}, not {TASK_BATCH} of each"
+        text = template.render(
+            name=name,
+            train_files=[json.dumps(file) for file in files],
+            samples=samples,
+            where=shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"',
+            config_name=config_name,
+            batch=batch,
+            micro_batch=min(TASK_BATCH, batch),
+            per_step=per_step,
+            checkpoints=checkpoints,
+            conversations=conversations,
+            date=DEFAULT_DATE,
+        )
         return os.path.normpath(os.path.join(place, f"{path}.yaml")), text
 
     configs = [config(f"meta_train/{name}_train", name, [name], "support", size) for name, size in sizes.items()]

@@ -166,7 +166,7 @@ def _fixed(program: str) -> Callable[[Sequence[str]], None]:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """A parser's refusal, which would end the process, as a ValueError with its message."""
+    """A parser's error, which would end the process, as a ValueError with its message."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -135,7 +135,7 @@ def test_any_subset_of_methods_works(work, labels):
 
 NO_TASK = "--task is 'algebra': choose all or a task of every method: calculus, logic"
 # What the table of bad input (tests/support/bad_script_inputs.py) does not have.
-REFUSED = [
+UNUSABLE = [
     (["--results", "a=results/base", "a=results/lora"], "names a twice"),
     (["--results", "a=results/nowhere"], "results/nowhere is no <model type>_results.json file"),
     (["--results", "a=results"], "results should hold one <model type>_results.json but holds none"),
@@ -171,7 +171,7 @@ def test_unusable_arguments_are_one_line_and_change_no_file(work, capsys):
     (work / "old").mkdir()
     (work / "old" / "experiments.json").write_text('{"format": 99}')
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-    for arguments, words in REFUSED:
+    for arguments, words in UNUSABLE:
         assert compare_methods.main(arguments) == 2, arguments
         stderr = capsys.readouterr().err
         assert words in stderr and len(stderr.splitlines()) == 1, (arguments, stderr)
