@@ -25,7 +25,7 @@ class FOMAMLTrainer(EpisodicSFTTrainer):
         return self.first_order_meta_step(batch)
 
 
-@hydra_main(config_path="data/math_science_meta", config_name="config_fomaml_math_science")
+@hydra_main(config_name="config_fomaml_math_science")
 def main(config) -> None:
     run(config, FOMAMLTrainer)
 

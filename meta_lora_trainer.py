@@ -25,7 +25,7 @@ class MetaLoRATrainer(EpisodicSFTTrainer):
         return self.first_order_meta_step(batch)
 
 
-@hydra_main(config_path="data/math_science_meta", config_name="config_meta_lora_example")
+@hydra_main(config_name="config_meta_lora_example")
 def main(config) -> None:
     run(config, MetaLoRATrainer)
 

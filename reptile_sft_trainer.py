@@ -50,7 +50,7 @@ class ReptileTrainer(EpisodicSFTTrainer):
         return result
 
 
-@hydra_main(config_path="data/math_science_meta", config_name="config_reptile_math_science")
+@hydra_main(config_name="config_reptile_math_science")
 def main(config) -> None:
     run(config, ReptileTrainer)
 

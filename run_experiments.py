@@ -6,172 +6,18 @@ Suites are the files of data/experiments, `all` is every one of them; scales tho
 another YAML file works for both. Every run is a public script as a subprocess with a folder of its own under
 <output>/runs, scheduled by Ray: one inside this process, or a cluster with --address.
 
-Started again with the same command, it keeps what has finished and goes on with the rest; failed runs stay failed until
+Started again with the same command, it keeps what has finished and runs the rest; failed runs stay failed until
 --retry-failed. --dry-run prints every command and runs nothing. Exit code: 0 when all runs finished, 1 when some did
 not or the disk cannot be written, 2 for a setting or folder that cannot be used, 130 after Ctrl-C.
 """
 
-from __future__ import annotations
-
-import argparse
-import errno
-import os
-import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from metasft.cli.requirements import require
 
 require("torch", "verl", "hydra", "peft", "transformers", "pyarrow", "reasoning_gym", "ray", "psutil", "matplotlib")
 
-from metasft.cli.errors import ArgumentParser, refuse  # noqa: E402
-from metasft.experiments.plan import Plan, make_plan, shell_line  # noqa: E402
-from metasft.experiments.runner import run_all  # noqa: E402
-from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked  # noqa: E402
-from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites  # noqa: E402
-from metasft.files.atomic import check_place  # noqa: E402  (after the check above)
-from metasft.files.paths import user_path  # noqa: E402
-
-_UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--suite", nargs="+", default=["matrix"], metavar="SUITE", help="names, paths, or all (default: matrix)")
-    add("--scale", default="smoke", help="name or path (default: %(default)s)")
-    add("--model", help="folder or hub name (default: that of the scale)")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="SEED",
-        help="one replicate of every arm each (default: those of the scale)",
-    )
-    add("--arms", nargs="+", metavar="ARM", help="run these arms of the suites only")
-    add("--output-dir", type=Path, help="(default: results/experiments/<scale>)")
-    add("--address", help="of a Ray cluster, such as 10.0.0.1:6379 or auto (default: start Ray here)")
-    add("--retry-failed", action="store_true", help="run again what failed, and what was skipped because of it")
-    add("--dry-run", action="store_true", help="print the commands, run nothing")
-    add("--report-only", action="store_true", help="write the report of what is there, run nothing")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    options = _parser().parse_args(argv)
-    try:
-        return _run(options, ["python", "run_experiments.py", *argv])
-    except ValueError as error:
-        return refuse(error)
-    except OSError as error:
-        if error.errno not in _UNUSABLE:
-            return refuse(error)
-        where = error.filename or "--output-dir"
-        print(
-            f"error: {where} cannot be used ({error.strerror}): make room or give access, the same command "
-            "goes on from here",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("run_experiments: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
-def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
-    scale = read_scale(options.scale)
-    if options.model is not None:
-        scale = scale.model_copy(update={"model": _model(options.model)})
-    if options.seeds is not None:
-        scale = scale.model_copy(update={"seeds": check_seeds(options.seeds)})
-    output = _output_folder(options.output_dir or Path("results/experiments") / scale.name)
-    if options.report_only:
-        return _report(output)
-    plan = make_plan(read_suites(options.suite), scale, output, known_runs(output), finished_searches(output))
-    selected = plan.needed_by(_chosen_arms(options.arms, plan))
-    _print_searches(plan, selected)
-    if options.dry_run:
-        _print_commands(plan, selected)
-        return 0
-    try:
-        with locked(ROOT / output):
-            store = ExperimentStore(plan, command)
-            store.open(retry_failed=options.retry_failed)
-            run_all(store, selected, address=options.address)
-            code = _summary(store, selected)
-    except BlockingIOError:
-        raise ValueError(
-            f"another run_experiments.py works in {output}: wait for it, or give another --output-dir"
-        ) from None
-    return max(code, _report(output))
-
-
-def _output_folder(path: Path) -> Path:
-    check_place(user_path(path), "--output-dir")
-    return _from_root(user_path(path, resolve=True))
-
-
-def _model(name: str) -> str:
-    """A folder as seen from the repository root, where runs are started; a hub name as it is."""
-    path = user_path(name)
-    return str(_from_root(Path(os.path.abspath(path)))) if path.exists() else name
-
-
-def _from_root(path: Path) -> Path:
-    """Relative to the repository root where it lies inside, so that commands read the same on every machine."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def _chosen_arms(names: Sequence[str] | None, plan: Plan) -> list[str]:
-    for name in names or ():
-        if name not in plan.arms:
-            raise ValueError(f"--arms names {name}, which is in none of the suites: choose from {', '.join(plan.arms)}")
-    return list(names or plan.arms)
-
-
-def _print_searches(plan: Plan, selected: Sequence[str]) -> None:
-    needed = {plan.runs[name].searched_by for name in selected} | set(selected)
-    for model_type, search in plan.searches.items():
-        if search.run in needed:
-            because = f" ({search.reason})" if search.reason else ""
-            print(f"# adaptation of every {model_type} arm: optimizer and rate that {search.run} finds{because}")
-
-
-def _print_commands(plan: Plan, selected: Sequence[str]) -> None:
-    print(f"# in {ROOT}, with {Path(sys.executable).parent} first on the PATH")
-    for key, value in plan.scale.environment.items():
-        print(f"export {key}={shlex.quote(value)}")
-    if not any(plan.runs[name].resources.gpus for name in selected):
-        print("export CUDA_VISIBLE_DEVICES=")
-    for name in selected:
-        print(f"\n# {name}\n{shell_line(command_of(plan, name))}")
-
-
-def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
-    records = [(name, store.records[name]) for name in selected]
-    states = [record["state"] for _, record in records]
-    counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    print(f"\n{len(states)} runs: {counted}")
-    for name, record in records:
-        if record["state"] == "failed":
-            print(f"\n{name} failed:")
-            print("\n".join(f"    {line}" for line in (record["error"] or "").splitlines()))
-    if "interrupted" in states:
-        print("\nthe same command goes on with what was interrupted, and what waits for it")
-    if "failed" in states:
-        print("\n--retry-failed runs them again")
-    return 0 if set(states) == {"finished"} else 1
-
-
-def _report(output: Path) -> int:
-    from metasft.reporting.report import write_report
-
-    print(f"report: {write_report(ROOT / output)}")
-    return 0
-
+from metasft.experiments.command import main  # noqa: E402  (after the check above)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(description=__doc__))

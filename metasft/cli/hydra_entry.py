@@ -21,11 +21,13 @@ from yaml import YAMLError
 from metasft.cli.errors import one_line, refuse_on_rank_0
 from metasft.config.training import GROUPS, METHOD_TITLES, MetaConfig
 
+CONFIGS = (Path(__file__).parents[1] / "shipped" / "math_science_meta").resolve()
+"""Folder of the shipped configurations, in a clone and in an installed package."""
 
-def hydra_main(*, config_path: str, config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
-    """:func:`hydra.main`, but that a configuration which cannot be composed ends in one line and exit code 2.
 
-    Hydra itself prints several lines and leaves with 1. Errors of the run itself come through as they are.
+def hydra_main(*, config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """:func:`hydra.main` on a shipped configuration, except that one which cannot be composed ends in one line and exit
+    code 2, where Hydra prints several lines and leaves with 1. Errors of the run itself come through as they are.
     """
 
     def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
@@ -43,11 +45,11 @@ def hydra_main(*, config_path: str, config_name: str) -> Callable[[Callable[[Any
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             _check_flags()
             try:
-                hydra.main(config_path=config_path, config_name=config_name, version_base=None)(run)()
+                hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(run)()
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 if composed:
                     raise
-                sys.exit(refuse_on_rank_0(why_not_composed(error, Path(sys.argv[0]).parent / config_path)))
+                sys.exit(refuse_on_rank_0(why_not_composed(error)))
 
         return main
 
@@ -65,15 +67,10 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
-def why_not_composed(error: Exception, configs: Path) -> str:
-    """What is wrong, and the remedy.
-
-    Args:
-        error: what Hydra, OmegaConf or YAML raised.
-        configs: folder of the shipped configurations.
-    """
+def why_not_composed(error: Exception) -> str:
+    """What is wrong, and the remedy, for what Hydra, OmegaConf or YAML raised."""
     said = str(error)
-    shipped = ", ".join(sorted(path.stem for path in configs.glob("config_*.yaml")))
+    shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("config_*.yaml")))
     cause = error.__cause__
     if found := re.match(r"Could not override '(?P<key>.+?)'", said):
         key = getattr(cause, "full_key", None) or found["key"]
@@ -86,7 +83,7 @@ def why_not_composed(error: Exception, configs: Path) -> str:
         )
     if "Cannot find primary config" in said:
         name = one_line(said.splitlines()[0])
-        return f"--config-name: {name.partition('. ')[0]}; {configs} has {shipped}, --config-path names another folder"
+        return f"--config-name: {name.partition('. ')[0]}; {CONFIGS} has {shipped}, --config-path names another folder"
     if "Primary config" in said or "config_path" in said:
         return (
             f"--config-path: {one_line(said)}; it is a folder relative to the script, such as data/math_science_meta, "
@@ -95,7 +92,7 @@ def why_not_composed(error: Exception, configs: Path) -> str:
     if "Config group override" in said:
         given = [argument for argument in sys.argv[1:] if argument.partition("=")[0].lstrip("+~") in GROUPS]
         return f"{' '.join(given)} cannot be set ({one_line(said)}); set single keys of a group, such as optim.lr=1e-4"
-    return f"the configuration cannot be composed: {one_line(said)}; start from one of {shipped} in {configs}"
+    return f"the configuration cannot be composed: {one_line(said)}; start from one of {shipped} in {CONFIGS}"
 
 
 def _unknown_key(cause: BaseException | None, key: str) -> str:

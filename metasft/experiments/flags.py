@@ -83,7 +83,7 @@ def check_data(scale: Scale) -> PreparedData:
         ValueError: an unknown key, or a value that the script would refuse.
     """
     # The script's own checks, so that there is one truth about its flags.
-    from metasft.data import prepare as script
+    from metasft.data import command as script
     from metasft.data.embedded_tasks import TRAIN_TASKS
     from metasft.data.sources.commands import resolve_source, select
 

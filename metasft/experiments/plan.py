@@ -145,11 +145,11 @@ def make_plan(
         searched: model type -> the evaluation there whose search of the adaptation has finished.
 
     Raises:
-        ValueError: a setting that cannot work, naming arm, key, value and remedy; or the scripts are not there.
+        ValueError: a setting that cannot work, naming arm, key, value and remedy; or this is no clone.
     """
-    if not (ROOT / SCRIPTS["meta_lora"][0]).is_file():
+    if not (ROOT / CONFIG_DIR).is_dir():
         raise ValueError(
-            f"{ROOT} holds no {SCRIPTS['meta_lora'][0]}: runs are scripts of the repository, which are not part of an "
+            f"{ROOT} holds no {CONFIG_DIR}: runs read and write the folders of a clone, which are not part of an "
             "installed package; use run_experiments.py of a clone"
         )
     check_names(scale, suites)

@@ -168,9 +168,9 @@ def test_shipped_configs_are_those_that_the_script_writes(tmp_path):
         "word_problems",
     ]
     code = (
-        "import sys, pathlib, metasft.data.prepare as p\n"
+        "import sys, pathlib, metasft.data.command as p\nfrom metasft.data.baselines import make_baseline_configs\n"
         "settings = p.check_settings(p.parse_arguments(sys.argv[1:]))\n"
-        "configs = p.make_baseline_configs(pathlib.Path('data/math_science_meta'), settings)\n"
+        "configs = make_baseline_configs(pathlib.Path('data/math_science_meta'), settings)\n"
         "import json; print(json.dumps(configs))"
     )
     finished = subprocess.run(

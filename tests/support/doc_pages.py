@@ -93,25 +93,9 @@ def broken_links(page: Page) -> list[str]:
 
 
 def paths_in_tree(text: str, root: Path) -> Iterator[tuple[str, list[Path]]]:
-    """What an annotated tree names -> the paths there; none where nothing is there.
-
-    Names are of the folder that the line opens with, or the last line without indentation; else of the root.
-    """
-    folder = root
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            first = line.split()[0].rstrip(",") if line.strip() else ""
-            folder = root / first if first.endswith("/") and "{" not in first else root
-        for name in _TREE_PATH.findall(line):
-            for one in _alternatives(name):
-                yield one, _glob(one, folder, root)
-
-
-def _alternatives(name: str) -> list[str]:
-    before, brace, rest = name.partition("{")
-    inside, _, after = rest.partition("}")
-    return [f"{before}{one}{after}" for one in inside.split(",")] if brace else [name]
-
-
-def _glob(name: str, folder: Path, root: Path) -> list[Path]:
-    return next((found for place in (folder, root) if (found := sorted(place.glob(name)))), [])
+    """What an annotated tree names -> the paths in ``root`` or a folder of it; none where nothing is there."""
+    for name in _TREE_PATH.findall(text):
+        before, brace, rest = name.partition("{")
+        inside, _, after = rest.partition("}")
+        for one in [f"{before}{middle}{after}" for middle in inside.split(",")] if brace else [name]:
+            yield one, [*root.glob(one), *root.glob(f"*/{one}")]

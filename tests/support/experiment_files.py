@@ -23,38 +23,26 @@ SCALE: dict[str, Any] = {
     "environment": {"OMP_NUM_THREADS": "1"},
     "runs": {group: {"cpus": 1} for group in RUNS},
     "data": {
-        "tasks": ["algebra", "number_theory", "calculus"],
-        "support_ratio": 0.45,
-        "query_ratio": 0.25,
-        "samples_per_task": 60,
-        "test_samples": 6,
-        "shot_pool": 6,
+        "tasks": ["algebra", "number_theory", "calculus"], "support_ratio": 0.45, "query_ratio": 0.25,
+        "samples_per_task": 60, "test_samples": 6, "shot_pool": 6,
     },
     "train": {
         "meta_learners": {
-            "meta.support_samples": 20,
-            "meta.num_inner_steps": 2,
-            "meta.inner_batch_size": 2,
-            "meta.query_batch_size": 2,
-            "meta.meta_batch_size": 2,
-            "trainer.total_training_steps": 1,
+            "meta.support_samples": 20, "meta.num_inner_steps": 2, "meta.inner_batch_size": 2,
+            "meta.query_batch_size": 2, "meta.meta_batch_size": 2, "trainer.total_training_steps": 1,
             "trainer.save_freq": -1,
         },
         "lora": {"trainer.total_training_steps": 2, "data.train_max_samples": 16},
     },
     "evaluate": {
         "all": {
-            "eval_tasks": ["calculus"],
-            "n_shots": [0, 2],
-            "n_runs": 2,
-            "limit": 4,
-            "adaptation_steps": 2,
+            "eval_tasks": ["calculus"], "n_shots": [0, 2], "n_runs": 2, "limit": 4, "adaptation_steps": 2,
             "max_new_tokens": 2,
         },
         "lora": {"adaptation_optimizer": "adamw", "adaptation_lr": 1.0e-3},
         "full": {"adaptation_optimizer": "adamw", "adaptation_lr": 1.0e-5},
     },
-}
+}  # fmt: skip
 META_LORA = {"label": "META-LORA", "method": "meta_lora"}
 FOMAML = {"label": "FOMAML", "method": "fomaml"}
 BASE = {"label": "Base", "method": "base"}

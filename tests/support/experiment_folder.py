@@ -22,6 +22,14 @@ ITEMS = 60  # of each task: two arms that agree on all of them are equivalent wi
 MODEL_TYPES = {"lora_single": "lora", "lora_mixed": "lora"}
 TRAINED_IN_PARTS = "lora_single"
 
+SETTINGS = {
+    "seed": 1, "adaptation_steps": 10, "adaptation_batch_size": 4, "adaptation_optimizer": "sgd",
+    "adaptation_lr": 0.05, "adaptation_origin": "checkpoint", "max_new_tokens": 48, "max_length": 1024,
+    "decoding": "greedy", "dtype": "float32", "base_model": "models/tiny",
+    "data_sha256": {"calculus_support.parquet": "aa", "calculus_test.parquet": "bb", "logic_test.parquet": "cc"},
+}  # fmt: skip
+"""Of an evaluation that :func:`write_evaluation` writes."""
+
 Answers = Callable[[str, int, int, int], Sequence[bool]]
 """(task, shots, run, seed) -> whether each item was answered right."""
 
@@ -115,26 +123,17 @@ def write_experiments(
     states = states or {}
     folder.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {
-        "format": 1,
-        "command": "python run_experiments.py --suite matrix --scale cpu",
-        "created": "2030-01-02T03:00:00+00:00",
-        "updated": "2030-01-02T04:00:00+00:00",
-        "scale": "cpu",
-        "model": "models/tiny",
+        "format": 1, "command": "python run_experiments.py --suite matrix --scale cpu", "scale": "cpu",
+        "created": "2030-01-02T03:00:00+00:00", "updated": "2030-01-02T04:00:00+00:00", "model": "models/tiny",
         "provenance": {
-            "commit": "0123456789abcdef",
-            "dirty": False,
-            "versions": {"torch": "2.13.0", "verl": "0.9.0"},
-            "device": "a CPU",
-            "cores": 2,
-            "python": "3.11.7",
+            "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0", "verl": "0.9.0"},
+            "device": "a CPU", "cores": 2, "python": "3.11.7",
             "data_sha256": {"meta_test/calculus_test.parquet": "bb" * 32},
         },
         "evaluation": {"tasks": list(TASKS), "n_shots": list(SHOTS), "n_runs": runs},
-        "suites": dict(suites or {"matrix": MATRIX_SUITE}),
-        "arms": {},
+        "suites": dict(suites or {"matrix": MATRIX_SUITE}), "arms": {},
         "runs": {"data": _record("data", {"needs": []})},
-    }
+    }  # fmt: skip
     for name, arm in arms.items():
         replicates = []
         for seed in arm.seeds:
@@ -155,37 +154,21 @@ def write_experiments(
                         else:
                             _write_evaluation(target, arm, seed, items, runs)
         document["arms"][name] = {
-            "label": arm.label,
-            "experiment": arm.experiment,
-            "method": arm.method,
-            "model_type": MODEL_TYPES.get(arm.method, arm.method),
-            "samples_per_task": arm.samples,
-            "overrides": dict(arm.overrides),
-            "seeds": list(arm.seeds),
-            "replicates": replicates,
-        }
+            "label": arm.label, "experiment": arm.experiment, "method": arm.method,
+            "model_type": MODEL_TYPES.get(arm.method, arm.method), "samples_per_task": arm.samples,
+            "overrides": dict(arm.overrides), "seeds": list(arm.seeds), "replicates": replicates,
+        }  # fmt: skip
     (folder / "experiments.json").write_text(json.dumps(document, indent=1))
     return folder
 
 
 def _record(kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "kind": kind,
-        "arm": None,
-        "seed": None,
-        "state": "finished",
-        "command": ["python", f"{kind}.py", "--name", "a b"],
-        "environment": {"OMP_NUM_THREADS": "1"},
-        "seconds": 12.5,
-        "returncode": 0,
-        "attempts": 1,
-        "started": "2030-01-02T03:00:00+00:00",
-        "finished": "2030-01-02T03:10:00+00:00",
-        "peak_memory_bytes": 1e9,
-        "needs": ["data"],
-        "error": None,
-        **changes,
-    }
+        "kind": kind, "arm": None, "seed": None, "state": "finished", "seconds": 12.5, "returncode": 0, "attempts": 1,
+        "command": ["python", f"{kind}.py", "--name", "a b"], "environment": {"OMP_NUM_THREADS": "1"},
+        "started": "2030-01-02T03:00:00+00:00", "finished": "2030-01-02T03:10:00+00:00", "peak_memory_bytes": 1e9,
+        "needs": ["data"], "error": None, **changes,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -195,20 +178,11 @@ def _write_training(folder: Path, arm: FakeArm, seed: int, exports: bool) -> Non
     meta_learned = arm.method in ("meta_lora", "fomaml", "reptile")
     steps = {"meta_steps": len(arm.queries)} if meta_learned else {"steps": 50}
     summary = {
-        "method": arm.method,
-        "base_model": "models/tiny",
-        "device_name": "a CPU, 1 threads per process",
-        "support_samples": arm.samples,
-        **steps,
-        "tokens": 12345,
-        "seconds_total": arm.seconds,
-        "seconds_per_step_median": arm.step_seconds,
-        "peak_memory_bytes": arm.memory,
-        "peak_memory_kind": "rss",
-        "checkpoint_bytes": arm.checkpoint,
-        "seed": seed,
-        **arm.sizes,
-    }
+        "method": arm.method, "base_model": "models/tiny", "device_name": "a CPU, 1 threads per process",
+        "support_samples": arm.samples, **steps, "tokens": 12345, "seconds_total": arm.seconds,
+        "seconds_per_step_median": arm.step_seconds, "peak_memory_bytes": arm.memory, "peak_memory_kind": "rss",
+        "checkpoint_bytes": arm.checkpoint, "seed": seed, **arm.sizes,
+    }  # fmt: skip
     (folder / "run_summary.json").write_text(json.dumps(summary))
     if not meta_learned:
         return
@@ -255,14 +229,9 @@ def write_export(
     if foreign:
         tensors[foreign] = torch.ones(3)
     content = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "step": step,
-        "base_model": "models/tiny",
-        "adapter_config": {"r": 4, "lora_alpha": 8},
-        "adaptation": adaptation,
-        "lora": tensors,
-    }
+        "format": FORMAT, "version": FORMAT_VERSION, "step": step, "base_model": "models/tiny",
+        "adapter_config": {"r": 4, "lora_alpha": 8}, "adaptation": adaptation, "lora": tensors,
+    }  # fmt: skip
     torch.save(content, folder / f"meta_lora_checkpoint_step_{step}.pt")
     (folder / f"global_step_{step}").mkdir(exist_ok=True)
     state = {
@@ -285,69 +254,119 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
         return [i < count for i in range(items)]
 
     cells = [
-        ({"task": task, "n_shots": n, "run": run}, right(task, n, run), arm.loss if n == 0 else arm.few_loss)
+        (
+            {"task": task, "n_shots": n, "run": run},
+            right(task, n, run),
+            (arm.loss if n == 0 else arm.few_loss) + 0.02 * run,
+        )
         for task in TASKS
         for n in SHOTS
         for run in range(1 if n == 0 else runs)
     ]
+    full = arm.method in ("fomaml", "reptile")
     settings = {
-        "model_type": model_type,
-        "model_path": f"runs/{arm.method}",
-        "model_kind": "lora_file" if arm.method == "meta_lora" else "model",
-        "weights_sha256": "ab" * 32,
-        "base_model": "models/tiny",
-        "adapts": "all parameters" if arm.method in ("fomaml", "reptile") else "LoRA, r=16",
-        "protocol": "adaptation",
-        "adaptation_steps": 10,
-        "adaptation_optimizer": "adamw",
-        "adaptation_lr": 1e-5 if arm.method in ("fomaml", "reptile") else 1e-3,
-        "adaptation_batch_size": 4,
-        "seed": 1,
-        "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
-    }
+        "model_type": model_type, "model_path": f"runs/{arm.method}", "weights_sha256": "ab" * 32,
+        "model_kind": "lora_file" if arm.method == "meta_lora" else "model", "base_model": "models/tiny",
+        "adapts": "all parameters" if full else "LoRA, r=16", "protocol": "adaptation", "adaptation_steps": 10,
+        "adaptation_optimizer": "adamw", "adaptation_lr": 1e-5 if full else 1e-3, "adaptation_batch_size": 4,
+        "seed": 1, "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
+    }  # fmt: skip
     (folder / f"{model_type}_settings.json").write_text(json.dumps(settings))
-    _write_cells(folder, model_type, cells, "n_shots", "results")
+    write_cells(folder, model_type, cells)
     if arm.speed:
         cells = [
-            ({"task": task, "n_shots": 25, "run": run, "step": n}, [i < count for i in range(items)], 2.0 / (1 + n))
+            (
+                {"task": task, "n_shots": 25, "run": run, "step": n},
+                [i < count for i in range(items)],
+                2.0 / (1 + n) + 0.02 * run,
+            )
             for task in TASKS
             for n, count in arm.speed.items()
             for run in range(runs)
         ]
         (folder / f"{model_type}_speed_settings.json").write_text(json.dumps(settings))
-        _write_cells(folder, model_type, cells, "step", "speed")
+        write_cells(folder, model_type, cells, "step", "speed")
 
 
-def _write_cells(folder: Path, model_type: str, cells: Sequence[Any], by: str, kind: str) -> None:
+def write_evaluation(
+    folder: Path,
+    model_type: str,
+    correct: Mapping[tuple[str, int], Sequence[Sequence[int]]],
+    losses: Mapping[tuple[str, int], Sequence[float]] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    items: Sequence[str] | None = None,
+    shots: str = "s-",
+) -> Path:
+    """An evaluation of its own.
+
+    Args:
+        correct: (task, N) -> [runs][items] of 0 and 1.
+        losses: (task, N) -> one per run, default 1.
+        changes: of :data:`SETTINGS`.
+        items, shots: as in :func:`write_cells`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [
+        ({"task": task, "n_shots": n, "run": run}, answers, ((losses or {}).get((task, n)) or [1.0] * len(runs))[run])
+        for (task, n), runs in correct.items()
+        for run, answers in enumerate(runs)
+    ]
+    write_cells(folder, model_type, cells, items=items, shots=shots)
+    (folder / f"{model_type}_settings.json").write_text(json.dumps({**SETTINGS, **(changes or {})}))
+    return folder
+
+
+def write_cells(
+    folder: Path,
+    model_type: str,
+    cells: Sequence[Any],
+    by: str = "n_shots",
+    kind: str = "results",
+    *,
+    items: Sequence[str] | None = None,
+    shots: str = "",
+    majority: float = 0.25,
+) -> None:
+    """What an evaluation leaves: results, predictions and cells.
+
+    Args:
+        cells: (place, whether each item was answered right, loss) each.
+        by: key of a place that the results are listed by.
+        items: ids of the test items; None: made of the task and a number.
+        shots: in front of the ids of the shots.
+    """
     stem = model_type if kind == "results" else f"{model_type}_{kind}"
     predictions, lines = [], []
     grouped: dict[str, dict[str, list[Any]]] = {}
     for place, answers, loss in cells:
+        names = items or [f"{place['task']}-{i}" for i in range(len(answers))]
         of_cell = [
-            {**place, "example_id": f"{place['task']}-{i}", "correct": bool(answer), "formatted": i > 0, "output": "x"}
-            for i, answer in enumerate(answers)
+            {**place, "example_id": name, "correct": bool(answer), "formatted": i > 0, "output": "a\u2028b"}
+            for i, (name, answer) in enumerate(zip(names, answers, strict=True))
         ]
         line = {
             **place,
             "n_test": len(of_cell),
-            "loss": loss + 0.02 * place["run"],
+            "loss": loss,
             "adapt_steps": 0 if place[by] == 0 else 10,
             "adapt_seconds": 1.0,
-            "shots": [f"{place['task']}-{place['run']}-{i}" for i in range(place["n_shots"])],
+            "shots": [f"{shots}{place['task']}-{place['run']}-{i}" for i in range(place["n_shots"])],
         }
         predictions += of_cell
         lines.append(line)
         grouped.setdefault(place["task"], {}).setdefault(str(place[by]), []).append((line, of_cell))
     results = {
         task: {
-            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], 0.25)
+            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], majority)
             for n, pairs in by_value.items()
         }
         for task, by_value in grouped.items()
     }
     (folder / f"{model_type}_{kind}.json").write_text(json.dumps(results))
     for name, content in (("predictions", predictions), ("cells", lines)):
-        (folder / f"{stem}_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content)
+        (folder / f"{stem}_{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- what tests share

@@ -352,21 +352,21 @@ def write_mgsm(root: Path, languages: tuple[str, ...], count: int = 60) -> None:
 
 def write_everything(root: Path) -> None:
     """Copies of every source of the catalog."""
-    from metasft.data.sources import bbh, competition, science, word_problems
+    from metasft.data.sources import catalog
 
-    write_math(root, competition.MATH_SUBJECTS)
-    write_math(root, competition.MATH_SUBJECTS, owner="DigitalLearningGmbH")
+    write_math(root, catalog.MATH_SUBJECTS)
+    write_math(root, catalog.MATH_SUBJECTS, owner="DigitalLearningGmbH")
     write_math_500(root)
     write_gsm8k(root)
     write_numina(root)
     write_theoremqa(root)
     write_deeptheorem(root)
-    write_mmlu(root, science.MMLU_SUBJECTS)
+    write_mmlu(root, catalog.MMLU_SUBJECTS)
     write_arc(root)
     write_openbookqa(root)
     write_sciq(root)
-    write_bbh(root, bbh.TASKS)
-    write_mgsm(root, word_problems.LANGUAGES)
+    write_bbh(root, catalog.BBH_TASKS)
+    write_mgsm(root, catalog.LANGUAGES)
 
 
 # ---- a hub ----------------------------------------------------------------------------------------------------------

@@ -35,23 +35,11 @@ def states_of(store):
 
 
 def test_what_finished_stays_and_what_was_interrupted_waits_again(tmp_path):
-    leave(
-        tmp_path,
-        {
-            "data": "finished",
-            "train-a-seed1": "running",
-            "train-f-seed1": "failed",
-            "evaluate-a-seed1": "interrupted",
-            "evaluate-f-seed1": "skipped",
-        },
-    )
-    assert states_of(opened(tmp_path)) == {
-        "data": ("finished", 1),
-        "train-a-seed1": ("waiting", 1),
-        "train-f-seed1": ("failed", 1),
-        "evaluate-a-seed1": ("waiting", 1),
-        "evaluate-f-seed1": ("waiting", 1),
-    }
+    names = ("data", "train-a-seed1", "train-f-seed1", "evaluate-a-seed1", "evaluate-f-seed1")
+    left = ("finished", "running", "failed", "interrupted", "skipped")
+    leave(tmp_path, dict(zip(names, left, strict=True)))
+    now = ("finished", "waiting", "failed", "waiting", "waiting")
+    assert states_of(opened(tmp_path)) == {name: (state, 1) for name, state in zip(names, now, strict=True)}
     retried = opened(tmp_path, retry_failed=True)
     assert states_of(retried)["train-f-seed1"] == ("waiting", 1) and retried.records["train-f-seed1"]["error"] is None
 
@@ -147,20 +135,14 @@ def test_a_failed_run_is_mended_by_other_settings_and_retry_failed(tmp_path):
     assert "meta.num_inner_steps=3" in store.records["train-a-seed1"]["command"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": "some/model"}, "another model .*/model' there, 'some/model' now.: give another --output-dir"),
-        (
-            {"evaluate/all/limit": 2},
-            "the settings have changed since these runs .*evaluate-a-seed1 .finished, --limit 4 there, --limit 2 now",
-        ),
-    ],
-)
-def test_a_folder_holds_one_model_and_one_evaluation(changes, words, tmp_path):
+def test_a_folder_holds_one_model_and_one_evaluation(tmp_path):
     leave(tmp_path, {name: "finished" for name in ("data", "train-a-seed1", "evaluate-a-seed1")})
-    with pytest.raises(ValueError, match=words):
-        opened(tmp_path, changes=changes)
+    for changes, words in (
+        ({"model": "some/model"}, "another model .*/model' there, 'some/model' now.: give another --output-dir"),
+        ({"evaluate/all/limit": 2}, "have changed since .*evaluate-a-seed1 .finished, --limit 4 there, --limit 2 now"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            opened(tmp_path, changes=changes)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -218,22 +200,23 @@ def test_what_the_runner_would_not_write_is_refused(changes, words, tmp_path):
         read_experiments(tmp_path, whole=True)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[1]", "it holds list, no object"),
-        ("{}", "state is missing"),
-        ('{"state": "finished", "attempts": "1"}', "attempts='1'"),
-        ('{"state": "finished", "attempts": 1, "environment": {"A": 1}}', "environment.A=1"),
-        (None, "it is no regular file"),
-    ],
-)
-def test_a_record_that_the_runner_would_not_write_is_refused(content, words, tmp_path):
-    if content is None:
-        (tmp_path / "run.json").mkdir()
-    else:
-        (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=f"run.json is not .*{words}.*: delete its folder to run it again"):
+BAD_RECORDS = {
+    "[1]": "it holds list, no object",
+    "{}": "state is missing",
+    '{"state": "finished", "attempts": "1"}': "attempts='1'",
+    '{"state": "finished", "attempts": 1, "environment": {"A": 1}}': "environment.A=1",
+}
+
+
+def test_a_record_that_the_runner_would_not_write_is_refused(tmp_path):
+    file = tmp_path / "run.json"
+    for content, words in BAD_RECORDS.items():
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"run.json is not .*{words}.*: delete its folder to run it again"):
+            read_record(tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"run.json is not .*it is no regular file.*: delete its folder"):
         read_record(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from script_runner import ROOT
 
+import run_experiments
 from metasft.experiments.composition import overrides_of
 from metasft.experiments.plan import identity, make_plan
 from metasft.experiments.suites import read_scale, read_suites
@@ -328,3 +330,36 @@ make_plan(read_suites(["two_stage"]), read_scale("smoke"), Path("results/never-t
 assert not {"torch", "verl", "ray", "datasets"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main(*arguments):
+    return run_experiments.main([str(argument) for argument in arguments])
+
+
+def test_dry_run_prints_the_commands_and_leaves_nothing(tmp_path, capsys):
+    out = tmp_path / "with space"
+    assert main("--suite", "matrix", "two_stage", "--scale", "smoke", "--dry-run", "--output-dir", out) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("#")]
+    exports = [shlex.split(line)[1] for line in lines if line.startswith("export ")]
+    assert exports == ["OMP_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES="]
+    plan = make_plan(read_suites(["matrix", "two_stage"]), read_scale("smoke"), out)
+    printed = [tuple(shlex.split(line)) for line in lines if not line.startswith("export ")]
+    assert printed == [run.command for run in plan.runs.values()]
+    assert not out.exists()
+
+
+def test_a_model_is_found_from_where_the_command_is_given(tmp_path, monkeypatch, capsys):
+    model_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert main("--suite", "two_stage", "--model", "mine", "--dry-run", "--output-dir", "out") == 0
+    printed = capsys.readouterr().out
+    assert f"model.path={tmp_path / 'mine'}" in printed and f"--output-dir {tmp_path / 'out'}" in printed
+
+
+def test_two_seeds_of_the_command_replace_those_of_the_scale(tmp_path, capsys):
+    assert main("--suite", "two_stage", "--seeds", "7", "8", "--dry-run", "--output-dir", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert all(f"# train-meta_lora_stage1-seed{seed}\n" in printed for seed in (7, 8)) and "seed1\n" not in printed

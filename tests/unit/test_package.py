@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,18 +12,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from script_runner import ROOT, script_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SHIPPED = {"math_science_meta/config_*.yaml", "suites/*.yaml", "experiments/*.yaml", "experiments/scales/*.yaml"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The unpacked wheel, built from a copy of the tree: setuptools leaves files where it works."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("metasft", "pyproject.toml", "README.md", "LICENSE", *SCRIPTS):
+    for name in ("metasft", "data", "pyproject.toml", "README.md", "LICENSE", *SCRIPTS):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.parquet")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target)]
@@ -33,13 +34,25 @@ def wheel(tmp_path_factory) -> Path:
     (file,) = target.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         archive.extractall(target / "unpacked")
+    shutil.rmtree(source)
     return target / "unpacked"
 
 
+def run(wheel: Path, folder: Path, *arguments: str) -> str:
+    """What Python prints with the package in an empty folder."""
+    environment = {**script_environment(), "PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 def test_every_file_of_the_package_and_every_script_is_in_the_wheel(wheel):
-    folders = os.walk(ROOT / "metasft", followlinks=True)  # `shipped` holds links
-    files = {(Path(folder) / name).relative_to(ROOT).as_posix() for folder, _, names in folders for name in names}
-    expected = {name for name in files if "__pycache__" not in name} | set(SCRIPTS)
+    package = {path for path in (ROOT / "metasft").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    expected = {path.relative_to(ROOT).as_posix() for path in package} | set(SCRIPTS)
+    for pattern in SHIPPED:
+        files = {f"metasft/shipped/{path.relative_to(ROOT / 'data')}" for path in (ROOT / "data").glob(pattern)}
+        assert files
+        expected |= files
     found = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == expected
 
@@ -53,20 +66,43 @@ def test_the_metadata_are_complete(wheel):
     assert (info / "licenses/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().startswith("# metasft")
-    assert "metasft_cpu = metasft.backend.cpu_platform" in (info / "entry_points.txt").read_text(encoding="utf-8")
+    entry_points = (info / "entry_points.txt").read_text(encoding="utf-8")
+    assert "metasft_cpu = metasft.backend.cpu_platform" in entry_points
+    assert "metasft = metasft.__main__:main" in entry_points
 
 
-@pytest.mark.parametrize("script", ["prepare_math_science_data.py", "evaluate_few_shot.py", "compare_methods.py"])
-def test_scripts_start_from_the_wheel(wheel, tmp_path, script):
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--help", "train fomaml"),
+        ("prepare --help", "--support-ratio"),
+        ("evaluate --help", "--n-shots"),
+        ("compare --help", "--paired"),
+        ("train meta_lora --cfg job", "\n  experiment_name: math_science\n"),
+    ],
+)
+def test_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, command, said):
+    assert said in run(wheel, tmp_path, "-m", "metasft", *command.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_is_named(tmp_path):
+    for command in (["trian"], ["train"], ["train", "maml"]):
+        done = subprocess.run([sys.executable, "-m", "metasft", *command], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert " ".join(command) in done.stderr and "train meta_lora" in done.stderr
+
+
+def test_experiments_need_a_clone_and_say_so(wheel, tmp_path):
+    code = "import run_experiments; print(run_experiments.main(['--dry-run']))"
     done = subprocess.run(
-        [sys.executable, str(wheel / script), "--help"],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(wheel)},
+        env={**script_environment(), "PYTHONPATH": str(wheel)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert script in done.stdout
+    assert done.stdout == "2\n" and "use run_experiments.py of a clone" in done.stderr
 
 
 def test_changelog_and_citation_name_the_version(wheel):

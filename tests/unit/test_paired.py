@@ -6,51 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from experiment_folder import SETTINGS, write_evaluation
 
 import compare_methods
 from metasft.reporting.compare import paired, parse_side
 from metasft.reporting.comparisons import ALL_SHOTS
 from metasft.reporting.evaluations import check_pairing, read_evaluation
 from metasft.reporting.statistics import crossed_estimate
-
-SETTINGS = {
-    "seed": 1,
-    "adaptation_steps": 10,
-    "adaptation_batch_size": 4,
-    "adaptation_optimizer": "sgd",
-    "adaptation_lr": 0.05,
-    "adaptation_origin": "checkpoint",
-    "max_new_tokens": 48,
-    "max_length": 1024,
-    "decoding": "greedy",
-    "dtype": "float32",
-    "base_model": "models/tiny",
-    "data_sha256": {"calculus_support.parquet": "aa", "calculus_test.parquet": "bb", "logic_test.parquet": "cc"},
-}
-
-
-def write_evaluation(folder, model_type, correct, losses=None, *, changes=None, items=None, shots="s"):
-    """``correct``: (task, N) -> [runs][items] of 0 and 1; ``losses``: (task, N) -> one per run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    predictions, cells, results = [], [], {}
-    for (task, n), runs in correct.items():
-        for run, answers in enumerate(runs):
-            place = {"task": task, "n_shots": n, "run": run}
-            names = items or [f"{task}-{i}" for i in range(len(answers))]
-            predictions += [
-                {**place, "example_id": name, "correct": bool(c), "formatted": True, "output": "a\u2028b"}
-                for name, c in zip(names, answers, strict=True)
-            ]
-            loss = (losses or {}).get((task, n), [1.0] * len(runs))[run]
-            chosen = [f"{shots}-{task}-{run}-{i}" for i in range(n)]
-            cells.append({**place, "n_test": len(answers), "loss": loss, "shots": chosen})
-        results.setdefault(task, {})[str(n)] = {}
-    (folder / f"{model_type}_results.json").write_text(json.dumps(results))
-    (folder / f"{model_type}_settings.json").write_text(json.dumps({**SETTINGS, **(changes or {})}))
-    for name, lines in (("predictions", predictions), ("cells", cells)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / f"{model_type}_{name}.jsonl").write_text(text, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -270,24 +232,6 @@ def test_the_script_writes_json_and_a_table(work, capsys):
     table = (work / "results" / "paired_meta_lora_FOMAML.md").read_text()
     assert table in capsys.readouterr().out
     assert table.startswith("# meta_lora against FOMAML, paired")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--paired", "results/meta_lora", "results/meta_lora"], "--paired has two sides named meta_lora"),
-        (["--paired", "results/meta_lora", "results/nowhere"], "results/nowhere is no <model type>_results.json file"),
-        (["--paired", "a=results/meta_lora", "b=results/meta_lora", "--margin", "3"], "--margin is 3.0"),
-        (["--paired", "results/meta_lora", "results/fomaml", "--shots", "5"], "--shots has no meaning with --paired"),
-        (["--margin", "0.1"], "--margin has no meaning without --paired"),
-        (["--speed", "--table", "x.md"], "--table has no meaning with --speed"),
-    ],
-)
-def test_unusable_arguments_are_one_line_and_exit_code_2(work, capsys, arguments, message):
-    assert compare_methods.main(arguments) == 2
-    stderr = capsys.readouterr().err
-    assert message in stderr
-    assert len(stderr.splitlines()) == 1
 
 
 def test_labels():

@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from metasft.data import baselines
+from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
 
@@ -61,7 +63,7 @@ def run_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str, small: bool = True) -> int:
-        return prepare_data.main([*(SMALL if small else []), *flags])
+        return prepare_command.main([*(SMALL if small else []), *flags])
 
     return run
 
@@ -106,28 +108,16 @@ for file in Path('./data/math_science_meta/meta_train').glob('*_support.parquet'
     assert lines == sorted(f"{task}_support.parquet: 100 samples" for task in tasks.TRAIN_TASKS)
 
 
-def test_gold_answers_of_every_file_score(prepared):
-    for name, frame in read_all(prepared / "data/math_science_meta").items():
-        sample = frame.iloc[::7]
-        assert all(tasks.score(row["response"], row).correct for _, row in sample.iterrows()), name
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [2, 3])
 def test_no_example_and_no_prompt_in_two_files(run_here, seed, tmp_path):
+    """``prepare`` asserts it of what it writes; ``_full`` repeats support and query, but never test."""
     assert run_here("--seed", str(seed), "--full-samples", "50") == 0
     frames = read_all(tmp_path / "data/math_science_meta")
     apart = pd.concat([frame for name, frame in frames.items() if "_full" not in name])
-    assert len(apart) == 5 * 60 + 2 * 30
-    assert apart["example_id"].is_unique
-    assert apart["prompt"].is_unique
+    assert len(apart) == 5 * 60 + 2 * 30 and apart["example_id"].is_unique and apart["prompt"].is_unique
     for task in tasks.TRAIN_TASKS:
-        part = {name: frames[f"meta_train/{task}_{name}.parquet"] for name in ("support", "query", "test", "full")}
-        assert len(part["full"]) == 50
-        for column in ("example_id", "prompt"):
-            full = set(part["full"][column])
-            assert len(full) == 50
-            assert full >= set(part["support"][column]) | set(part["query"][column])
-            assert not full & set(part["test"][column])
+        ids = {part: set(frames[f"meta_train/{task}_{part}.parquet"]["example_id"]) for part in ("full", "test")}
+        assert len(ids["full"]) == 50 and not ids["full"] & ids["test"]
 
 
 def test_support_ratios_are_comparable(tmp_path, monkeypatch):
@@ -136,7 +126,7 @@ def test_support_ratios_are_comparable(tmp_path, monkeypatch):
     ids = {}
     for ratio in ("0.15", "0.45"):
         flags = ["--output-dir", ratio, "--support-ratio", ratio, "--tasks", "number_theory", "probability"]
-        assert prepare_data.main(flags) == 0
+        assert prepare_command.main(flags) == 0
         ids[ratio] = {name: list(frame["example_id"]) for name, frame in read_all(tmp_path / ratio).items()}
     for task in ("number_theory", "probability"):
         small, large = (
@@ -160,7 +150,7 @@ def test_full_samples_change_no_other_file(run_here, tmp_path):
 
 
 def test_same_flags_give_the_same_bytes(run_here, tmp_path):
-    """Here, and in a process with other hashes."""
+    """Here, and in a process with other hashes, which reach reasoning-gym through sets of sympy terms."""
     assert run_here("--output-dir", "data/x") == 0
     here = tree(tmp_path)
     (tmp_path / "there").mkdir()
@@ -204,7 +194,7 @@ def test_recorded_command_makes_the_same_files(run_here, tmp_path):
     shutil.rmtree(tmp_path / "one")
     words = command.split()
     assert words[:2] == ["python", "prepare_math_science_data.py"]
-    assert prepare_data.main(words[2:]) == 0
+    assert prepare_command.main(words[2:]) == 0
     assert tree(tmp_path) == before
 
 
@@ -218,28 +208,30 @@ def compose(folder: Path, name: str):
         return compose(config_name=name)
 
 
-def test_single_task_baseline_configs(prepared):
-    folder = prepared / "data/meta_train"
-    expected = {f"{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
-    assert {path.stem for path in folder.glob("*.yaml")} == expected
+def test_baseline_configs(prepared):
+    """Of every task and of all, each opening with the command that runs it, valid for veRL."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    expected = {f"meta_train/{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
+    paths = {str(path.relative_to(prepared / "data").with_suffix("")): path for path in prepared.rglob("*.yaml")}
+    assert set(paths) == expected | {"baseline_lora_mixed", "baseline_lora_mixed_full"}
+    for path in paths.values():
+        comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+        found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
+        assert prepared / found[1] / f"{found[2]}.yaml" == path
+    mixed = compose(prepared / "data", "baseline_lora_mixed")
+    assert sum(len(pd.read_parquet(prepared / file)) for file in mixed.data.train_files) == 500
     for task in tasks.TRAIN_TASKS:
-        config = compose(folder, f"{task}_train")
+        config = compose(prepared / "data/meta_train", f"{task}_train")
         assert config.data.train_files == [f"data/math_science_meta/meta_train/{task}_support.parquet"]
-        assert (prepared / config.data.train_files[0]).is_file()
-        assert config.data.train_max_samples == 100
-        assert config.data.train_batch_size == 4
-        assert config.model.lora_rank == 16
-        assert config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
-        assert config.optim.optimizer == "AdamW"  # from veRL's config: it really is composed
-
-
-def test_mixed_baseline_config(prepared):
-    config = compose(prepared / "data", "baseline_lora_mixed")
-    assert len(config.data.train_files) == len(tasks.TRAIN_TASKS)
-    assert sum(len(pd.read_parquet(prepared / file)) for file in config.data.train_files) == 500
-    assert config.data.train_max_samples == 500
-    assert config.data.train_batch_size == 4 * len(tasks.TRAIN_TASKS)
-    assert config.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+        assert config.data.train_files[0] in mixed.data.train_files
+        assert (config.data.train_max_samples, config.data.train_batch_size) == (100, 4)
+        assert config.model.lora_rank == 16 and config.trainer.default_local_dir == f"checkpoints/std_lora_{task}"
+    assert (mixed.data.train_max_samples, mixed.data.train_batch_size) == (500, 4 * len(tasks.TRAIN_TASKS))
+    assert mixed.trainer.default_local_dir == "checkpoints/std_lora_mixed"
+    assert omega_conf_to_dataclass(mixed.engine).strategy == "fsdp2"
+    assert omega_conf_to_dataclass(mixed.optim).optimizer == "AdamW"  # from veRL's config: it really is composed
+    assert omega_conf_to_dataclass(mixed.checkpoint).save_lora_only is True
 
 
 def test_full_data_configs(run_here, tmp_path):
@@ -273,22 +265,13 @@ def test_baselines_match_meta_lora_in_what_can_match(prepared):
         assert config.data.max_length == ours.data.max_length
 
 
-def test_baseline_configs_are_valid_for_verl(prepared):
-    from verl.utils.config import omega_conf_to_dataclass
-
-    config = compose(prepared / "data", "baseline_lora_mixed")
-    assert omega_conf_to_dataclass(config.engine).strategy == "fsdp2"
-    assert omega_conf_to_dataclass(config.optim).lr == pytest.approx(5e-4)
-    assert omega_conf_to_dataclass(config.checkpoint).save_lora_only is True
-
-
 def test_mixed_baseline_takes_600_samples_of_all_tasks(tmp_path, monkeypatch, model_folder):
     """The guide's Exp 5. Without shuffling veRL takes the first 600 rows: two of the five tasks."""
     from verl.trainer.sft_trainer import create_sft_dataset
 
     monkeypatch.chdir(tmp_path)
     flags = ["--samples-per-task", "400", "--support-ratio", "0.4", "--tasks", *tasks.TRAIN_TASKS]
-    assert prepare_data.main(["--output-dir", "data/math_science_meta", *flags]) == 0
+    assert prepare_command.main(["--output-dir", "data/math_science_meta", *flags]) == 0
     config = compose(tmp_path / "data", "baseline_lora_mixed")
     assert config.data.train_max_samples == 600  # of 800
     dataset = create_sft_dataset(
@@ -305,15 +288,6 @@ def model_folder(tmp_path_factory) -> Path:
     from tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def test_config_opens_with_its_command(prepared):
-    paths = [*(prepared / "data/meta_train").glob("*.yaml"), *(prepared / "data").glob("baseline_lora_*.yaml")]
-    assert len(paths) == 2 * len(tasks.TRAIN_TASKS) + 2
-    for path in paths:
-        comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-        found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
-        assert prepared / found[1] / f"{found[2]}.yaml" == path
 
 
 def test_absolute_output_dir(run_here, tmp_path):
@@ -380,11 +354,11 @@ def test_nothing_under_version_control_is_touched(flags, run_here, checkout):
 
 
 def test_shipped_configs_are_used_where_they_fit(checkout):
-    settings = prepare_data.check_settings(prepare_data.parse_arguments([]))
-    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), settings)
+    settings = prepare_command.check_settings(prepare_command.parse_arguments([]))
+    configs = baselines.make_baseline_configs(Path("data/math_science_meta"), settings)
     assert len(configs) == 12 and all(name.startswith("../") for name in configs)
-    other = prepare_data.check_settings(prepare_data.parse_arguments(["--support-ratio", "0.45"]))
-    configs = prepare_data.make_baseline_configs(Path("data/math_science_meta"), other)
+    other = prepare_command.check_settings(prepare_command.parse_arguments(["--support-ratio", "0.45"]))
+    configs = baselines.make_baseline_configs(Path("data/math_science_meta"), other)
     assert len(configs) == 6 and not any(name.startswith("..") for name in configs)
 
 
@@ -402,7 +376,7 @@ def test_the_mixed_baseline_makes_sense_from_2_to_500_tasks(tasks_, support, sam
     names = [f"task_{i}" for i in range(tasks_)]
     sizes = {name: {"support": support, "query": 1, "test": 1, "full": None} for name in names}
     settings = {"source": "local", "suite": {"train": names}, "sizes": sizes, "full_samples": None}
-    configs = prepare_data.make_baseline_configs(Path("data/mine"), settings)
+    configs = baselines.make_baseline_configs(Path("data/mine"), settings)
     (tmp_path / "mixed.yaml").write_text(configs["baseline_lora_mixed.yaml"])
     config = compose(tmp_path, "mixed")
     assert len(config.data.train_files) == tasks_
@@ -438,29 +412,20 @@ def test_skip_existing(run_here, tmp_path, capsys):
     flags = ["--tasks", "number_theory", "--skip-existing"]
     assert run_here(*flags) == 0
     assert "there is no readable manifest.json" in capsys.readouterr().out
-
-    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    before, stamps = tree(tmp_path), {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert run_here(*flags) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == stamps
-
-    before = tree(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     damaged = output / "meta_train" / "number_theory_query.parquet"
-    damaged.write_bytes(b"damaged")
-    assert run_here(*flags) == 0
-    assert "number_theory_query.parquet has changed" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
-    damaged.unlink()
-    assert run_here(*flags) == 0
-    assert "number_theory_query.parquet is missing" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
-    (tmp_path / "data/baseline_lora_mixed.yaml").unlink()
-    assert run_here(*flags) == 0
-    assert "baseline_lora_mixed.yaml is missing" in capsys.readouterr().out
-    assert tree(tmp_path) == before
-
+    for damage, said in (
+        (lambda: damaged.write_bytes(b"damaged"), "number_theory_query.parquet has changed"),
+        (damaged.unlink, "number_theory_query.parquet is missing"),
+        ((tmp_path / "data/baseline_lora_mixed.yaml").unlink, "baseline_lora_mixed.yaml is missing"),
+    ):
+        damage()
+        assert run_here(*flags) == 0
+        assert said in capsys.readouterr().out
+        assert tree(tmp_path) == before
     assert run_here(*flags, "--seed", "2") == 0
     assert "other flags" in capsys.readouterr().out
     assert tree(tmp_path) != before
@@ -468,37 +433,10 @@ def test_skip_existing(run_here, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------ failures
 
-WRONG_FLAGS = {
-    "support ratio 0": (["--support-ratio", "0"], "--support-ratio is 0.0"),
-    "support ratio over 1": (["--support-ratio", "1.5"], "--support-ratio is 1.5"),
-    "ratio not a number": (["--query-ratio", "nan"], "--query-ratio is nan"),
-    "query ratio negative": (["--query-ratio", "-0.1"], "--query-ratio is -0.1"),
-    "no room for a test set": (["--support-ratio", "0.6", "--query-ratio", "0.4"], "leave no test set"),
-    "unknown task": (["--tasks", "algebra", "poetry"], "'poetry'"),
-    "empty split": (["--samples-per-task", "3"], "--samples-per-task is 3"),
-    "no test samples": (["--test-samples", "0"], "--test-samples is 0"),
-    "empty shot pool": (["--shot-pool", "0"], "--shot-pool is 0"),
-    "full smaller than its parts": (["--full-samples", "266"], "ask for at least 267"),
-    "unknown source": (["--source", "internet"], "--source"),
-    "not an integer": (["--seed", "one"], "--seed"),
-    "unknown flag": (["--suport-ratio", "0.15"], "--suport-ratio"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_FLAGS)
-def test_wrong_flags(case, tmp_path):
-    flags, message = WRONG_FLAGS[case]
-    done = run_script(*flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
 
 def test_flags_are_checked_without_heavy_imports(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import metasft.data.prepare as p\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import metasft.data.command as p\n"
         "assert p.main(['--support-ratio', '2']) == 2\n"
         "heavy = ('torch', 'transformers', 'verl', 'pandas', 'pyarrow', 'reasoning_gym', 'sympy')\n"
         "print([m for m in heavy if m in sys.modules])"
@@ -540,14 +478,3 @@ def test_failure_while_writing_leaves_nothing(run_here, tmp_path, monkeypatch, c
     assert "No space left on device" in error and "choose another folder" in error
     assert len(written) == 2
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("output_dir", ["file", "file/data", "file/deep/er/data"])
-def test_folder_that_cannot_be_written(output_dir, tmp_path):
-    """A regular file in the way: unlike a permission, it stops the superuser too."""
-    (tmp_path / "file").write_text("mine")
-    done = run_script("--output-dir", output_dir, "--tasks", "number_theory", *SMALL, cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"--output-dir is {output_dir}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert tree(tmp_path) == {"file": b"mine"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -84,12 +85,35 @@ def test_reporting_reads_files_only(tmp_path):
 # ---- numbers by hand ------------------------------------------------------------------------------------------------
 
 
-def test_scores_by_hand(tmp_path):
-    report = report_of(tmp_path)
-    assert {(s["task"], s["shots"]) for s in report["arms"]["meta_lora_100"]["scores"]} == {
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """The report on a matrix whose costs, curves and answers are chosen so that every number follows by hand."""
+    folder = tmp_path_factory.mktemp("by_hand")
+    sharded = {"world_size": 4, "task_group_size": 4}  # a quarter of the model in each of 4 processes
+    arms = matrix_arms(
+        **arm("meta_lora_100", speed={0: 2, 1: 3, 5: 9}),
+        **arm("fomaml_300", memory=2e9, sizes=sharded),
+        **arm("reptile_300", memory=2e9, sizes={**sharded, "model_memory_bytes": 7e9, "diverged": {"loss": 3.9}}),
+        **arm("lora_mixed", memory=None, step_seconds=None),
+        **arm("meta_lora_300", seeds=(1, 2)),
+    )
+    write_experiments(folder, arms, items=ITEMS)
+    # Six of 60 right after training on one task, 18 after the other.
+    path = folder / "runs" / "evaluate-lora_single-geometry-seed1" / "lora_predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    for line in lines:
+        line["correct"] = int(line["example_id"].rpartition("-")[2]) < 18
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = folder / "runs" / "train-meta_lora_300-seed2" / "run_summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds_total": 400.0}))
+    return read_report(folder)
+
+
+def test_scores_by_hand(by_hand):
+    assert {(s["task"], s["shots"]) for s in by_hand["arms"]["meta_lora_100"]["scores"]} == {
         (task, shots) for task in ("calculus", "theorem_proving", "all") for shots in (*SHOTS, ALL_SHOTS)
     }
-    zero, few = (score_of(report, "meta_lora_100", *place) for place in (("calculus", 0), ("all", ALL_SHOTS)))
+    zero, few = (score_of(by_hand, "meta_lora_100", *place) for place in (("calculus", 0), ("all", ALL_SHOTS)))
     assert zero["accuracy"] == pytest.approx(2 / 60) and few["accuracy"] == pytest.approx(8 / 60)
     assert (zero["n_items"], zero["n_runs"], zero["adapt_steps"]) == (60, 1, 0)
     assert (few["n_items"], few["n_runs"], few["n_seeds"], few["adapt_steps"]) == (120, 2, 1, 10)
@@ -99,50 +123,36 @@ def test_scores_by_hand(tmp_path):
     half = stats.t.ppf(0.975, 2) * math.sqrt(2 * 0.0002 / 2 / 4)
     assert few["loss_ci95"] == pytest.approx([1.01 - half, 1.01 + half])
     assert few["format_accuracy"] == pytest.approx(59 / 60) and few["majority_baseline"] == 0.25
+    # Single-task LoRA is the mean over its trainings: a fifth.
+    assert score_of(by_hand, "lora_single", "all", ALL_SHOTS)["accuracy"] == pytest.approx(12 / 60)
+    speed = {(s["task"], s["steps"]): s for s in by_hand["arms"]["meta_lora_100"]["speed"]}
+    assert set(speed) == {(task, n) for task in ("calculus", "theorem_proving", "all") for n in (0, 1, 5)}
+    assert speed["all", 5]["accuracy"] == pytest.approx(9 / 60)
 
 
-def test_costs_and_ratios_are_those_of_the_summaries(tmp_path):
-    write_experiments(tmp_path, matrix_arms(**arm("meta_lora_100", seeds=(1, 2))), items=ITEMS)
-    values = {ratio["name"]: ratio["value"] for ratio in read_report(tmp_path)["ratios"]}
-    assert values == {"time per meta-step": 2.0, "training time": 2.0, "peak memory": 2.5, "checkpoint": 27.0}
-    summary = tmp_path / "runs" / "train-meta_lora_100-seed2" / "run_summary.json"
-    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds_total": 400.0}))
-    cost = read_report(tmp_path)["arms"]["meta_lora_100"]["cost"]
-    assert cost["seconds"] == {"mean": 380.0, "low": 360.0, "high": 400.0, "count": 2}
-    assert cost["process_seconds"]["mean"] == 400.0
-
-
-def test_memory_is_compared_model_by_model(tmp_path):
-    """FOMAML over 4 processes holds a quarter of the model in each, META-LORA over 4 all of it in each."""
-    memory = {"fomaml_300": (2e9, {"world_size": 4, "task_group_size": 4})}
-    memory["meta_lora_100"] = (4e9, {"world_size": 4, "task_group_size": 1})
-    arms = {name: arm(name, memory=of_process, sizes=sizes)[name] for name, (of_process, sizes) in memory.items()}
-    report = report_of(tmp_path, matrix_arms(**arms))
-    assert {ratio["name"]: ratio["value"] for ratio in report["ratios"]}["peak memory"] == 2.0
-    assert report["arms"]["fomaml_300"]["cost"]["memory"]["mean"] == 8e9
-
-
-def test_the_memory_of_a_model_is_what_was_measured_where_it_was(tmp_path):
-    sizes = {"world_size": 4, "task_group_size": 4, "model_memory_bytes": 7e9}
-    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=2e9, sizes=sizes)))
-    assert report["arms"]["fomaml_300"]["cost"]["memory"]["mean"] == 7e9
-
-
-def test_a_training_that_diverged_is_said(tmp_path):
-    write_experiments(tmp_path, matrix_arms(), items=ITEMS)
-    assert not any(of["diverged"] for of in read_report(tmp_path)["arms"].values())
-    path = tmp_path / "runs" / "train-fomaml_300-seed1" / "run_summary.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "diverged": {"meta/query_loss_after": 3.9}}))
-    report = read_report(tmp_path)
-    assert [name for name, of in report["arms"].items() if of["diverged"]] == ["fomaml_300"]
+def test_costs_by_hand(by_hand):
+    ratios = {ratio["name"]: ratio["value"] for ratio in by_hand["ratios"]}
+    assert ratios == {"time per meta-step": 2.0, "training time": 2.0, "peak memory": 4.0, "checkpoint": 27.0}
+    costs = {name: of["cost"] for name, of in by_hand["arms"].items()}
+    assert costs["meta_lora_300"]["seconds"] == {"mean": 380.0, "low": 360.0, "high": 400.0, "count": 2}
+    assert costs["meta_lora_300"]["process_seconds"]["mean"] == 400.0
+    # Memory of all processes that hold one model, or what was measured of it.
+    memory = {name: cost["memory"] and cost["memory"]["mean"] for name, cost in costs.items()}
+    assert [memory[name] for name in ("meta_lora_100", "fomaml_300", "reptile_300")] == [2e9, 8e9, 7e9]
+    assert memory["lora_mixed"] is None
+    assert [name for name, of in by_hand["arms"].items() if of["diverged"]] == ["reptile_300"]
+    training = by_hand["arms"]["meta_lora_100"]["training"]
+    curve = {"meta_steps": [1, 2, 3, 4, 5, 6], "values": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]}
+    assert training["meta/query_loss_after"] == curve
+    assert set(training) >= {"meta/adaptation_gain/algebra", "meta/adaptation_gain/geometry"}
 
 
 def test_unmeasured_costs_are_none_and_not_zero(tmp_path):
-    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=None, step_seconds=None)))
+    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=None, step_seconds=None)), items=8)
     values = {ratio["name"]: ratio["value"] for ratio in report["ratios"]}
     assert values["peak memory"] is None and values["time per meta-step"] is None and values["training time"] == 2.0
-    assert finding(report, "Memory markedly below FOMAML")["status"] == "not measured"
-    assert finding(report, "Computational efficiency markedly above MAML")["status"] == "not measured"
+    for item in ("Memory markedly below FOMAML", "Computational efficiency markedly above MAML"):
+        assert finding(report, item)["status"] == "not measured"
 
 
 def test_runs_that_shared_the_machine_are_counted():
@@ -153,33 +163,6 @@ def test_runs_that_shared_the_machine_are_counted():
     assert sharing([alone, first, second], [alone, first, second]) == 2
     assert sharing([alone, first], [alone, first]) == 0  # one ended as the other began
     assert sharing([first, {"name": "w"}], [first, second]) == 1
-
-
-def test_training_curves_are_means_over_seeds(tmp_path):
-    training = report_of(tmp_path)["arms"]["meta_lora_100"]["training"]
-    assert training["meta/query_loss_after"] == {
-        "meta_steps": [1, 2, 3, 4, 5, 6],
-        "values": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
-    }
-    assert set(training) >= {"meta/adaptation_gain/algebra", "meta/adaptation_gain/geometry"}
-
-
-def test_single_task_lora_is_the_mean_over_its_trainings(tmp_path):
-    """Six of 60 right after training on one task, 18 after the other: a fifth."""
-    write_experiments(tmp_path, matrix_arms(**arm("lora_single", few=6)), items=ITEMS)
-    path = tmp_path / "runs" / "evaluate-lora_single-geometry-seed1" / "lora_predictions.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        line["correct"] = int(line["example_id"].rpartition("-")[2]) < 18
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert score_of(read_report(tmp_path), "lora_single", "all", ALL_SHOTS)["accuracy"] == pytest.approx(12 / 60)
-
-
-def test_the_speed_curve_by_hand(tmp_path):
-    report = report_of(tmp_path, matrix_arms(**arm("meta_lora_100", speed={0: 2, 1: 3, 5: 9})))
-    speed = {(s["task"], s["steps"]): s for s in report["arms"]["meta_lora_100"]["speed"]}
-    assert set(speed) == {(task, n) for task in ("calculus", "theorem_proving", "all") for n in (0, 1, 5)}
-    assert speed["all", 5]["accuracy"] == pytest.approx(9 / 60)
 
 
 # ---- several seeds --------------------------------------------------------------------------------------------------
@@ -329,71 +312,53 @@ def test_every_item_of_the_guide_is_judged(tmp_path):
 FROZEN = "Base model completely frozen"
 STAGE_2 = "Stage 2: aggregated gradients update the shared LoRA"
 LORA_ONLY = "The checkpoint holds LoRA parameters only, and is small"
+FALLS = "Stage 2 validation loss falls"
+BETTER = "Better than standard LoRA in multi-task learning"
+YES, NO, UNKNOWN = "supported", "not supported", "not measured"
+# What the export holds (None: there is none) -> item, its status.
+EXPORTS = [
+    ({}, {FROZEN: YES, LORA_ONLY: YES, STAGE_2: YES}),
+    ({"base_stepped": True}, {FROZEN: NO, "Only LoRA parameters are optimized": NO}),
+    ({"foreign": "model.embed_tokens.weight"}, {LORA_ONLY: NO}),
+    ({"moved": False}, {STAGE_2: NO}),
+    (None, {FROZEN: UNKNOWN, STAGE_2: UNKNOWN, LORA_ONLY: UNKNOWN}),
+]
+# Changed arms, test items, item, its status.
+ARMS = [
+    (arm("meta_lora_100", queries=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)), 8, FALLS, YES),
+    (arm("meta_lora_100", queries=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0)), 8, FALLS, NO),
+    (arm("meta_lora_100", queries=(1.0,) * 6), 8, FALLS, NO),
+    # Tasks drawn once tell nothing about training.
+    (arm("meta_lora_100", queries=(1.0,), gains=(0.1,)), 8, FALLS, UNKNOWN),
+    (arm("meta_lora_100", samples=100), 8, "No more than 100 samples per task", YES),
+    (arm("meta_lora_100", samples=101), 8, "No more than 100 samples per task", NO),
+    (arm("meta_lora_100", samples=None), 8, "No more than 100 samples per task", UNKNOWN),
+    (arm("fomaml_300", memory=4e9), 8, "Memory markedly below FOMAML", YES),  # half
+    (arm("fomaml_300", memory=3.9e9), 8, "Memory markedly below FOMAML", NO),
+    # 2 of 60 more: 3.3 points, in an interval that reaches below 0; then 6 more; then better than one kind only.
+    ({**arm("lora_mixed", few=6), **arm("lora_single", few=6)}, ITEMS, BETTER, "inconclusive"),
+    ({**arm("lora_mixed", few=2), **arm("lora_single", few=2)}, ITEMS, BETTER, YES),
+    ({**arm("lora_mixed", few=2), **arm("lora_single", few=14)}, ITEMS, BETTER, NO),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "item", "status"),
-    [
-        ({}, FROZEN, "supported"),
-        ({}, LORA_ONLY, "supported"),
-        ({}, STAGE_2, "supported"),
-        ({"base_stepped": True}, FROZEN, "not supported"),
-        ({"base_stepped": True}, "Only LoRA parameters are optimized", "not supported"),
-        ({"foreign": "model.embed_tokens.weight"}, LORA_ONLY, "not supported"),
-        ({"moved": False}, STAGE_2, "not supported"),
-        (None, FROZEN, "not measured"),
-        (None, STAGE_2, "not measured"),
-        (None, LORA_ONLY, "not measured"),
-    ],
-)
-def test_export_is_inspected(tmp_path, changes, item, status):
+@pytest.mark.parametrize(("changes", "statuses"), EXPORTS)
+def test_export_is_inspected(tmp_path, changes, statuses):
     write_experiments(tmp_path, items=8, exports=changes is not None)
     if changes is not None:
         write_export(tmp_path / "runs" / "train-meta_lora_100-seed1", step=6, **changes)
-    assert finding(read_report(tmp_path), item)["status"] == status
+    report = read_report(tmp_path)
+    assert {item: finding(report, item)["status"] for item in statuses} == statuses
 
 
-@pytest.mark.parametrize(
-    ("queries", "status"),
-    [
-        ((1.0, 0.9, 0.8, 0.7, 0.6, 0.5), "supported"),
-        ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "not supported"),
-        ((1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "not supported"),
-        ((1.0,), "not measured"),  # tasks drawn once tell nothing about training
-    ],
-)
-def test_stage_2_loss_over_the_meta_steps(tmp_path, queries, status):
-    arms = matrix_arms(**arm("meta_lora_100", queries=queries, gains=(0.1,) * len(queries)))
-    found = finding(report_of(tmp_path, arms, items=8), "Stage 2 validation loss falls")
+@pytest.mark.parametrize(("changes", "items", "item", "status"), ARMS)
+def test_items_of_the_checklists(tmp_path, changes, items, item, status):
+    found = finding(report_of(tmp_path, matrix_arms(**changes), items=items), item)
     assert found["status"] == status
-    if len(queries) > 1:
+    if item == FALLS and status != UNKNOWN:
+        queries = changes["meta_lora_100"].queries
         first, last = sum(queries[:2]) / 2, sum(queries[4:]) / 2
         assert f"{first:.3f} in the first third, {last:.3f} in the last" in found["figure"]
-
-
-@pytest.mark.parametrize(("samples", "status"), [(100, "supported"), (101, "not supported"), (None, "not measured")])
-def test_samples_per_task(tmp_path, samples, status):
-    report = report_of(tmp_path, matrix_arms(**arm("meta_lora_100", samples=samples)), items=8)
-    assert finding(report, "No more than 100 samples per task")["status"] == status
-
-
-@pytest.mark.parametrize(("memory", "status"), [(4e9, "supported"), (3.9e9, "not supported")])
-def test_markedly_less_memory_is_half(tmp_path, memory, status):
-    report = report_of(tmp_path, matrix_arms(**arm("fomaml_300", memory=memory)), items=8)
-    assert finding(report, "Memory markedly below FOMAML")["status"] == status
-
-
-@pytest.mark.parametrize(
-    ("mixed", "single", "status"),
-    [
-        (6, 6, "inconclusive"),  # 2 of 60 more: 3.3 points, in an interval that reaches below 0
-        (2, 2, "supported"),  # 6 more
-        (2, 14, "not supported"),  # better than one, worse than the other
-    ],
-)
-def test_better_than_standard_lora_means_both_kinds(tmp_path, mixed, single, status):
-    report = report_of(tmp_path, matrix_arms(**arm("lora_mixed", few=mixed), **arm("lora_single", few=single)))
-    assert finding(report, "Better than standard LoRA in multi-task learning")["status"] == status
 
 
 def test_fast_adaptation_is_measured_against_the_start(tmp_path):
@@ -445,51 +410,33 @@ def test_results_of_an_unfinished_run_do_not_count(tmp_path):
     assert read_report(tmp_path)["arms"]["fomaml_300"]["scores"] == []
 
 
-def damage(folder, what):
-    document = json.loads((folder / "experiments.json").read_text())
-    run = folder / "runs" / "evaluate-fomaml_300-seed1"
-    train = folder / "runs" / "train-fomaml_300-seed1"
-    if what == "no predictions":
-        (run / "fomaml_predictions.jsonl").unlink()
-    elif what == "cut predictions":
-        text = (run / "fomaml_predictions.jsonl").read_text()
-        (run / "fomaml_predictions.jsonl").write_text(text[: len(text) // 2])
-    elif what == "no results":
-        shutil.rmtree(run)
-    elif what == "broken settings":
-        (run / "fomaml_settings.json").write_text("{")
-    elif what == "no summary":
-        (train / "run_summary.json").unlink()
-    elif what == "list for a summary":
-        (train / "run_summary.json").write_text("[1]")
-    elif what == "broken metrics":
-        (train / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    elif what == "strings for numbers":
-        (train / "run_summary.json").write_text(json.dumps({"seconds_total": "many", "peak_memory_bytes": None}))
-    elif what == "bare":
-        document = {"format": 1}
-    elif what == "no runs":
-        document["runs"] = {}
-    elif what == "no suites":
-        document["suites"] = None
-    elif what == "unknown arms":
-        document["suites"]["matrix"]["arms"].append("phantom")
-        document["suites"]["matrix"]["comparisons"].append({"a": "phantom", "b": "base"})
-    elif what == "empty arms":
-        document["arms"] = {name: {} for name in document["arms"]}
-    (folder / "experiments.json").write_text(json.dumps(document))
+RUN, TRAIN = "runs/evaluate-fomaml_300-seed1", "runs/train-fomaml_300-seed1"
+# What is wrong with a folder: (how it is damaged, whether the report names a problem).
+DAMAGE = {
+    "no predictions": (lambda f, d: (f / RUN / "fomaml_predictions.jsonl").unlink(), True),
+    "cut predictions": (lambda f, d: os.truncate(f / RUN / "fomaml_predictions.jsonl", 500), True),
+    "no results": (lambda f, d: shutil.rmtree(f / RUN), True),
+    "broken settings": (lambda f, d: (f / RUN / "fomaml_settings.json").write_text("{"), True),
+    "no summary": (lambda f, d: (f / TRAIN / "run_summary.json").unlink(), True),
+    "list for a summary": (lambda f, d: (f / TRAIN / "run_summary.json").write_text("[1]"), True),
+    "unknown arms": (lambda f, d: d["suites"]["matrix"]["comparisons"].append({"a": "phantom", "b": "base"}), True),
+    "broken metrics": (lambda f, d: (f / TRAIN / "metrics.jsonl").write_text('{"step": 1}\n{"st'), False),
+    "strings for numbers": (lambda f, d: (f / TRAIN / "run_summary.json").write_text('{"seconds_total": "x"}'), False),
+    "bare": (lambda f, d: [d.pop(key) for key in list(d) if key != "format"], False),
+    "no runs": (lambda f, d: d.update(runs={}), False),
+    "no suites": (lambda f, d: d.update(suites=None), False),
+    "empty arms": (lambda f, d: d.update(arms={name: {} for name in d["arms"]}), False),
+}
 
 
-FILES = ("no predictions", "cut predictions", "no results", "broken settings", "no summary", "list for a summary")
-STRUCTURE = ("broken metrics", "strings for numbers", "bare", "no runs", "no suites", "empty arms")
-
-
-@pytest.mark.parametrize("what", [*FILES, *STRUCTURE, "unknown arms"])
+@pytest.mark.parametrize("what", DAMAGE)
 def test_damage_never_stops_the_report(tmp_path, what):
-    write_experiments(tmp_path, items=8)
-    damage(tmp_path, what)
+    change, named = DAMAGE[what]
+    document = json.loads((write_experiments(tmp_path, items=8) / "experiments.json").read_text())
+    change(tmp_path, document)
+    (tmp_path / "experiments.json").write_text(json.dumps(document))
     report = read_report(tmp_path)
-    assert bool(report["problems"]) == (what not in STRUCTURE)
+    assert bool(report["problems"]) == named
     text = pages(report)
     assert Page(text["index.html"]).open == [] and text["report.md"]
     json.dumps(report, allow_nan=False)
@@ -548,54 +495,37 @@ def report(tmp_path_factory):
     return write_report(write_experiments(folder, arms, suites=suites, states=states, items=12))
 
 
-def test_html_is_whole_and_needs_no_network(report):
-    text = (report / "index.html").read_text()
+def test_pages_are_whole_and_show_every_figure(report):
+    text, markdown = (report / "index.html").read_text(), (report / "report.md").read_text()
     read = Page(text)
-    assert read.open == [] and not read.tags & {"script", "link"}
+    assert read.open == [] and not read.tags & {"script", "link", "b"}
     for link in read.links:
         assert (link[1:] and f'id="{link[1:]}"' in text) if link.startswith("#") else (report / link).is_file(), link
     assert all(image["alt"] for image in read.images) and len(read.images) >= 9
-    assert "http:" not in text and "https:" not in text
+    assert "http:" not in text and "https:" not in text  # it needs no network
     assert "prefers-color-scheme: dark" in text
-
-
-def test_every_figure_is_shown_in_both_pages(report):
     files = {str(file.relative_to(report)) for file in report.glob("**/*") if file.suffix in (".svg", ".png")}
-    names = ("matrix-few-shot", "matrix-trade-off", "matrix-training", "matrix-gain", "speed")
-    names += ("rank-ablation", "two_stage-few-shot")
-    assert {COMPARISON_FIGURE, *(f"figures/{name}.svg" for name in names)} <= files
-    markdown = (report / "report.md").read_text()
-    links = Page((report / "index.html").read_text()).links
-    for file in files:
-        assert f"]({file})" in markdown and file in links
+    names = ("matrix-few-shot", "matrix-trade-off", "matrix-training", "matrix-gain", "speed", "rank-ablation")
+    assert {COMPARISON_FIGURE, "figures/two_stage-few-shot.svg", *(f"figures/{name}.svg" for name in names)} <= files
+    assert all(f"]({file})" in markdown and file in read.links for file in files)
     assert sum(file.stat().st_size for file in report.glob("**/*") if file.is_file()) < 1.5e6
-
-
-def test_text_of_logs_and_labels_is_never_markup(report):
-    html_text = (report / "index.html").read_text()
-    assert "<script" not in html_text and "<b>" not in html_text
-    read = Page(html_text)
-    assert "<script>alert(1)</script> & ``` | out of memory" in read.text  # as the log had it
-    assert "Stage 1 | <b>only</b>" in read.text
-    markdown = (report / "report.md").read_text()
-    assert "Stage 1 \\| &lt;b>only&lt;/b>" in markdown and "<b>" not in markdown
-    # The log's own backticks do not end the block it is in.
-    assert "````text\nTraceback:\n<script>alert(1)</script> & ``` | out of memory\n````" in markdown
-
-
-def test_markdown_tables_have_as_many_cells_in_every_row(report):
-    blocks = re.split(r"\n\n", (report / "report.md").read_text())
-    tables = [block.splitlines() for block in blocks if block.startswith("| ")]
+    tables = [block.splitlines() for block in re.split(r"\n\n", markdown) if block.startswith("| ")]
     assert len(tables) > 12
     for lines in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
-def test_page_says_what_is_missing_and_failed(report):
+def test_text_of_logs_and_labels_is_never_markup(report):
     text = Page((report / "index.html").read_text()).text
+    assert "<script>alert(1)</script> & ``` | out of memory" in text  # as the log had it
+    assert "Stage 1 | <b>only</b>" in text
     assert "train-reptile_300-seed1 failed" in text and "exit code 1" in text
     assert "python train.py --name 'a b'" in text  # commands as shell lines
     assert "0123456789ab" in text and "bb" * 32 in text
+    markdown = (report / "report.md").read_text()
+    assert "Stage 1 \\| &lt;b>only&lt;/b>" in markdown and "<b>" not in markdown
+    # The log's own backticks do not end the block it is in.
+    assert "````text\nTraceback:\n<script>alert(1)</script> & ``` | out of memory\n````" in markdown
 
 
 def test_numbers_of_the_page_are_those_of_the_document(report):
@@ -629,24 +559,3 @@ def test_command_writes_report_and_copies_the_figure(tmp_path, monkeypatch, caps
     # Again, over the report that is there, to other places.
     assert compare_methods.main(["--report", "e", "--output", "e/report", "--comparison-figure", "other.png"]) == 0
     assert (tmp_path / "other.png").is_file()
-
-
-def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_experiments(tmp_path / "e", items=8)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "experiments.json").write_text('{"format": 99}')
-    for command, words in (
-        (["--report", "nowhere"], "nowhere holds no experiments.json"),
-        (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format=99"),
-        (["--report", "e", "--output", "mine"], "holds no report.json"),
-        (["--report", "e", "--output", "mine/thesis.txt"], "holds no report.json"),
-        (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),
-        (["--comparison-figure", "x.png"], "--comparison-figure has no meaning without"),
-    ):
-        assert compare_methods.main(command) == 2, command
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"

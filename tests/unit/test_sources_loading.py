@@ -11,21 +11,19 @@ from datasets import Features, Value
 
 from metasft.data import embedded_tasks as tasks
 from metasft.data import scoring
-from metasft.data.sources import bbh, competition, science, word_problems
+from metasft.data.sources import catalog
 from metasft.data.sources.catalog import SOURCES
-from metasft.data.sources.hub import Access, SourceUnavailable
+from metasft.data.sources.hub import Access
 from metasft.data.sources.reading import open_source, read_items
 from metasft.data.sources.source import Item
 
 WRITERS = {
-    "math": lambda root: source_files.write_math(root, competition.MATH_SUBJECTS),
-    "math_lighteval": lambda root: source_files.write_math(
-        root, competition.MATH_SUBJECTS, owner="DigitalLearningGmbH"
-    ),
+    "math": lambda root: source_files.write_math(root, catalog.MATH_SUBJECTS),
+    "math_lighteval": lambda root: source_files.write_math(root, catalog.MATH_SUBJECTS, owner="DigitalLearningGmbH"),
     "math_500": source_files.write_math_500,
     "numina_calculus": source_files.write_numina,
     "gsm8k": source_files.write_gsm8k,
-    "mgsm": lambda root: source_files.write_mgsm(root, word_problems.LANGUAGES),
+    "mgsm": lambda root: source_files.write_mgsm(root, catalog.LANGUAGES),
     "mmlu": lambda root: source_files.write_mmlu(root, ("astronomy", "college_physics")),
     "arc": source_files.write_arc,
     "sciq": source_files.write_sciq,
@@ -117,7 +115,7 @@ def test_math_levels_and_worked_solutions(copies):
     ],
 )
 def test_boxed_answers_of_worked_solutions(solution, answer):
-    assert competition.boxed_answer(solution) == answer
+    assert catalog.boxed_answer(solution) == answer
 
 
 def test_math_without_a_level_or_an_answer():
@@ -231,47 +229,38 @@ def test_a_renamed_column_is_reported(name, tmp_path):
     assert "\n" not in message
 
 
-def test_a_column_of_another_type_is_reported(tmp_path):
+def replace_in(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def numbers_for_answers(root: Path) -> None:
     features = Features({"question": Value("string"), "answer": Value("int64")})
-    for split in ("train", "test"):
-        path = tmp_path / f"openai/gsm8k/main/{split}-00000-of-00001.parquet"
+    for path in (root / "openai/gsm8k/main").glob("*.parquet"):
         source_files.write_parquet(path, [{"question": "1 + 1?", "answer": 2}], features)
-    with pytest.raises(ValueError, match="column 'answer' is int instead of string"):
-        read_all("gsm8k", tmp_path)
 
 
-def test_a_changed_jsonl_is_reported(tmp_path):
-    source_files.write_math_500(tmp_path)
-    path = tmp_path / "HuggingFaceH4/MATH-500/test.jsonl"
-    path.write_text(path.read_text().replace('"answer"', '"final"'))
-    with pytest.raises(ValueError, match=r"column 'answer' \(string\) is missing.*final"):
-        read_all("math_500", tmp_path)
+# Source, how its copy has changed, the message.
+CHANGED = [
+    ("gsm8k", numbers_for_answers, "column 'answer' is int instead of string"),
+    ("math_500", lambda root: replace_in(root / "HuggingFaceH4/MATH-500/test.jsonl", '"answer"', '"final"'),
+     r"column 'answer' \(string\) is missing.*final"),
+    ("gsm8k", lambda root: (root / "openai/gsm8k/main").rename(root / "openai/gsm8k/data"),
+     r"0 of the files 'main/train-\*.parquet'.*data/test-00000-of-00001"),
+    ("numina_calculus", lambda root: (root / "AI-MO/NuminaMath-1.5/data/train-00001-of-00002.parquet").unlink(),
+     r"has 1 of the files .*complete the copy"),
+    ("gsm8k", lambda root: (root / "openai/gsm8k/main/train-00000-of-00001.parquet").write_bytes(b"damaged"),
+     r"train-00000-of-00001.parquet cannot be read .*get it again"),
+    ("gsm8k", lambda root: (root / "openai/gsm8k").rename(root / "elsewhere"),
+     r"no folder openai/gsm8k: .*hf download openai/gsm8k"),
+]  # fmt: skip
 
 
-def test_a_changed_layout_is_reported(tmp_path):
-    source_files.write_gsm8k(tmp_path)
-    (tmp_path / "openai/gsm8k/main").rename(tmp_path / "openai/gsm8k/data")
-    with pytest.raises(SourceUnavailable, match=r"0 of the files 'main/train-\*.parquet'.*data/test-00000-of-00001"):
-        read_all("gsm8k", tmp_path)
-
-
-def test_a_missing_shard_is_reported(tmp_path):
-    source_files.write_numina(tmp_path)
-    (tmp_path / "AI-MO/NuminaMath-1.5/data/train-00001-of-00002.parquet").unlink()
-    with pytest.raises(SourceUnavailable, match=r"has 1 of the files .*complete the copy"):
-        read_all("numina_calculus", tmp_path)
-
-
-def test_a_damaged_file_is_reported(tmp_path):
-    source_files.write_gsm8k(tmp_path)
-    (tmp_path / "openai/gsm8k/main/train-00000-of-00001.parquet").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet cannot be read .*get it again"):
-        read_all("gsm8k", tmp_path)
-
-
-def test_a_missing_copy_says_how_to_make_one(tmp_path):
-    with pytest.raises(SourceUnavailable, match=r"no folder openai/gsm8k: .*hf download openai/gsm8k"):
-        read_all("gsm8k", tmp_path)
+@pytest.mark.parametrize(("name", "change", "message"), CHANGED)
+def test_a_changed_copy_is_reported(name, change, message, tmp_path):
+    WRITERS[name](tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_all(name, tmp_path)
 
 
 def test_math_falls_back_to_the_other_copy(tmp_path):
@@ -285,14 +274,11 @@ def test_published_names_are_spelled_as_lm_eval_spells_them():
     """Subsets that do not exist upstream would only show when the hub is asked."""
     import lm_eval
 
-    folder = Path(lm_eval.__file__).parent / "tasks"
-    names = set(
-        re.findall(r'"?dataset_name"?: "?([\w-]+)', "".join(p.read_text() for p in folder.glob("bbh/zeroshot/*.yaml")))
-    )
-    assert set(bbh.TASKS) == names
-    texts = "".join(path.read_text() for path in folder.glob("mmlu/default/*.yaml"))
-    assert set(science.MMLU_SUBJECTS) <= set(re.findall(r'"?dataset_name"?: "?(\w+)', texts))
-    texts = "".join(path.read_text() for path in folder.glob("hendrycks_math/*.yaml"))
-    assert set(competition.MATH_SUBJECTS) <= set(re.findall(r"dataset_name: (\w+)", texts))
-    texts = "".join(path.read_text() for path in folder.glob("mgsm/direct/*.yaml"))
-    assert set(word_problems.LANGUAGES) == set(re.findall(r"dataset_name: (\w+)", texts)) - {"null"}
+    def names(pattern: str) -> set[str]:
+        texts = (path.read_text() for path in (Path(lm_eval.__file__).parent / "tasks").glob(pattern))
+        return set(re.findall(r'"?dataset_name"?: "?([\w-]+)', "".join(texts)))
+
+    assert set(catalog.BBH_TASKS) == names("bbh/zeroshot/*.yaml")
+    assert set(catalog.MMLU_SUBJECTS) <= names("mmlu/default/*.yaml")
+    assert set(catalog.MATH_SUBJECTS) <= names("hendrycks_math/*.yaml")
+    assert set(catalog.LANGUAGES) == names("mgsm/direct/*.yaml") - {"null"}

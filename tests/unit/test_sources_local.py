@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from metasft import chat_template
+from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
-from metasft.data import prepare as prepare_data
 
 SIZES = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
 
@@ -45,13 +45,19 @@ def mapping(**changes) -> dict:
     return {key: value for key, value in {**values, **changes}.items() if value is not None}
 
 
+def plain(**changes) -> dict:
+    """A mapping of one task that leaves texts as they are: no scorer, no names of columns."""
+    free = dict.fromkeys(("scorer", "unit", "instruction", "fields", "unseen"))
+    return mapping(**{**free, "train": ["one"], **changes})
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(values: dict, *flags: str) -> int:
         (tmp_path / "steps.yaml").write_text(yaml.safe_dump(values))
-        return prepare_data.main(["--source", "local", "--mapping", "steps.yaml", "--output-dir", "x", *flags])
+        return prepare_command.main(["--source", "local", "--mapping", "steps.yaml", "--output-dir", "x", *flags])
 
     return run
 
@@ -125,8 +131,7 @@ def test_own_answers_are_taken_as_written(run_here, tmp_path, suffix, form):
     """A code keeps its zeros, a gap in the column makes no 12.0 of 12, and a date gets no time of day."""
     content = [{"q": f"Code of {i}?", "result": form.format(i) if i else ""} for i in range(31)]
     write(tmp_path / f"data{suffix}", content)
-    values = mapping(files=[f"data{suffix}"], scorer="text", unit=None, fields={"prompt": "q", "answer": "result"},
-                     train=["codes"], unseen=None)  # fmt: skip
+    values = plain(files=[f"data{suffix}"], scorer="text", fields={"prompt": "q", "answer": "result"}, train=["codes"])
     assert run_here(values) == 0
     frames = [pd.read_parquet(path) for path in (tmp_path / "x/meta_train").glob("codes_*.parquet")]
     answers = {answer for frame in frames for answer in frame["answer"]}
@@ -146,9 +151,7 @@ def test_rows_of_one_group_are_never_on_both_sides(run_here, tmp_path, scorer):
     fields = {"prompt": "q", "answer": "result", "group": "pair"}
     if scorer == "choice":
         fields["choices"] = "options"
-    sizes = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
-    values = mapping(scorer=scorer, unit=None, fields=fields, train=["one"], unseen=None, sizes=sizes)
-    assert run_here(values) == 0
+    assert run_here(plain(scorer=scorer, fields=fields)) == 0
     groups = {True: set(), False: set()}
     for path in (tmp_path / "x").rglob("*.parquet"):
         numbers = {int(re.search(r"wording (\d+)", p)[1]) // 4 for p in pd.read_parquet(path)["prompt"]}
@@ -188,21 +191,12 @@ def test_own_test_files(run_here, tmp_path):
 
 
 def test_own_choices(run_here, tmp_path):
-    content = [
-        {
-            "q": f"Which comes after {i}?",
-            "options": json.dumps([str(i - 1), str(i + 1), "neither"]),
-            "result": str(i + 1),
-        }
-        for i in range(40)
-    ]
+    options = [json.dumps([str(i - 1), str(i + 1), "neither"]) for i in range(40)]
+    content = [{"q": f"Which comes after {i}?", "options": options[i], "result": str(i + 1)} for i in range(40)]
     write(tmp_path / "data.csv", content)
-    values = mapping(
-        files=["data.csv"], scorer="choice", unit=None, instruction=None, train=["after"], unseen=None,
-        fields={"prompt": "q", "answer": "result", "choices": "options"},
-    )  # fmt: skip
-    assert run_here(values) == 0
-    row = pd.read_parquet(tmp_path / "x/meta_train/after_query.parquet").iloc[0]
+    fields = {"prompt": "q", "answer": "result", "choices": "options"}
+    assert run_here(plain(files=["data.csv"], scorer="choice", fields=fields)) == 0
+    row = pd.read_parquet(tmp_path / "x/meta_train/one_query.parquet").iloc[0]
     assert row["answer"] == "B" and "\nB. " in row["prompt"]
 
 
@@ -214,7 +208,7 @@ def test_responses_end_in_the_form_of_the_scorer(run_here, tmp_path, scorer, ans
     content = [{"q": f"Question {i} about {i * i}?", "result": answer, "work": "Because."} for i in range(40)]
     write(tmp_path / "data.jsonl", content)
     fields = {"prompt": "q", "answer": "result", "response": "work"}
-    assert run_here(mapping(scorer=scorer, unit=None, fields=fields, train=["one"], unseen=None)) == 0
+    assert run_here(plain(scorer=scorer, fields=fields)) == 0
     row = pd.read_parquet(tmp_path / "x/meta_train/one_query.parquet").iloc[0]
     assert row["response"] == f"Because.\n{ending}"
     assert tasks.score(row["response"], row) == tasks.Score(True, True, answer)
@@ -308,9 +302,7 @@ def test_layouts_are_recognised_and_kept_word_for_word(layout, suffix, run_here,
         (tmp_path / "data.json").write_text(json.dumps(content))
     else:
         write(tmp_path / f"data{suffix}", content)
-    values = mapping(files=[f"data{suffix}"], scorer=None, unit=None, instruction=None, fields=fields,
-                     train=["one"], unseen=None)  # fmt: skip
-    assert run_here(values) == 0
+    assert run_here(plain(files=[f"data{suffix}"], fields=fields)) == 0
     found = prepared_messages(tmp_path / "x")
     expected = [messages(i) for i in range(26)]
     assert len(found) == 20 and all(turns in expected for turns in found)
@@ -324,8 +316,7 @@ def test_layouts_are_recognised_and_kept_word_for_word(layout, suffix, run_here,
 
 def test_a_single_question_is_the_prompt_and_turns_are_named(run_here, tmp_path):
     write(tmp_path / "data.jsonl", [{"messages": (long_turns_of if i % 2 else turns_of)(i)} for i in range(20)])
-    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
-    assert run_here(values) == 0
+    assert run_here(plain()) == 0
     for path in tmp_path.rglob("*.parquet"):
         for _, row in pd.read_parquet(path).iterrows():
             *before, _ = row["messages"]
@@ -342,9 +333,7 @@ def test_only_a_scorer_changes_texts_and_the_command_says_so(run_here, tmp_path,
         response["content"] = ("7", "It is 7.", "It is 7.\nAnswer: 7", "Answer: 7")[i % 4]
         content.append({"messages": [*before, question, response], "gold": "7"})
     write(tmp_path / "data.jsonl", content)
-    values = mapping(scorer="number", unit=None, instruction=None, fields={"answer": "gold"}, train=["one"],
-                     unseen=None)  # fmt: skip
-    assert run_here(values) == 0
+    assert run_here(plain(scorer="number", fields={"answer": "gold"})) == 0
     assert (
         "steps: scorer number reads the answer in a form of its own: prompts get the line 'End with \"Answer: "
         "<answer>\".', and responses that do not end so the line 'Answer: <answer>'" in capsys.readouterr().out
@@ -365,8 +354,7 @@ def test_only_a_scorer_changes_texts_and_the_command_says_so(run_here, tmp_path,
 
 def test_an_instruction_of_ones_own_needs_no_scorer(run_here, tmp_path, capsys):
     write(tmp_path / "data.jsonl", [{"messages": turns_of(i)} for i in range(20)])
-    values = mapping(scorer=None, unit=None, instruction="Be brief.", fields=None, train=["one"], unseen=None)
-    assert run_here(values) == 0
+    assert run_here(plain(instruction="Be brief.")) == 0
     assert "texts are used with the instruction of the mapping added to prompts" in capsys.readouterr().out
     expected = [turns_of(i) for i in range(20)]
     for question, _ in expected:
@@ -379,18 +367,15 @@ def test_questions_from_one_template_are_not_taken_for_duplicates(run_here, tmp_
     template = "Say whether the sentence that follows praises or blames the film that it is about, in one word. {}"
     letters = [f"{a}{b}" for a in "abcdef" for b in "ghijkl"]
     write(tmp_path / "data.jsonl", [{"prompt": template.format(x), "response": x.upper()} for x in letters])
-    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
-    assert run_here(values) == 0
-    assert run_here({**values, "near_duplicates": 0.8}) == 2
+    assert run_here(plain()) == 0
+    assert run_here(plain(near_duplicates=0.8)) == 2
 
 
 def test_what_is_not_used_is_told(run_here, tmp_path, capsys):
     content = [{"prompt": f"Question {i}?", "response": "x" * (9000 if i < 3 else 2)} for i in range(30)]
     content += [{"prompt": "Question 9?", "response": "again"}, {"prompt": "Question?", "response": " "}]
     write(tmp_path / "data.jsonl", content)
-    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
-    sizes = {**SIZES, "samples_per_task": 27}
-    assert run_here({**values, "sizes": sizes}) == 0
+    assert run_here(plain(sizes={**SIZES, "samples_per_task": 27})) == 0
     assert "one: not used: 1 duplicates among" in (out := capsys.readouterr().out)
     assert "3 too long" in out and "1 unusable" in out
 
@@ -404,8 +389,7 @@ def test_a_file_per_task(run_here, tmp_path, suffix):
         content = [{"prompt": f"{name} of {i}?", "response": f"{i}"} for i in range(8)]
         write(tmp_path / "tasks" / f"{name}{suffix}", content)
     sizes = {"samples_per_task": 8, "support_ratio": 0.25, "test_samples": 4, "shot_pool": 4}
-    values = mapping(files=[f"tasks/{name}{suffix}" for name in names], fields=None, scorer=None, unit=None,
-                     instruction=None, train=names[:68], unseen=names[68:], sizes=sizes)  # fmt: skip
+    values = plain(files=[f"tasks/{name}{suffix}" for name in names], train=names[:68], unseen=names[68:], sizes=sizes)
     assert run_here(values) == 0
     assert len(list((tmp_path / "x/meta_train").glob("*_support.parquet"))) == 68
     assert len(list((tmp_path / "x/meta_test").glob("*_support.parquet"))) == 3
@@ -423,8 +407,7 @@ def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_pat
     from verl.trainer.sft_trainer import create_sft_dataset
 
     write(tmp_path / "data.jsonl", [{"messages": turns(i)} for i in range(20)])
-    values = mapping(scorer=None, unit=None, instruction=None, fields=None, train=["one"], unseen=None)
-    assert run_here(values) == 0
+    assert run_here(plain()) == 0
     with initialize_config_dir(str(tmp_path / "x"), version_base=None):
         config = compose("baseline_lora_mixed", overrides=["data.pad_mode=no_padding"])
     assert (config.data.custom_cls.path is None) == (turns is turns_of)  # veRL's own where it is the same
@@ -435,59 +418,22 @@ def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_pat
         assert tokenizer.decode(example["input_ids"][example["loss_mask"].bool()]) == f"{row}<|im_end|>\n"
 
 
+# What the table of bad input (tests/support/bad_script_inputs.py) does not have.
 WRONG = {
-    "a list that is no conversation": (
-        {"fields": {"prompt": "list", "answer": "result", "task": "topic"}},
-        "the column list in the data of steps.yaml holds ['a', 'b']: give text, or a list of turns with a role (system",
-    ),
-    "turns of another role": (
-        {"fields": {"messages": "odd", "answer": "result", "task": "topic"}},
-        "the column odd in the data of steps.yaml holds {'role': 'narrator', 'content': 'x'}: give text, or a list of",
-    ),
-    "turns with a tool call": (
-        {"fields": {"messages": "call", "answer": "result", "task": "topic"}},
-        "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'",
-    ),
-    "messages that are text": (
-        {"fields": {"messages": "q", "answer": "result", "task": "topic"}},
-        "the column q in the data of steps.yaml holds In heat, how many metres are 0 steps of 2?: give text, or a list",
-    ),
-    "no known layout": (
-        {"fields": {"task": "topic"}, "scorer": None, "unit": None},
-        "the data of steps.yaml have the columns q, result, work, topic, grade, list, odd, call, chat, which are of no "
-        "known layout (messages; conversations; instruction and output; prompt and response): say under fields",
-    ),
-    "an answer that nothing reads": (
-        {
-            "fields": {"prompt": "q", "response": "work", "answer": "result", "task": "topic"},
-            "scorer": None,
-            "unit": None,
-        },
-        "steps.yaml maps answer to result beside responses, but names no scorer that would read it: add one, or leave",
-    ),
-    "two responses": (
-        {"fields": {"messages": "chat", "response": "work", "answer": "result", "task": "topic"}},
-        "steps.yaml maps response to work, but the turns in chat end with another response: leave one of the two out",
-    ),
-    "two prompts": (
-        {"fields": {"messages": "chat", "prompt": "q", "answer": "result", "task": "topic"}},
-        "fields in steps.yaml has messages and prompt: map one of the two",
-    ),
-    "a response without a prompt": (
-        {"fields": {"response": "work", "answer": "result", "task": "topic"}},
-        "fields in steps.yaml lacks prompt",
-    ),
-    "no answer column": (
-        {"fields": {"messages": "chat", "task": "topic"}},
-        "fields in steps.yaml lacks answer: say which column holds it, or leave scorer number out",
-    ),
+    "turns with a tool call": ({"fields": {"messages": "call", "answer": "result", "task": "topic"}},
+     "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'"),
+    "messages that are text": ({"fields": {"messages": "q", "answer": "result", "task": "topic"}},
+     "the column q in the data of steps.yaml holds In heat, how many metres are 0 steps of 2?: give text, or a list"),
+    "two responses": ({"fields": {"messages": "chat", "response": "work", "answer": "result", "task": "topic"}},
+     "steps.yaml maps response to work, but the turns in chat end with another response: leave one of the two out"),
+    "two prompts": ({"fields": {"messages": "chat", "prompt": "q", "answer": "result", "task": "topic"}},
+     "fields in steps.yaml has messages and prompt: map one of the two"),
+    "a response without a prompt": ({"fields": {"response": "work", "answer": "result", "task": "topic"}},
+     "fields in steps.yaml lacks prompt"),
     "unknown entry": ({"file": []}, "'file', which means nothing"),
     "no files": ({"files": None}, "files in steps.yaml is None"),
-    "missing file": ({"files": ["other.jsonl"]}, "other.jsonl, which is no file"),
-    "no answer field": ({"fields": {"prompt": "q"}}, "lacks answer"),
     "unknown field": ({"fields": {"prompt": "q", "answer": "result", "hint": "x"}}, "'hint', which means nothing"),
     "no task field": ({"fields": {"prompt": "q", "answer": "result"}}, "names 3 tasks but no field for them"),
-    "unknown scorer": ({"scorer": "judge"}, "scorer in steps.yaml is 'judge'"),
     "choices without scorer": ({"scorer": "choice"}, "choice and choices go together"),
     "tasks as a text": ({"train": "heat"}, "give a list of task names, or a mapping as in suites"),
     "task without sources": ({"train": {"heat": 1}}, "steps.yaml: train.heat=1 must be a mapping"),
@@ -499,24 +445,18 @@ WRONG = {
     "tolerance": ({"relative_tolerance": "small"}, "relative_tolerance in steps.yaml is 'small': give a share"),
     "unit of a text": ({"scorer": "text"}, "gives unit with scorer text: these belong to scorer number"),
     "revision of own data": ({}, "--revision names steps.yaml, which is not fetched here: choose from none"),
-    "missing column": (
-        {"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
-        "column 'question' (any) is missing (further columns: q, work, grade, list, odd, call, chat): correct the "
-        "fields in steps.yaml",
-    ),
-    "empty task": (
-        {"train": ["cold"]},
-        "task 'cold' of suite steps has 0 test items, 12 are needed (none read, 0 kept out for resembling test items): "
-        "no row of steps belongs to it, correct the names in the suite",
-    ),
-}
+    "missing column": ({"fields": {"prompt": "question", "answer": "result", "task": "topic"}},
+     "column 'question' (any) is missing (further columns: q, work, grade, call, chat): correct the "
+     "fields in steps.yaml"),
+    "empty task": ({"train": ["cold"]},
+     "task 'cold' of suite steps has 0 test items, 12 are needed (none read, 0 kept out for resembling test items): "
+     "no row of steps belongs to it, correct the names in the suite"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_mappings(case, run_here, tmp_path, capsys):
     odd = {
-        "list": ["a", "b"],
-        "odd": [{"role": "narrator", "content": "x"}],
         "call": [{"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]}],
         "chat": turns_of(0),
     }

@@ -36,6 +36,8 @@ def test_interval_does_not_collapse_at_the_ends(runs):
     assert high == pytest.approx(1.96**2 / (16 + 1.96**2), abs=1e-4)
     mirrored = accuracy_interval([[True] * 16] * runs)
     assert mirrored == pytest.approx((1 - high, 1.0), abs=1e-9)
+    low, high = accuracy_interval(np.zeros((3, runs, 16)))
+    assert low == 0 and high > 0.1
 
 
 def test_interval_widens_where_shot_sets_disagree():
@@ -45,16 +47,19 @@ def test_interval_widens_where_shot_sets_disagree():
     assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
 
 
-def test_interval_covers_the_truth():
-    """Items of different difficulty, shot sets of different quality, drawn 400 times: at least 93% cover the mean."""
-    draw = np.random.default_rng(0)
-    covered = 0
+@pytest.mark.parametrize(("seeds", "items"), [(1, 40), (3, 30)])
+def test_intervals_of_accuracies_cover_the_truth(seeds, items):
+    """Items, shot sets and seeds all move the accuracy: about 95 of 100 intervals hold the truth, few are wide."""
+    draw = np.random.default_rng(7)
+    held, widths = 0, []
     for _ in range(400):
-        difficulty, quality = draw.normal(0, 1.0, 40), draw.normal(0, 0.3, 3)
-        chance = 1 / (1 + np.exp(-(difficulty[None, :] + quality[:, None])))
-        low, high = accuracy_interval(draw.random(chance.shape) < chance)
-        covered += low <= 0.5 <= high  # both effects are symmetric around 0, so the mean chance is one half
-    assert covered / 400 >= 0.93
+        chance = 0.5 + 0.2 * draw.standard_normal((1, 1, items)) + 0.05 * draw.standard_normal((1, 3, 1))
+        chance = chance + (0.05 * draw.standard_normal((seeds, 1, 1)) if seeds > 1 else 0)
+        answers = (draw.random((seeds, 3, items)) < chance).astype(float)
+        low, high = accuracy_interval(answers if seeds > 1 else answers[0])
+        held += low <= 0.5 <= high
+        widths.append(high - low)
+    assert 0.93 <= held / 400 <= 1 and np.median(widths) < 0.35
 
 
 def test_summary_of_a_cell_by_hand():
@@ -99,28 +104,6 @@ def test_accuracy_over_two_seeds_by_hand():
     half = t / (1 + t**2 / n) * math.sqrt(p * (1 - p) / n + t**2 / (4 * n**2))
     assert 1 < n < 16
     assert accuracy_interval(correct) == pytest.approx((centre - half, centre + half))
-
-
-def test_no_answer_right_does_not_collapse_with_seeds():
-    low, high = accuracy_interval(np.zeros((3, 2, 20)))
-    assert low == 0 and high > 0.1
-
-
-def test_interval_over_seeds_covers_what_it_says():
-    """Items, shot sets and seeds all move the accuracy: about 95 of 100 intervals hold the truth, few are wide."""
-    draw = np.random.default_rng(7)
-    held, widths = 0, []
-    for _ in range(400):
-        chance = (
-            0.5
-            + 0.2 * draw.standard_normal((1, 1, 30))
-            + 0.05 * draw.standard_normal((1, 3, 1))
-            + 0.05 * draw.standard_normal((3, 1, 1))
-        )
-        low, high = accuracy_interval((draw.random((3, 3, 30)) < chance).astype(float))
-        held += low <= 0.5 <= high
-        widths.append(high - low)
-    assert 0.93 <= held / 400 <= 1 and np.median(widths) < 0.35
 
 
 def test_mean_of_tasks_with_one_seed_is_that_of_independent_tasks():

@@ -5,13 +5,10 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from metasft.data import embedded_tasks as tasks
 from metasft.data.embedded_tasks import (
@@ -21,11 +18,9 @@ from metasft.data.embedded_tasks import (
     majority_baseline,
     row_for,
     score,
-    stream_examples,
 )
 
 FAMILIES = [family for families in tasks.all_tasks().values() for family in families]
-TASK_OF = {family: task for task, families in tasks.all_tasks().items() for family in families}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +66,9 @@ def test_examples_are_distinct_short_and_mixed(task):
     examples = generate_examples(task, 60, seed=3)
     families = tasks.all_tasks()[task]
     assert len({e.example_id for e in examples}) == 60
+    # So that ids differ between tasks too.
+    assert len(set(FAMILIES)) == len(FAMILIES)
+    assert all(e.example_id.startswith(f"{e.extra_info['family']}-") for e in examples)
     assert len({" ".join(e.prompt.lower().split()) for e in examples}) == 60
     # Families take turns, so any stretch holds them in equal parts.
     assert [e.extra_info["family"] for e in examples] == list(itertools.islice(itertools.cycle(families), 60))
@@ -96,11 +94,6 @@ def test_format_instructions_of_the_families_are_gone(by_family):
             assert not any(text in e.prompt for text in conflicting), e.prompt
 
 
-def test_ids_do_not_collide_across_tasks():
-    ids = [e.example_id for task in tasks.all_tasks() for e in generate_examples(task, 30, seed=1)]
-    assert len(set(ids)) == len(ids)
-
-
 def test_asking_for_more_examples_only_appends():
     assert generate_examples("number_theory", 90, seed=2)[:40] == generate_examples("number_theory", 40, seed=2)
 
@@ -110,24 +103,6 @@ def test_neighbouring_seeds_give_other_examples():
     one, two = (generate_examples("word_problems", 60, seed=seed) for seed in (1, 2))
     shared = {e.prompt for e in one} & {e.prompt for e in two}
     assert len(shared) < 10
-
-
-def test_same_examples_under_every_hash_seed():
-    """Python's per-process hash seed reaches reasoning-gym through sets of sympy terms."""
-    code = (
-        "import hashlib, json, random\n"
-        "from metasft.data import embedded_tasks as tasks\n"
-        "random.seed()\n"
-        "rows = [tasks.row_for(e) for t in tasks.all_tasks() for e in tasks.generate_examples(t, 60, 4)]\n"
-        "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={"PYTHONHASHSEED": seed})
-        for seed in ("0", "1", "12345")
-    ]
-    digests = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert len(digests[0]) == 64
-    assert len(set(digests)) == 1
 
 
 def test_same_problem_in_other_words_counts_once():
@@ -143,12 +118,6 @@ def test_dry_family_is_topped_up_from_the_others():
     counts = pd.Series([e.extra_info["family"] for e in examples]).value_counts()
     assert counts["coin_flip"] < 300 < counts["dice"]
     assert len({e.prompt for e in examples}) == 667
-
-
-def test_too_few_distinct_questions(monkeypatch):
-    monkeypatch.setitem(tasks.TRAIN_TASKS, "probability", ("coin_flip",))
-    with pytest.raises(ValueError, match=r"'probability' has 2\d\d distinct questions, 400 are needed.*--tasks"):
-        generate_examples("probability", 400, seed=1)
 
 
 def test_wrong_requests():
@@ -196,21 +165,6 @@ def test_gold_scores_and_wrong_answers_do_not(family, by_family):
         assert score(example.answer, example).formatted is False  # right, but not in the format asked for
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, deadline=None)
-@given(text=st.one_of(st.text(max_size=80), st.text("0123456789.,+-*/()xeEijC× °nai", max_size=40)))
-def test_no_text_makes_a_scorer_raise(family, text):
-    example = next(e for e in _first_of_each(TASK_OF[family]) if e.extra_info["family"] == family)
-    assert score(f"Answer: {text}", example).correct in (True, False)
-    assert score(text, example).correct in (True, False)
-
-
-def _first_of_each(task: str, cache: dict = {}) -> list[Example]:  # noqa: B006 - a cache
-    if task not in cache:
-        cache[task] = list(itertools.islice(stream_examples(task, 9), len(tasks.all_tasks()[task])))
-    return cache[task]
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -246,203 +200,117 @@ def test_an_unevaluated_integral_is_no_answer():
     assert not score("Answer: Integral(2*x, x)", row).correct
 
 
-@pytest.mark.parametrize(
-    ("row", "right", "wrong"),
-    [
-        (reasoning_gym_row("gcd", "13"), ["13", "13.", "$13$", "`13`", '"13"'], ["1", "31", "13 apples", "013"]),
-        (reasoning_gym_row("gsm_symbolic", "408"), ["408", "408.0", "$408"], ["-408", "408 + 5 = 413", "4080"]),
-        (reasoning_gym_row("chain_sum", "1010"), ["1,010", "1010.0", "+1010"], ["101", "10100"]),
-        (reasoning_gym_row("polynomial_equations", "-2.4495, 2.4495"), ["2.4495, -2.4495"], ["2.4495", "-2.4, 2.4"]),
-        (reasoning_gym_row("complex_arithmetic", "9.00i", result=[0, 9]), ["9i", "0 + 9i"], ["9", "9 + i", "-9i"]),
-        (
-            reasoning_gym_row("polynomial_multiplication", "-18*x**2 + 36*x - 18"),
-            ["36*x - 18*x**2 - 18"],
-            ["-18*(x - 1)**2 + 1", "-18*x**2"],
-        ),
-        (reasoning_gym_row("coin_flip", "0.109375"), ["7/64", "0.1094"], ["0.11", "109375"]),
-        (reasoning_gym_row("prime_factorization", "3 × 3 × 37"), ["37 × 3 × 3"], ["3 × 111", "333", "3 × 37"]),
-        (
-            reasoning_gym_row("knights_knaves", "Lily is a saint, and Jack is a sinner."),
-            ["Jack is a sinner, Lily is a saint"],
-            ["Lily is a saint, and Jack is a saint.", "Lily is a saint"],
-        ),
-        (reasoning_gym_row("syllogism", "Yes"), ["Yes", "Yes."], ["No", "Yes and No"]),
-    ],
-    ids=lambda value: value["data_source"].split("/")[1] if isinstance(value, dict) else "",
-)
-def test_equivalent_answers(row, right, wrong):
-    assert [answer for answer in right if not score(f"Answer: {answer}", row).correct] == []
-    assert [answer for answer in wrong if score(f"Answer: {answer}", row).correct] == []
-
-
 # Outputs written by hand. Per scorer: a row, answers that are right, answers that are wrong (units, LaTeX, near misses,
 # malformed). Strict where the question says what the answer has to look like.
 HAND_MADE = {
-    "simple_equations": (
-        reasoning_gym_row("simple_equations", "7"),
-        ["7"],
-        ["-7", "8", "77", "7 apples", "7 cm", r"7\text{ cm}", r"\frac{14}{2}", "14/2", "x = 8", "seven", "7,0"],
-    ),
-    "polynomial_equations": (
-        reasoning_gym_row("polynomial_equations", "-2.4495, 2.4495"),
-        ["-2.4495, 2.4495", "2.4495, -2.4495", "-2.4495,2.4495", "-2.45, 2.45"],
-        ["2.4495", "-2.4, 2.4", "2.4495, 2.4495", "-2.4495, 2.4495, 1", "±2.4495", r"\pm\sqrt{6}",
-         "2.4495 m, -2.4495 m",
-         "-2.4495; 2.4495", "sqrt(6)", ","],
-    ),
-    "polynomial_multiplication": (
-        reasoning_gym_row("polynomial_multiplication", "15*x**4 - 6*x**3 + 30*x**2 - 12*x"),
-        ["15*x**4 - 6*x**3 + 30*x**2 - 12*x", "-12*x + 30*x**2 - 6*x**3 + 15*x**4", "15*x**4-6*x**3+30*x**2-12*x"],
-        ["(3*x**2 + 6)*(5*x**2 - 2*x)", "3*x*(5*x**3 - 2*x**2 + 10*x - 4)", "15*x**4 - 6*x**3 + 30*x**2", "15*x**4",
-         "15*x**4 + 6*x**3 + 30*x**2 - 12*x", "15x^4 - 6x^3 + 30x^2 - 12x", r"15x^{4} - 6x^{3}", "15*y**4 - 6*y**3",
-         "15*x**4 - 6*x**3 + 30*x**2 - 12*x cm", "15*x**4 -", "15 x 4"],
-    ),
-    "complex_arithmetic": (
-        reasoning_gym_row("complex_arithmetic", "-36.0 + 72.0i", result=[-36, 72]),
-        ["-36.0 + 72.0i", "-36 + 72i", "-36+72i", "-36 + 72j"],
-        ["-36 - 72i", "36 + 72i", "-36", "72i", "-36.5 + 72i", "(-36, 72)", "-36 + 72i apples", "72 - 36i",
-         "-36 + 7.2i",
-         r"-36 + 72\mathrm{i}", "-36 + i"],
-    ),
-    "simple_geometry": (
-        reasoning_gym_row("simple_geometry", "21"),
-        ["21"],
-        ["21°", "21 degrees", r"21^\circ", "159", "12", "-21", "20.999", "21 22", "0.367 rad", "twenty-one", "21°C"],
-    ),
-    "advanced_geometry, angle": (
-        reasoning_gym_row("advanced_geometry", "56.31°", task_type="angle_measure"),
-        ["56.31°", "56.31", "56.310°", "56.310"],
-        ["56.32°", "56.3°", "-56.31°", "56.31 degrees", r"56.31^\circ", "0.983 rad", "56,31", "56.31° or 123.69°", "°",
-         "56.31°°", "5631"],
-    ),
-    "advanced_geometry, point": (
-        reasoning_gym_row("advanced_geometry", "(1.000, -0.857)", task_type="orthocenter", ortho=["1", "-6/7"]),
-        ["(1.000, -0.857)", "(1, -0.857)", "(1.0, -0.8571)", "1.000, -0.857"],
-        ["(1.000, -0.857, 5)", "1.000, -0.857, nonsense", "((1.000, -0.857", "(-0.857, 1.000)", "(1.000, 0.857)",
-         "(1.000; -0.857)", "x = 1.000, y = -0.857", "(1.000, -0.857) cm", "(1.000)", "(1.001, -0.857)",
-         r"\left(1, -\frac{6}{7}\right)"],
-    ),
-    "advanced_geometry, radius": (
-        reasoning_gym_row("advanced_geometry", "0.468", task_type="incircle_radius", incircle_radius_exact="0.468213"),
-        ["0.468"],
-        ["0.469", "0.47", "0.5", "0.468 units", "0.468 cm", "-0.468", "4.68", "0,468", r"\frac{468}{1000}", "r = 0.5",
-         "0.468°°"],
-    ),
-    "gcd": (
-        reasoning_gym_row("gcd", "6"),
-        ["6"],
-        ["-6", "60", "3", "12", "6 cm", "six", r"\gcd(54, 42)", "GCD = 6", "06", "6, 6", "6/1"],
-    ),
-    "lcm": (
-        reasoning_gym_row("lcm", "40"),
-        ["40"],
-        ["-40", "80", "2", "4", "40 units", "forty", r"\text{lcm} = 40", "LCM: 40", "40/1", "2 × 40", "4 0"],
-    ),
-    "prime_factorization": (
-        reasoning_gym_row("prime_factorization", "2 × 2 × 227"),
-        ["2 × 2 × 227", "2×2×227", "227 × 2 × 2"],
-        ["2 × 227", "4 × 227", "908", "2 × 2 × 227 × 1", "× 2 × 2 × 227", "2 × 2 × 227 ×", "2^2 × 227", "2, 2, 227",
-         r"2 \times 2 \times 227", "2 × 2 × 227 m", "2 × 2 × 228"],
-    ),
-    "fraction_simplification": (
-        reasoning_gym_row("fraction_simplification", "15/17", numerator=135, denominator=153,
-                          simplified_numerator=15, simplified_denominator=17),
-        ["15/17", "15 / 17", r"\frac{15}{17}", r"\dfrac{15}{17}"],
-        ["135/153", "45/51", "-15/17", "17/15", "0.882", "15/17 apples", "15/17/1", r"\frac{15}{17} + 1",
-         r"2\frac{15}{17}", r"\frac{15}{17} cm", "15:17", "15"],
-    ),
-    "base_conversion": (
-        reasoning_gym_row("base_conversion", "10"),
-        ["10"],
-        ["8", "01", "1010", "10_8", "(10)_8", "0o10", r"10_{8}", "10 (base 8)", "ten", "10.0", "1 0"],
-    ),
-    "count_primes": (
-        reasoning_gym_row("count_primes", "2"),
-        ["2"],
-        ["3", "1", "59, 61", "59 and 61", "2 primes", "two", "-2", "22", "0", r"\pi(65) - \pi(57)", "2.5"],
-    ),
-    "coin_flip": (
-        reasoning_gym_row("coin_flip", "0.9375"),
-        ["0.9375", "15/16", ".9375", "0.93750"],
-        ["0.938", "0.0625", "1/16", "93.75%", "93.75", "15 in 16", "9375", "-0.9375", r"\frac{1}{16}", "15/0", "16/15"],
-    ),
-    "coin_flip, rare event": (
-        reasoning_gym_row("coin_flip", "3.0517578125e-05"),
-        ["3.0517578125e-05", "1/32768", "0.0000305", "3.05e-5"],
-        ["0", "0.0", "0.0001", "-0.00005", "1/30000", "0.003%", "0.00003", "1/16384", "2/32768", "0.305", "1e-5"],
-    ),
-    "dice": (
-        reasoning_gym_row("dice", "3/4"),
-        ["3/4"],
-        ["6/8", "1/4", "4/3", "0.75", "75%", "3:4", "3 to 4", r"\frac{1}{4}", "-3/4", "3/4 odds", "3/44"],
-    ),
-    "gsm_symbolic": (
-        reasoning_gym_row("gsm_symbolic", "336800"),
-        ["336800", "336800.0", "$336800", "336,800", "$336,800", "336,800.00"],
-        ["-336800", "33680", "336", "336800.5", "336800 dollars", r"336800\text{ dollars}", "336.800", "33,6800",
-         "336,80",
-         "336800 + 5", "8 or 336800"],
-    ),
-    "leg_counting": (
-        reasoning_gym_row("leg_counting", "80"),
-        ["80"],
-        ["8", "800", "80 legs", "eighty", "-80", "72", "72 + 8", r"80\text{ legs}", "8 0", "80 or 82", "9 spiders"],
-    ),
-    "chain_sum": (
-        reasoning_gym_row("chain_sum", "1010"),
-        ["1010", "1,010", "1010.0", "+1010", "1010.00"],
-        ["-1010", "101", "10100", "10,10", "101,0", "1,0,1,0", "1010.5", "1010 apples", "1.010", r"1010\text{ m}",
-         "1010 + 0"],
-    ),
-    "simple_integration": (
-        reasoning_gym_row("simple_integration", "-3*x**3 + C", integrand="-9*x**2", variable="x"),
-        ["-3*x**3 + C", "-3*x**3", "C - 3*x**3", "-9*x**3/3 + C", "-3*x**3 + 7"],
-        ["3*x**3 + C", "-9*x**2", "-3*x**2 + C", "-3*x**3 + C*x", "-18*x", "-3x^3 + C", r"-3x^{3} + C", "C",
-         "-3*t**3 + C",
-         "-3*x**3 + C cm", "-3*x**3 +"],
-    ),
-    "intermediate_integration": (
-        reasoning_gym_row("intermediate_integration", "3*x**3 - 15*x**2 + 25*x + C", integrand="(3*x - 5)**2",
-                          variable="x"),
-        ["3*x**3 - 15*x**2 + 25*x + C", "(3*x - 5)**3/9 + C", "(3*x - 5)**3/9"],
-        ["(3*x - 5)**3/3 + C", "(3*x - 5)**2", "3*x**3 + C", "3*x**3 - 15*x**2 + 25 + C", "(3x-5)^3/9 + C",
-         r"\frac{(3x-5)^3}{9} + C", "6*(3*x - 5)", "C", "3*x**3 - 15*x**2 + 25*x + C m", "Integral((3*x - 5)**2, x)",
-         "(3*x"],
-    ),
-    "knights_knaves": (
-        reasoning_gym_row("knights_knaves", "Daniel is a sinner, and Aiden is a saint."),
-        ["Daniel is a sinner, and Aiden is a saint.", "Aiden is a saint and Daniel is a sinner",
-         "Daniel is a sinner, Aiden is a saint", "daniel is a sinner, and aiden is a saint"],
-        ["Daniel is a saint, and Aiden is a sinner.", "Daniel is a sinner", "Daniel is a sinner or Aiden is a saint",
-         "It is not true that Daniel is a sinner, and Aiden is a saint",
-         "Daniel is not a sinner, and Aiden is not a saint",
-         "Daniel is a sinner, and Aiden is a saint or a sinner", "sinner, saint", "Daniel: sinner, Aiden: saint", "Yes",
-         "Daniel is a sinner, and Aiden is a saint, and Aiden is a sinner", "If Daniel is a sinner, Aiden is a saint",
-         "Daniel is a sinner, Aiden is a saint, and Bob is a saint"],
-    ),
-    "syllogism": (
-        reasoning_gym_row("syllogism", "Yes"),
-        ["Yes", "Yes."],
-        ["No", "Yes and No", "Yes/No", "Yes, it does", "True", "Y", "Maybe", r"\text{No}", "1", "Yes No", "Not Yes"],
-    ),
-    "circuit_logic": (
-        reasoning_gym_row("circuit_logic", "1"),
-        ["1"],
-        ["0", "10", "01", "True", "A", "OUT = 0", "1 V", "high", "-1", r"\neg 0", "0 or 1"],
-    ),
-    "LaTeX": (
-        {"data_source": "some/contest", "answer": r"\frac{1}{2}", "extra_info": "{}"},
-        [r"\frac{1}{2}", "1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", r"\frac{2}{4}", r"\tfrac{1}{2}"],
-        ["2", "half", r"\frac{2}{1}", r"\frac{1}{3}", "-1/2", "0.05", r"\frac{1}{2} or \frac{1}{3}", r"\sqrt{2}",
-         "50", "1", "(1, 2)"],
-    ),
-    "text": (
-        {"data_source": "some/quiz", "answer": "New  York", "extra_info": "{}"},
-        ["New York", "new york", "NEW YORK", "New   York", "New York."],
-        ["York", "New", "New York City", "NewYork", "Boston", "New York or Boston", "New York, USA", r"\text{York}",
-         "N.Y.",
-         "New-York", "York New"],
-    ),
+    "simple_equations": (reasoning_gym_row("simple_equations", "7"),
+     ["7"],
+     ["-7", "8", "77", "7 apples", "7 cm", r"7\text{ cm}", r"\frac{14}{2}", "14/2", "x = 8", "seven", "7,0"]),
+    "polynomial_equations": (reasoning_gym_row("polynomial_equations", "-2.4495, 2.4495"),
+     ["-2.4495, 2.4495", "2.4495, -2.4495", "-2.4495,2.4495", "-2.45, 2.45"],
+     ["2.4495", "-2.4, 2.4", "2.4495, 2.4495", "-2.4495, 2.4495, 1", "±2.4495", r"\pm\sqrt{6}", "2.4495 m, -2.4495 m",
+      "-2.4495; 2.4495", "sqrt(6)", ","]),
+    "polynomial_multiplication": (reasoning_gym_row("polynomial_multiplication", "15*x**4 - 6*x**3 + 30*x**2 - 12*x"),
+     ["15*x**4 - 6*x**3 + 30*x**2 - 12*x", "-12*x + 30*x**2 - 6*x**3 + 15*x**4", "15*x**4-6*x**3+30*x**2-12*x"],
+     ["(3*x**2 + 6)*(5*x**2 - 2*x)", "3*x*(5*x**3 - 2*x**2 + 10*x - 4)", "15*x**4 - 6*x**3 + 30*x**2", "15*x**4",
+      "15*x**4 + 6*x**3 + 30*x**2 - 12*x", "15x^4 - 6x^3 + 30x^2 - 12x", r"15x^{4} - 6x^{3}", "15*y**4 - 6*y**3",
+      "15*x**4 - 6*x**3 + 30*x**2 - 12*x cm", "15*x**4 -", "15 x 4"]),
+    "complex_arithmetic": (reasoning_gym_row("complex_arithmetic", "-36.0 + 72.0i", result=[-36, 72]),
+     ["-36.0 + 72.0i", "-36 + 72i", "-36+72i", "-36 + 72j"],
+     ["-36 - 72i", "36 + 72i", "-36", "72i", "-36.5 + 72i", "(-36, 72)", "-36 + 72i apples", "72 - 36i", "-36 + 7.2i",
+      r"-36 + 72\mathrm{i}", "-36 + i"]),
+    "simple_geometry": (reasoning_gym_row("simple_geometry", "21"),
+     ["21"],
+     ["21°", "21 degrees", r"21^\circ", "159", "12", "-21", "20.999", "21 22", "0.367 rad", "twenty-one", "21°C"]),
+    "advanced_geometry, angle": (reasoning_gym_row("advanced_geometry", "56.31°", task_type="angle_measure"),
+     ["56.31°", "56.31", "56.310°", "56.310"],
+     ["56.32°", "56.3°", "-56.31°", "56.31 degrees", r"56.31^\circ", "0.983 rad", "56,31", "56.31° or 123.69°", "°",
+      "56.31°°", "5631"]),
+    "advanced_geometry, point": (reasoning_gym_row("advanced_geometry", "(1.000, -0.857)", task_type="orthocenter",
+     ortho=["1", "-6/7"]),
+     ["(1.000, -0.857)", "(1, -0.857)", "(1.0, -0.8571)", "1.000, -0.857"],
+     ["(1.000, -0.857, 5)", "1.000, -0.857, nonsense", "((1.000, -0.857", "(-0.857, 1.000)", "(1.000, 0.857)",
+      "(1.000; -0.857)", "x = 1.000, y = -0.857", "(1.000, -0.857) cm", "(1.000)", "(1.001, -0.857)",
+      r"\left(1, -\frac{6}{7}\right)"]),
+    "advanced_geometry, radius": (reasoning_gym_row("advanced_geometry", "0.468", task_type="incircle_radius",
+     incircle_radius_exact="0.468213"),
+     ["0.468"],
+     ["0.469", "0.47", "0.5", "0.468 units", "0.468 cm", "-0.468", "4.68", "0,468", r"\frac{468}{1000}", "r = 0.5",
+      "0.468°°"]),
+    "gcd": (reasoning_gym_row("gcd", "6"),
+     ["6", "6.", "$6$", "`6`", '"6"'],
+     ["6 apples", "-6", "60", "3", "12", "6 cm", "six", r"\gcd(54, 42)", "GCD = 6", "06", "6, 6", "6/1"]),
+    "lcm": (reasoning_gym_row("lcm", "40"),
+     ["40"],
+     ["-40", "80", "2", "4", "40 units", "forty", r"\text{lcm} = 40", "LCM: 40", "40/1", "2 × 40", "4 0"]),
+    "prime_factorization": (reasoning_gym_row("prime_factorization", "2 × 2 × 227"),
+     ["2 × 2 × 227", "2×2×227", "227 × 2 × 2"],
+     ["2 × 227", "4 × 227", "908", "2 × 2 × 227 × 1", "× 2 × 2 × 227", "2 × 2 × 227 ×", "2^2 × 227", "2, 2, 227",
+      r"2 \times 2 \times 227", "2 × 2 × 227 m", "2 × 2 × 228"]),
+    "fraction_simplification": (reasoning_gym_row("fraction_simplification", "15/17", numerator=135, denominator=153,
+     simplified_numerator=15, simplified_denominator=17),
+     ["15/17", "15 / 17", r"\frac{15}{17}", r"\dfrac{15}{17}"],
+     ["135/153", "45/51", "-15/17", "17/15", "0.882", "15/17 apples", "15/17/1", r"\frac{15}{17} + 1",
+      r"2\frac{15}{17}", r"\frac{15}{17} cm", "15:17", "15"]),
+    "base_conversion": (reasoning_gym_row("base_conversion", "10"),
+     ["10"],
+     ["8", "01", "1010", "10_8", "(10)_8", "0o10", r"10_{8}", "10 (base 8)", "ten", "10.0", "1 0"]),
+    "count_primes": (reasoning_gym_row("count_primes", "2"),
+     ["2"],
+     ["3", "1", "59, 61", "59 and 61", "2 primes", "two", "-2", "22", "0", r"\pi(65) - \pi(57)", "2.5"]),
+    "coin_flip": (reasoning_gym_row("coin_flip", "0.9375"),
+     ["0.9375", "15/16", "0.93752", ".9375", "0.93750"],
+     ["0.938", "0.0625", "1/16", "93.75%", "93.75", "15 in 16", "9375", "-0.9375", r"\frac{1}{16}", "15/0", "16/15"]),
+    "coin_flip, rare event": (reasoning_gym_row("coin_flip", "3.0517578125e-05"),
+     ["3.0517578125e-05", "1/32768", "0.0000305", "3.05e-5"],
+     ["0", "0.0", "0.0001", "-0.00005", "1/30000", "0.003%", "0.00003", "1/16384", "2/32768", "0.305", "1e-5"]),
+    "dice": (reasoning_gym_row("dice", "3/4"),
+     ["3/4"],
+     ["6/8", "1/4", "4/3", "0.75", "75%", "3:4", "3 to 4", r"\frac{1}{4}", "-3/4", "3/4 odds", "3/44"]),
+    "gsm_symbolic": (reasoning_gym_row("gsm_symbolic", "336800"),
+     ["336800", "336800.0", "$336800", "336,800", "$336,800", "336,800.00"],
+     ["-336800", "33680", "336", "336800.5", "336800 dollars", r"336800\text{ dollars}", "336.800", "33,6800", "336,80",
+      "336800 + 5", "8 or 336800"]),
+    "leg_counting": (reasoning_gym_row("leg_counting", "80"),
+     ["80"],
+     ["8", "800", "80 legs", "eighty", "-80", "72", "72 + 8", r"80\text{ legs}", "8 0", "80 or 82", "9 spiders"]),
+    "chain_sum": (reasoning_gym_row("chain_sum", "1010"),
+     ["1010", "1,010", "1010.0", "+1010", "1010.00"],
+     ["-1010", "101", "10100", "10,10", "101,0", "1,0,1,0", "1010.5", "1010 apples", "1.010", r"1010\text{ m}",
+      "1010 + 0"]),
+    "simple_integration": (reasoning_gym_row("simple_integration", "-3*x**3 + C", integrand="-9*x**2", variable="x"),
+     ["-3*x**3 + C", "-3*x**3", "C - 3*x**3", "-9*x**3/3 + C", "-3*x**3 + 7"],
+     ["3*x**3 + C", "-9*x**2", "-3*x**2 + C", "-3*x**3 + C*x", "-18*x", "-3x^3 + C", r"-3x^{3} + C", "C", "-3*t**3 + C",
+      "-3*x**3 + C cm", "-3*x**3 +"]),
+    "intermediate_integration": (reasoning_gym_row("intermediate_integration", "3*x**3 - 15*x**2 + 25*x + C",
+     integrand="(3*x - 5)**2", variable="x"),
+     ["3*x**3 - 15*x**2 + 25*x + C", "(3*x - 5)**3/9 + C", "(3*x - 5)**3/9"],
+     ["(3*x - 5)**3/3 + C", "(3*x - 5)**2", "3*x**3 + C", "3*x**3 - 15*x**2 + 25 + C", "(3x-5)^3/9 + C",
+      r"\frac{(3x-5)^3}{9} + C", "6*(3*x - 5)", "C", "3*x**3 - 15*x**2 + 25*x + C m", "Integral((3*x - 5)**2, x)",
+      "(3*x"]),
+    "knights_knaves": (reasoning_gym_row("knights_knaves", "Daniel is a sinner, and Aiden is a saint."),
+     ["Daniel is a sinner, and Aiden is a saint.", "Aiden is a saint and Daniel is a sinner",
+      "Daniel is a sinner, Aiden is a saint", "daniel is a sinner, and aiden is a saint"],
+     ["Daniel is a saint, and Aiden is a sinner.", "Daniel is a sinner", "Daniel is a sinner or Aiden is a saint",
+      "It is not true that Daniel is a sinner, and Aiden is a saint",
+      "Daniel is not a sinner, and Aiden is not a saint", "Daniel is a sinner, and Aiden is a saint or a sinner",
+      "sinner, saint", "Daniel: sinner, Aiden: saint", "Yes",
+      "Daniel is a sinner, and Aiden is a saint, and Aiden is a sinner", "If Daniel is a sinner, Aiden is a saint",
+      "Daniel is a sinner, Aiden is a saint, and Bob is a saint"]),
+    "syllogism": (reasoning_gym_row("syllogism", "Yes"),
+     ["Yes", "Yes."],
+     ["No", "Yes and No", "Yes/No", "Yes, it does", "True", "Y", "Maybe", r"\text{No}", "1", "Yes No", "Not Yes"]),
+    "circuit_logic": (reasoning_gym_row("circuit_logic", "1"),
+     ["1"],
+     ["0", "10", "01", "True", "A", "OUT = 0", "1 V", "high", "-1", r"\neg 0", "0 or 1"]),
+    "LaTeX": ({"data_source": "some/contest", "answer": r"\frac{1}{2}", "extra_info": "{}"},
+     [r"\frac{1}{2}", "1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", r"\frac{2}{4}", r"\tfrac{1}{2}"],
+     ["2", "half", r"\frac{2}{1}", r"\frac{1}{3}", "-1/2", "0.05", r"\frac{1}{2} or \frac{1}{3}", r"\sqrt{2}", "50",
+      "1", "(1, 2)"]),
+    "text": ({"data_source": "some/quiz", "answer": "New  York", "extra_info": "{}"},
+     ["New York", "new york", "NEW YORK", "New   York", "New York."],
+     ["York", "New", "New York City", "NewYork", "Boston", "New York or Boston", "New York, USA", r"\text{York}",
+      "N.Y.", "New-York", "York New"]),
 }  # fmt: skip
 
 # The text around an answer, for every scorer: {g} is a right answer, {w} a wrong one.
@@ -486,69 +354,25 @@ def test_verdicts_survive_parquet(by_family, tmp_path):
         assert json.loads(row["extra_info"]) == example.extra_info
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Answer: 13", "13"),
-        ("Answer:13", "13"),
-        ("Answer: 13\nThat is all.", "13"),
-        ("Answer: 1\nNo, wait.\nAnswer: 2", "2"),
-        ("So 5 + 8 = 13.\n\nAnswer:   13  ", "13"),
-        ("**Answer:** 13", "13"),
-        ("**Answer: 13**", "13"),
-        ("Answer: **13**.", "13"),
-        ("Answer: 2*x**3 + C", "2*x**3 + C"),
-        ("Answer: 3 × 5", "3 × 5"),
-        ("Answer: (1.000, -0.857)", "(1.000, -0.857)"),
-        ("Answer: Lily is a saint, and Jack is a sinner.", "Lily is a saint, and Jack is a sinner"),
-        ("Answer: $\\frac{1}{2}$", "\\frac{1}{2}"),
-        ("Answer: \\boxed{13}", "13"),
-        ("It is \\boxed{1} or rather \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
-        ("\\boxed{1} but Answer: 2", "2"),
-        ("Answer: 1.5", "1.5"),
-        ("13", None),
-        ("", None),
-        ("Answer:", None),
-        ("Answer: \nanother line", None),
-        ("The answer is 13", None),
-        ("answer: 13", None),
-        ("\\boxed{", None),
-        ("\\boxed{1", None),
-        ("\\boxed{}", None),
-    ],
-)
-def test_extraction(text, expected):
-    assert extract_answer(text) == expected
+EXTRACTED = {
+    "13": ["Answer: 13", "Answer:13", "Answer: 13\nThat is all.", "**Answer:** 13", "**Answer: 13**", "Answer: **13**.",
+           "So 5 + 8 = 13.\n\nAnswer:   13  ", "Answer: \\boxed{13}"],
+    "2": ["Answer: 1\nNo, wait.\nAnswer: 2", "\\boxed{1} but Answer: 2"],
+    "\\frac{1}{2}": ["Answer: $\\frac{1}{2}$", "It is \\boxed{1} or rather \\boxed{\\frac{1}{2}}."],
+    "2*x**3 + C": ["Answer: 2*x**3 + C"],
+    "3 × 5": ["Answer: 3 × 5"],
+    "(1.000, -0.857)": ["Answer: (1.000, -0.857)"],
+    "1.5": ["Answer: 1.5"],
+    "Lily is a saint, and Jack is a sinner": ["Answer: Lily is a saint, and Jack is a sinner."],
+    None: ["13", "", "Answer:", "Answer: \nanother line", "The answer is 13", "answer: 13", "\\boxed{", "\\boxed{1",
+           "\\boxed{}"],
+}  # fmt: skip
 
 
-LATEX_ROW = {"data_source": "some/contest", "answer": r"\frac{1}{2}", "extra_info": "{}"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "correct"),
-    [(r"\frac{1}{2}", True), ("1/2", True), ("0.5", True), (r"\boxed{\frac12}", True), ("2", False), ("half", False)],
-)
-def test_latex_answers(answer, correct):
-    assert score(f"Answer: {answer}", LATEX_ROW).correct is correct
-
-
-def test_latex_answers_outside_the_main_thread():
-    """math-verify's time limits use signals, which only the main thread may set."""
-    verdicts = []
-
-    def judge():
-        verdicts.extend(score(f"Answer: {answer}", LATEX_ROW).correct for answer in ("1/2", "1/3"))
-
-    thread = threading.Thread(target=judge)
-    thread.start()
-    thread.join(timeout=60)
-    assert verdicts == [True, False]
-
-
-def test_other_sources_compare_text():
-    row = {"data_source": "some/quiz", "answer": "New  York", "extra_info": "{}"}
-    assert score("Answer: new york", row).correct
-    assert not score("Answer: York", row).correct
+def test_extraction():
+    assert {text: extract_answer(text) for texts in EXTRACTED.values() for text in texts} == {
+        text: answer for answer, texts in EXTRACTED.items() for text in texts
+    }
 
 
 def test_unusable_rows():

@@ -15,6 +15,7 @@ from few_shot_data import base_config, sum_rows, write_unseen_tasks
 from script_runner import ROOT
 
 from metasft.config.training import MetaConfig
+from metasft.data import command as prepare_command
 from metasft.data import prepare as prepare_data
 from metasft.data.embedded_tasks import score
 from metasft.data.sources.catalog import SOURCES
@@ -190,7 +191,7 @@ def test_a_manifest_of_somebody_else_deletes_nothing(tmp_path, monkeypatch):
         (tmp_path / "out" / "manifest.json").write_text(content)
         assert prepare_data.read_manifest(Path("out")) is None
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    assert prepare_data.main(flags) == 0
+    assert prepare_command.main(flags) == 0
     assert all(victim.read_text() == "dear" for victim in victims)
     assert prepare_data.read_manifest(Path("out"))["files"]
 

@@ -25,23 +25,21 @@ def _no_rows(row: object, subset: str) -> None:
     raise AssertionError("there are no files to read")
 
 
-SOURCES = (
-    Source(
-        name="reasoning_gym",
-        repository="open-thought/reasoning-gym",
-        revision="",
-        licence="Apache-2.0",
-        files={"generated": "{subset}"},
-        columns={},
-        read=_no_rows,
-        scorer="the family's own verifier",
-        subsets=tuple(tasks.all_tasks()),
-        train_splits=("generated",),
-        test_splits=("generated",),
-        sizes="as many as asked for",
-        caveats=("cut anew: test items of a suite are not those that --source reasoning_gym sets aside",),
-        templated=True,
-        generate=_generate,
-        package="reasoning-gym",
-    ),
+REASONING_GYM = Source(
+    name="reasoning_gym",
+    repository="open-thought/reasoning-gym",
+    revision="",
+    licence="Apache-2.0",
+    files={"generated": "{subset}"},
+    columns={},
+    read=_no_rows,
+    scorer="the family's own verifier",
+    subsets=tuple(tasks.all_tasks()),
+    train_splits=("generated",),
+    test_splits=("generated",),
+    sizes="as many as asked for",
+    caveats=("cut anew: test items of a suite are not those that --source reasoning_gym sets aside",),
+    templated=True,
+    generate=_generate,
+    package="reasoning-gym",
 )

@@ -39,20 +39,16 @@ from pathlib import Path
 from typing import Any
 
 from metasft.data import scoring
-from metasft.data.answers import INSTRUCTION
 from metasft.data.sources import layouts
-from metasft.data.sources.competition import BOXED_INSTRUCTION
-from metasft.data.sources.source import Item, Row, Source, multiple_choice
+from metasft.data.sources.source import ANSWER_LINE, BOXED, GSM8K, Item, Row, Source, multiple_choice
 from metasft.data.sources.suite import Suite, read_yaml, suite_from
-from metasft.data.sources.word_problems import GSM8K_INSTRUCTION
 
 FIELDS = ("messages", "prompt", "response", "system", "answer", "task", "level", "group", "choices")
 OWN_DATA = "own data"
 """The first caveat of every source of own data; the second says whether texts are used as they are."""
 _OWN_KEYS = ("licence", "files", "fields", "scorer", "instruction", "relative_tolerance", "unit")
 _SUITE_KEYS = ("title", "train", "unseen", "sizes", "exclude", "near_duplicates", "stratify", "max_chars")
-_FORM = (INSTRUCTION, "Answer: %s")
-_FORMS = {"boxed": (BOXED_INSTRUCTION, r"\boxed{%s}"), "gsm8k": (GSM8K_INSTRUCTION, "#### %s")}
+_FORMS = {"boxed": BOXED, "gsm8k": GSM8K}
 
 
 def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source]:
@@ -238,7 +234,7 @@ def _remark(scorer: str, values: Mapping[str, Any]) -> str:
     if scorer == scoring.EXACT_MATCH:
         added = "with the instruction of the mapping added to prompts" if values.get("instruction") else "word for word"
         return f"no scorer: texts are used {added}; evaluation measures the loss and exact matches of the response"
-    instruction, ending = _FORMS.get(scorer, _FORM)
+    instruction, ending = _FORMS.get(scorer, ANSWER_LINE)
     options = "the options and " if scorer == "choice" else ""
     return (
         f"scorer {scorer} reads the answer in a form of its own: prompts get {options}the line '{instruction}', and "
@@ -266,7 +262,7 @@ def _asking(prompt: str, *lines: str) -> str:
 
 def _read_formed(prompt: str, answer: str, response: str, scoring_info: Mapping[str, Any], hint: str) -> Item:
     """The answer in the form that its scorer reads; a response that already ends so stays as it is."""
-    instruction, ending = _FORMS.get(scoring_info["scorer"], _FORM)
+    instruction, ending = _FORMS.get(scoring_info["scorer"], ANSWER_LINE)
     verdict = scoring.judge(response, answer, scoring_info)
     if not (verdict.formatted and verdict.correct):
         response = f"{response}\n{ending % answer}".strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metasft.data.answers import INSTRUCTION
 
@@ -111,15 +111,26 @@ class Source:
         return self.train_splits == self.test_splits
 
 
-def answer_line(answer: str) -> str:
-    """The response of a source without reasoning."""
-    return f"Answer: {answer}"
+class Form(NamedTuple):
+    """How an answer is asked for, and the line that states it, with ``%s`` for the answer."""
+
+    instruction: str
+    ending: str
 
 
-def asking(question: str, hint: str = "") -> str:
-    """The prompt of a question whose answer is to stand in a last line ``Answer: <answer>``."""
-    instruction = f"{hint} {INSTRUCTION}" if hint else INSTRUCTION
-    return f"{question}\n{instruction}"
+ANSWER_LINE = Form(INSTRUCTION, "Answer: %s")
+BOXED = Form(r"Reason step by step, and put the final answer in \boxed{}.", r"\boxed{%s}")
+GSM8K = Form('Reason step by step, and end with "#### <number>".', "#### %s")
+
+
+def parquet(*splits: str, folder: str = "data") -> dict[str, str]:
+    """``Source.files`` of splits in the hub's usual layout."""
+    return {split: f"{folder}/{split}-*.parquet" for split in splits}
+
+
+def columns(names: str) -> dict[str, str]:
+    """``Source.columns`` of columns that hold text."""
+    return dict.fromkeys(names.split(), "string")
 
 
 def short_answer(
@@ -130,12 +141,13 @@ def short_answer(
     hint: str = "",
     response: str = "",
     level: int | None = None,
+    form: Form = ANSWER_LINE,
 ) -> Item:
-    """An item whose answer stands in a last line ``Answer: <answer>``, after the reasoning where there is one."""
+    """An item whose answer stands in a last line, after the reasoning in ``response`` where there is one."""
     return Item(
         question=question,
-        prompt=asking(question, hint),
-        response=f"{response}\n{answer_line(answer)}".strip(),
+        prompt=f"{question}\n{f'{hint} {form.instruction}'.strip()}",
+        response=f"{response}\n{form.ending % answer}".strip(),
         answer=answer,
         scoring=scoring,
         level=level,

@@ -1,0 +1,131 @@
+"""The flags of ``evaluate_few_shot.py``, and what it does with them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from metasft.cli.errors import ArgumentParser, refuse
+from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
+from metasft.reporting.tables import results_text
+
+
+def parser(description: str | None = None) -> ArgumentParser:
+    default = {field.name: field.default for field in fields(EvaluationConfig)}
+    command = ArgumentParser(description=description)
+    add = command.add_argument
+    add("--model-path", required=True, help="model folder, adapter (.pt or PEFT folder) or veRL checkpoint folder")
+    add("--model-type", required=True, choices=MODEL_TYPES, help="what it is; names the result files")
+    add("--output-dir", required=True, type=Path, help="folder for the result files")
+    add(
+        "--eval-tasks",
+        nargs="+",
+        default=(),
+        metavar="TASK",
+        help="tasks (default: all in DATA_DIR/meta_test); those of meta_train are tested in-domain",
+    )
+    add(
+        "--n-shots",
+        nargs="+",
+        type=int,
+        default=default["n_shots"],
+        metavar="N",
+        help="shot counts (default: 0 5 10 25 50)",
+    )
+    add("--base-model", help="model under an adapter (default: what the checkpoint records)")
+    add("--data-dir", type=Path, default=default["data_dir"], help="data folder (default: %(default)s)")
+    add("--n-runs", type=int, default=default["n_runs"], help="shot sets per task and N (default: %(default)s)")
+    add(
+        "--adaptation-steps",
+        type=int,
+        default=default["adaptation_steps"],
+        help="update steps of one adaptation, the same for every N (default: %(default)s)",
+    )
+    add(
+        "--adaptation-lr",
+        type=float,
+        help="learning rate (default: what the checkpoint records, else 1e-3 for LoRA, 1e-5 for all parameters)",
+    )
+    add("--adaptation-optimizer", choices=("sgd", "adamw"), help="(default: what the checkpoint records, else adamw)")
+    add(
+        "--adaptation-batch-size",
+        type=int,
+        default=default["adaptation_batch_size"],
+        help="examples per update step, N if there are fewer (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=default["batch_size"],
+        help="rows generated together, over all cells of a batch (default: %(default)s)",
+    )
+    add(
+        "--cells-per-batch",
+        type=int,
+        metavar="N",
+        help="LoRA adaptations done and tested together, results unchanged; 1 = one at a time (default: automatic)",
+    )
+    add(
+        "--search-adaptation",
+        action="store_true",
+        help="choose optimizer and learning rate on held-out items of the training tasks; the same grid for every type",
+    )
+    add(
+        "--search-limit",
+        type=int,
+        default=default["search_limit"],
+        help="held-out items per training task in that search (default: %(default)s)",
+    )
+    add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
+    add(
+        "--speed-steps",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="S",
+        help="also measure after S update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)",
+    )
+    add(
+        "--speed-shots",
+        type=int,
+        default=default["speed_shots"],
+        help="shots of the speed curve (default: %(default)s)",
+    )
+    add("--speed-only", action="store_true", help="measure the speed curve alone")
+    add("--max-new-tokens", type=int, default=default["max_new_tokens"], help="per answer (default: %(default)s)")
+    add("--limit", type=int, help="use the first LIMIT test items of each task (default: all)")
+    add("--seed", type=int, default=default["seed"], help="of shots and fresh LoRA weights (default: %(default)s)")
+    add("--device", default=default["device"], help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default=default["dtype"], help="of frozen weights (default: %(default)s)")
+    add(
+        "--max-length", type=int, default=default["max_length"], help="longest example in tokens (default: %(default)s)"
+    )
+    add(
+        "--chat-template",
+        metavar="FILE",
+        help="file with a Jinja text, or the text (default: what the checkpoint records, else the model's own)",
+    )
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the template, such as '{\"enable_thinking\": false}' (default: what the checkpoint records)",
+    )
+    add("--lora-rank", type=int, help="rank of the fresh LoRA that --model-type base adapts (default: 16)")
+    add("--lora-alpha", type=float, help="scale of that LoRA (default: 32)")
+    add("--overwrite", action="store_true", help="drop earlier results of this model type in the output folder")
+    return command
+
+
+def main(argv: list[str] | None = None, description: str | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
+    values = vars(parser(description).parse_args(argv))
+    values |= {name: tuple(values[name]) for name in ("eval_tasks", "n_shots", "speed_steps")}
+    try:
+        results, stores = evaluate(EvaluationConfig(**values))
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    if results:
+        print(results_text(results))
+    for store in stores:
+        print(f"wrote {store.results_path}, {store.settings_path.name} and {store.predictions_path.name}")
+    return 0
