@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from forked_ranks import ForkServer
 from safetensors.torch import load_file, save_file
 from script_runner import ROOT, run_script
 from spoilt_inputs import (
@@ -40,14 +39,6 @@ from spoilt_inputs import (
 
 from metasft.files.atomic import sole_user
 from metasft.files.untrusted import SUMS_FILE, write_sums
-
-IMPORTED = (
-    "metasft.evaluation.few_shot_model",
-    "metasft.experiments.runner",
-    "matplotlib.figure",
-    "datasets",
-    "reasoning_gym",
-)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +123,7 @@ def test_a_script_as_a_user_runs_it(program, more, words, spoiler, folder, recor
     processes = spoiler if isinstance(spoiler, int) else None
     before = spoil(folder, None if processes else spoiler)
     arguments = [*arguments_of(program), *more.split()]
-    finished = run_script(ROOT / SCRIPTS[program], *arguments, processes=processes, cwd=folder)
+    finished = run_script(ROOT / SCRIPTS[program], *arguments, processes=processes, cwd=folder, fresh=True)
     said = finished.stderr
     if processes:  # torchrun leaves with 1, and says how its ranks did
         codes = set(re.findall(r"exitcode *: (-?\d+)", said))
@@ -151,25 +142,13 @@ def test_every_script_is_tried():
 # ---- what a run finds on its way ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("server"), IMPORTED) as running:
-        yield running
-
-
-def run_forked(server, folder: Path, program: str, more: str, processes: int = 1) -> tuple[list[int], str]:
+def run_forked(folder: Path, program: str, more: str, processes: int = 1) -> tuple[list[int], str]:
     """(exit code of every rank, stderr)."""
-    errors = folder.parent / "errors"
-    ranks = server.start(
-        "forked_script:run",
-        processes=processes,
-        script=SCRIPTS[program],
-        arguments=[*arguments_of(program), *more.split()],
-        folder=str(folder),
-        errors=str(errors),
-        torchrun=processes > 1,
+    arguments = [*arguments_of(program), *more.split()]
+    finished = run_script(
+        ROOT / SCRIPTS[program], *arguments, processes=None if processes == 1 else processes, cwd=folder
     )
-    return ranks.wait(120), errors.read_text(errors="replace")
+    return finished.codes, finished.stderr
 
 
 MERGING = (
@@ -303,10 +282,10 @@ NOISY = [
     [*((*case, 1, True) for case in LATE), *((*case, False) for case in NOISY)],
     ids=[f"{case[0]} {case[2][0]} {case[2][-1]}"[:60] for case in (*LATE, *NOISY)],
 )
-def test_found_on_the_way(program, more, words, spoiler, processes, alone, server, folder, record_property):
+def test_found_on_the_way(program, more, words, spoiler, processes, alone, folder, record_property):
     record_property("bad_input", program)
     before = spoil(folder, spoiler)
-    codes, said = run_forked(server, folder, program, more, processes)
+    codes, said = run_forked(folder, program, more, processes)
     assert codes == [2] * processes, said
     assert_one_sentence(said, words, alone)
     assert not alone or entries(folder) == before
@@ -320,11 +299,11 @@ def test_found_on_the_way(program, more, words, spoiler, processes, alone, serve
         ("prepare", f"{OUTPUT}/data", ".prepare.lock", 1),
     ],
 )
-def test_a_folder_in_use(program, place, lock, processes, server, folder, record_property):
+def test_a_folder_in_use(program, place, lock, processes, folder, record_property):
     record_property("bad_input", program)
     with sole_user(folder / place, name=lock, setting="--output-dir"):
         before = entries(folder)
-        codes, said = run_forked(server, folder, program, "", processes)
+        codes, said = run_forked(folder, program, "", processes)
         assert codes == [2] * processes, said
         assert_one_sentence(said, (place, "another command is at work", "wait for its end"))
         assert entries(folder) == before
@@ -337,10 +316,10 @@ FAR_AND_WIDE = (
 
 
 @pytest.mark.parametrize("program", ["meta_lora", "fomaml"])
-def test_what_is_unusual_but_good_is_accepted(program, server, folder):
+def test_what_is_unusual_but_good_is_accepted(program, folder):
     for path in (SUPPORT, QUERY):
         for number in range(len(rows_of(folder / path))):
             change_turn(folder / path, number, 0, content=f"{FAR_AND_WIDE} {number}")
-    codes, said = run_forked(server, folder, program, GOOD)
+    codes, said = run_forked(folder, program, GOOD)
     assert codes == [0], said[-2000:]
     assert any((folder / OUTPUT).iterdir())

@@ -85,7 +85,9 @@ def _run_forked(words: list[str], processes: int | None, timeout: int, cwd: Path
     codes = ranks.wait(timeout)
     code = codes[0] if processes is None else int(any(codes))
     read = [file.read_text(errors="replace") if file.exists() else "" for file in (stdout, stderr)]
-    return subprocess.CompletedProcess(words, code, read[0], read[1] + ranks.output)
+    finished = subprocess.CompletedProcess(words, code, read[0], read[1] + ranks.output)
+    finished.codes = codes  # of every rank
+    return finished
 
 
 def as_main(words: list[str], cwd: str, environment: dict[str, str], alone: bool, stdout: str, stderr: str) -> None:

@@ -158,7 +158,7 @@ UNUSABLE = [
     (["--paired", "pair/a", "pair/nowhere"], "pair/nowhere is no <model type>_results.json file"),
     (["--paired", "pair/a", "b=pair/a", "--shots", "5"], "--shots has no meaning with --paired"),
     (["--report", "nowhere"], "nowhere holds no experiments.json"),
-    (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format is 99"),
+    (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format=99"),
     (["--report", "e", "--output", "checkpoints"], "holds no report.json"),
     (["--report", "e", "--output", "old/experiments.json"], "holds no report.json"),
     (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),
@@ -218,19 +218,19 @@ def test_help_needs_neither_torch_nor_matplotlib(work):
 # ---- files that are not as they are written -------------------------------------------------------------------------
 
 ENTRIES = [
-    ({"accuracy_mean": "0.5"}, "accuracy_mean is '0.5', not a number between 0 and 1"),
-    ({"accuracy_mean": 7}, "accuracy_mean is 7, not a number between 0 and 1"),
-    ({"ci95": "12"}, "ci95 is '12', not two numbers"),
-    ({"ci95": [0.9, 0.1]}, r"ci95 is \[0.9, 0.1\], not a lower and an upper limit"),
-    ({"ci95": [0.0, 0.01]}, r"ci95 is .*, not an interval within 0 and 1 around"),
-    ({"n_test": "4"}, "n_test is '4', not a whole number"),
-    ({"n_runs": "x"}, "n_runs is 'x', not a whole number"),
-    ({"majority_baseline": "x"}, "majority_baseline is 'x', not a number"),
-    ({"loss_mean": "1.0"}, "loss_mean is '1.0', not a"),
+    ({"accuracy_mean": "0.5"}, "accuracy_mean='0.5'"),
+    ({"accuracy_mean": 7}, "accuracy_mean=7"),
+    ({"ci95": "12"}, "ci95=.12."),
+    ({"ci95": [0.9, 0.1]}, r"ci95=\[0.9, 0.1\]"),
+    ({"ci95": [0.0, 0.01]}, r"ci95=.* an interval within 0 and 1 around"),
+    ({"n_test": "4"}, "n_test='4'"),
+    ({"n_runs": "x"}, "n_runs='x'"),
+    ({"majority_baseline": "x"}, "majority_baseline='x'"),
+    ({"loss_mean": "1.0"}, "loss_mean='1.0'"),
 ]
 SPEED_ENTRIES = [
-    ({"loss_mean": float("nan")}, "loss_mean is nan, not a finite number"),
-    ({"loss_ci95": 5}, "loss_ci95 is 5, not two numbers"),
+    ({"loss_mean": float("nan")}, "loss_mean=nan"),
+    ({"loss_ci95": 5}, "loss_ci95=5"),
 ]
 NO_RESULTS = ("", "[]", "{}", '{"calculus": {}}', '{"a": {"x": {}}}', '{"calculus": {"5": {"accuracy_mean": 1}}}')
 
@@ -244,7 +244,7 @@ def test_results_are_taken_as_they_are_or_not_at_all(kind, read, work):
         content["calculus"]["5"].update(change)
         path.write_text(json.dumps(content))
         with pytest.raises(
-            ValueError, match=f"base_{kind}.json is not what .* writes .calculus.5.{words}.*run it again"
+            ValueError, match=f"base_{kind}.json is not what .* writes .calculus.5[.:] ?{words}.*run it again"
         ):
             read("base", path)
     for text in NO_RESULTS:
@@ -257,7 +257,7 @@ def test_results_are_taken_as_they_are_or_not_at_all(kind, read, work):
         content = json.loads(written)
         content["calculus"][key] = content["calculus"]["5"]
         path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r"a key of calculus is .*, not a whole number as text"):
+        with pytest.raises(ValueError, match=r"calculus has the key .* a whole number as text"):
             read("base", path)
 
 
@@ -281,7 +281,7 @@ def test_settings_of_another_format_are_refused(settings, work):
 )
 def test_a_summary_of_another_format_is_refused(change, work):
     write_summary(work / "checkpoints" / "fomaml", "fomaml", 1.0, 1.0, **change)
-    words = f"run_summary.json is not what a finished training writes .{next(iter(change))} "
+    words = f"run_summary.json is not what a finished training writes .{next(iter(change))}[ =]"
     with pytest.raises(ValueError, match=words):
         methods_of(work, "base")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -179,7 +178,7 @@ def test_settings_and_files_in_the_text_exist(name):
 def _is_setting(key: str) -> bool:
     group, *rest = key.split(".")
     if group == "meta":
-        return rest[0] in {field.name for field in fields(MetaConfig)}
+        return rest[0] in MetaConfig.model_fields
     for method in METHODS:
         value = compose(ROOT / CONFIG_DIR, SCRIPTS[method][1], (), method)[group]
         for part in rest:

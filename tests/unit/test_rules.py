@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from script_runner import ROOT
 
-from metasft.data import prepare as prepare_data
+from metasft.data import command as prepare_data
 from metasft.data.rules import table
 from metasft.data.rules.rule import KINDS, OPENING, all_items, all_rules
 from metasft.data.rules.trivial import Trivial, trivial_accuracies

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bait import EXPORT, Bait, bait_model, change_json, refused, write_pickle
-from forked_ranks import ForkServer
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from script_runner import run_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import evaluate_few_shot
@@ -203,7 +203,6 @@ def test_a_generation_of_the_models_own_is_left_alone(tmp_path, marker, tiny_mod
 
 
 def test_training_on_a_model_that_brings_code(tmp_path, marker, tiny_model, task_dir, adapter):
-    """The scripts, in processes of a server that has their imports."""
     pickled = shutil.copytree(adapter.parent / "adapter_step_7", tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").unlink()
     write_pickle(pickled / "adapter_model.bin", marker)
@@ -227,22 +226,18 @@ def test_training_on_a_model_that_brings_code(tmp_path, marker, tiny_model, task
     words = {
         "template": "the chat template of model.path=",
         "adapter": "pickled adapters are not read",
-        "state": "is not in the run's own folder",
+        "state": "is not in trainer.default_local_dir=",
     }
-    with ForkServer(tmp_path) as server:
-        for name, (script, config, *settings) in cases.items():
-            run = tmp_path / "run" / name.replace(" ", "_")
-            settings += [f"meta.task_dir={task_dir}", "meta.support_samples=24", f"trainer.default_local_dir={run}"]
-            settings += ["trainer.total_training_steps=1"]
-            errors = tmp_path / f"{name}.err"
-            arguments = ["--config-path", "data/math_science_meta", "--config-name", config, *settings]
-            arguments = {"script": script, "arguments": arguments, "folder": ".", "errors": str(errors)}
-            codes = server.start("forked_script:run", **arguments, torchrun=False).wait(timeout=120)
-            said = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
-            assert codes == [2] and len(said) == 1, f"{name}\n{errors.read_text()[-3000:]}"
-            assert "Traceback" not in errors.read_text(), errors.read_text()
-            assert words.get(name, "cannot be loaded") in said[0], said
-            assert not marker.exists(), name
+    for name, (script, config, *settings) in cases.items():
+        run = tmp_path / "run" / name.replace(" ", "_")
+        settings += [f"meta.task_dir={task_dir}", "meta.support_samples=24", f"trainer.default_local_dir={run}"]
+        settings += ["trainer.total_training_steps=1"]
+        finished = run_script(script, "--config-path", "data/math_science_meta", "--config-name", config, *settings)
+        said = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+        assert finished.returncode == 2 and len(said) == 1, f"{name}\n{finished.stderr[-3000:]}"
+        assert "Traceback" not in finished.stderr, finished.stderr
+        assert words.get(name, "cannot be loaded") in said[0], said
+        assert not marker.exists(), name
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
@@ -462,15 +457,17 @@ def test_a_state_is_only_read_from_the_runs_own_folder(tmp_path, marker, caplog)
     write_pickle(foreign / "model_world_size_1_rank_0.pt", marker)
     (foreign / "layout.json").write_text(json.dumps({"world_size": 1}))
     for path in (foreign, run / ".." / "other" / "global_step_2"):
-        with refused("trainer.resume_from_path=", "is not in the run's own folder", "pickled", "copy it into"):
+        with refused(
+            "trainer.resume_from_path=", "is not in trainer.default_local_dir=", "pickled", "into that folder"
+        ):
             _find_state(run, "auto", str(path))
     (run / "global_step_2").symlink_to(foreign)
-    with refused("is not in the run's own folder"):
+    with refused("is not in trainer.default_local_dir="):
         _find_state(run, "resume_path", str(run / "global_step_2"))
     (run / "latest_checkpointed_iteration.txt").write_text("2")
     with refused("holds no complete state"):
         _find_state(run, "auto", None)
-    assert "lies outside the run's own folder" in caplog.text
+    assert "is not in trainer.default_local_dir=" in caplog.text
     link = tmp_path / "link"
     link.symlink_to(other)
     assert _find_state(link, "auto", str(foreign)) == foreign, "the folder itself may be a link"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from metasft.data.prepare import make_suite, parse_arguments
+from metasft.data.command import parse_arguments
+from metasft.data.prepare import make_suite
 from metasft.data.rules.rule import KINDS, OPENING, all_items, all_rules
 from metasft.data.sources.build import Built
 from metasft.data.sources.commands import resolve_source, select
