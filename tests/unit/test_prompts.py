@@ -239,7 +239,7 @@ def test_exports_without_a_record_stay_readable(config, tiny_model, adapter):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"chat_template": 7}, "its chat template"),
+        ({"chat_template": 7}, "chat_template=7"),
         ({"adaptation": {"chat_template_kwargs": [1]}}, "chat_template_kwargs"),
         ({"adaptation": {"chat_template_kwargs": {"tokenize": False}}}, "chat_template_kwargs"),
     ],
