@@ -169,7 +169,7 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
         given = f"{name(loc[:-2]) or 'it'} has the key {_shorten.repr(value)}, which"
     if fault == "missing" or (value is None and fault.endswith("_type")):
         return f"{key} is not set; give {doc}" if doc else f"{key} is missing"
-    if fault in ("extra_forbidden", "unexpected_keyword_argument"):
+    if fault == "extra_forbidden":
         return f"{given} is not known; {hint(loc[-1], siblings, lambda known: name((*loc[:-1], known)))}"
     if of_several:
         return f"{given} must be {doc}"

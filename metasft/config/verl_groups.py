@@ -22,15 +22,9 @@ LARGEST_RANK = 2**16
 LARGEST_SEED = 2**63 - 1
 LARGEST_STEPS = 10**9
 LOGGERS = {
-    "console": None,
-    "file": None,
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
+    **dict.fromkeys(("console", "file")),
+    **{name: name for name in ("tensorboard", "wandb", "mlflow", "swanlab", "clearml", "trackio")},
     "vemlp_wandb": "volcengine_ml_platform",
-    "clearml": "clearml",
-    "trackio": "trackio",
 }
 """And the packages that they need."""
 TEMPLATE_ARGUMENTS = (

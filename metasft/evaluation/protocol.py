@@ -57,13 +57,7 @@ class EvaluationConfig:
     model_type: Annotated[ModelType, _told("what it is; names the result files")]
     output_dir: Annotated[Path, _told("folder for the result files")]
     eval_tasks: Annotated[tuple[str, ...], Unique, _told("unseen or in-domain tasks; empty = every unseen one")] = ()
-    n_shots: Annotated[tuple[Count, ...], Unique, _told("counts N, such as 0 5", min_length=1)] = (
-        0,
-        5,
-        10,
-        25,
-        50,
-    )
+    n_shots: Annotated[tuple[Count, ...], Unique, _told("such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
     base_model: Annotated[str | None, _told("model under an adapter; null = what the checkpoint records")] = None
     data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
     n_runs: Annotated[int, _told("shot sets per task and N above 0", ge=1, le=10_000)] = 3

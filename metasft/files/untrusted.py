@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -209,8 +208,6 @@ def read_columns(path: Path, needed: Sequence[str], optional: Sequence[str] = ()
     check_parquet(path)
     try:
         names = pq.read_schema(path).names
-        if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"it has the column {printable(twice[0])} twice")
         missing = next((column for column in needed if column not in names), None)
         if missing is None:
             wanted = [*needed, *(column for column in optional if column in names)]

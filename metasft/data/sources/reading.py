@@ -104,8 +104,6 @@ def _rows(location: Location, split: str, subset: str) -> Iterator[dict[str, Any
         raise ValueError(f"{paths[0]} is of no known kind: give {', '.join(_FORMATS)}")
     for path in map(Path, paths):
         if path.is_file():
-            if not path.stat().st_size:
-                raise _without_rows(path, location)
             try:
                 check_data_file(path)
             except ValueError as error:
