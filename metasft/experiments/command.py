@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
         where = error.filename or "--output-dir"
         print(
             f"error: {where} cannot be used ({error.strerror}): make room or give access, the same command "
-            "goes on from here",
+            "resumes here",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("run_experiments: interrupted; the same command goes on from here", file=sys.stderr)
+        print("run_experiments: interrupted; the same command resumes here", file=sys.stderr)
         return 130
 
 
@@ -146,7 +146,7 @@ def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:
             print(f"\n{name} failed:")
             print("\n".join(f"    {line}" for line in (record["error"] or "").splitlines()))
     if "interrupted" in states:
-        print("\nthe same command goes on with what was interrupted, and what waits for it")
+        print("\nthe same command resumes what was interrupted, and runs what waits for it")
     if "failed" in states:
         print("\n--retry-failed runs them again")
     return 0 if set(states) == {"finished"} else 1

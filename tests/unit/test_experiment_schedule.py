@@ -101,7 +101,7 @@ def test_what_was_interrupted_and_what_needs_it_is_left_to_the_next_start(tmp_pa
     assert capsys.readouterr().out.splitlines()[1:] == [
         "8 runs: 3 finished, 1 interrupted, 1 failed, 2 waiting, 1 skipped",  # in the order of the plan
         *("", "train-f-seed1 failed:", "    it failed"),
-        *("", "the same command goes on with what was interrupted, and what waits for it"),
+        *("", "the same command resumes what was interrupted, and runs what waits for it"),
         *("", "--retry-failed runs them again"),
     ]
     assert scheduled(opened(tmp_path, SEARCHED, SEARCH)) == ["train-b-seed1", "evaluate-b-seed1", "evaluate-a-seed1"]

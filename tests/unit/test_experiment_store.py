@@ -72,7 +72,7 @@ def test_a_folder_that_can_no_longer_be_written_ends_in_one_sentence(tmp_path, m
     assert run_experiments.main([*map(str, files)]) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'out' / 'experiments.json'} cannot be used (No space left on device): make room "
-        "or give access, the same command goes on from here\n"
+        "or give access, the same command resumes here\n"
     )
 
 

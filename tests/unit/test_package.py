@@ -86,6 +86,21 @@ def test_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, comman
     assert not list(tmp_path.iterdir())
 
 
+def test_suites_and_scales_are_read_from_the_wheel(wheel, tmp_path):
+    code = (
+        "import metasft\n"
+        "from metasft.data.sources.suite import shipped_suites\n"
+        "from metasft.experiments.suites import read_scale, read_suites\n"
+        "print(metasft.__file__, read_scale('cpu').name, *[suite.name for suite in read_suites(['all'])])\n"
+        "print(*shipped_suites())"
+    )
+    experiments, suites = run(wheel, tmp_path, "-c", code).splitlines()
+    file, *names = experiments.split()
+    assert Path(file).is_relative_to(wheel)
+    assert set(names) == {"cpu", *(path.stem for path in (ROOT / "data/experiments").glob("*.yaml"))}
+    assert set(suites.split()) == {path.stem for path in (ROOT / "data/suites").glob("*.yaml")}
+
+
 def test_an_unknown_command_is_named(tmp_path):
     for command in (["trian"], ["train"], ["train", "maml"]):
         done = subprocess.run([sys.executable, "-m", "metasft", *command], cwd=ROOT, capture_output=True, text=True)
