@@ -108,7 +108,7 @@ Settings = with_keys(
     Record,
     (Line | None, "model_type model_path base_model adapts adaptation_optimizer"),
     (Number | None, "adaptation_lr"),
-    (Count | None, "adaptation_steps"),
+    (Count | list[Count] | None, "adaptation_steps"),  # a list: of a speed curve
     (dict[str, Any] | None, "data_sha256"),
 )
 """``<model_type>_settings.json``."""

@@ -13,7 +13,7 @@ import matplotlib.image
 import pytest
 
 import compare_methods
-from metasft.config.result_files import find_files, find_results
+from metasft.config.result_files import find_files, find_results, read_settings
 from metasft.reporting.compare import (
     caveats,
     choose_shots,
@@ -197,6 +197,16 @@ def test_settings_of_another_format_are_refused(settings, work):
     write_results(work / "results" / "base", "base", settings=settings)
     with pytest.raises(ValueError, match=r"base_settings.json is not .*: run it again"):
         read_method("base", work / "results" / "base")
+
+
+def test_settings_of_a_speed_curve_have_several_steps(tmp_path):
+    for steps, good in ((10, True), ([0, 1, 5], True), ("10", False), ([0, -1], False)):
+        (tmp_path / "base_speed_settings.json").write_text(json.dumps({"adaptation_steps": steps}))
+        if good:
+            assert read_settings(tmp_path / "base_speed_settings.json")["adaptation_steps"] == steps
+        else:
+            with pytest.raises(ValueError, match=r"adaptation_steps.* must be (a whole number|at least 0)"):
+                read_settings(tmp_path / "base_speed_settings.json")
 
 
 def test_an_adaptation_of_unknown_rate_is_told_as_that(work):
