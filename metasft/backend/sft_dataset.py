@@ -16,7 +16,14 @@ from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
 
 class LastResponseDataset(MultiTurnSFTDataset):
-    """Items as of veRL's dataset; ``loss_mask`` is 1 on the tokens of the last assistant turn and 0 elsewhere."""
+    """Items as of veRL's dataset; ``loss_mask`` is 1 on the tokens of the last assistant turn and 0 elsewhere.
+
+    ``parquet_files`` may be open files, too.
+    """
+
+    def _download(self) -> None:
+        if all(isinstance(file, str) for file in self.parquet_files):
+            super()._download()
 
     def _process_single_message(self, index: int, message: dict[str, Any], full_message: list, *args: Any, **more: Any):
         processed: Any = super()._process_single_message(index, message, full_message, *args, **more)

@@ -95,6 +95,8 @@ WholeText = Annotated[str, rule(re.compile("0|[1-9][0-9]{0,8}").fullmatch, "a wh
 
 
 class Summary(Record):
+    """``run_summary.json`` of a finished training."""
+
     seconds_total: Number
     seconds_per_step_median: Number
     peak_memory_bytes: Number
@@ -111,21 +113,17 @@ class Summary(Record):
     diverged: dict[Line, AnyNumber] | None = None
 
 
-"""``run_summary.json`` of a finished training."""
-
-
 class Settings(Record):
+    """``<model_type>_settings.json``."""
+
     model_type: Line | None = None
     model_path: Line | None = None
     base_model: Line | None = None
     adapts: Line | None = None
     adaptation_optimizer: Line | None = None
     adaptation_lr: Number | None = None
-    adaptation_steps: Count | None = None
+    adaptation_steps: Count | list[Count] | None = None  # a list: of a speed curve
     data_sha256: dict[str, Any] | None = None
-
-
-"""``<model_type>_settings.json``."""
 
 
 class Entry(Record):

@@ -171,7 +171,7 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
         return f"{key} is not set; give {doc}" if doc else f"{key} is missing"
     if fault == "extra_forbidden":
         return f"{given} is not known; {hint(loc[-1], siblings, lambda known: name((*loc[:-1], known)))}"
-    if of_several:
+    if of_several and doc:
         return f"{given} must be {doc}"
     if fault == "value_error":
         said = str(context["error"])

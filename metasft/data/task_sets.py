@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from metasft.config.prompts import Prompts
 from metasft.config.training import MetaConfig
 from metasft.files.paths import user_path
-from metasft.files.untrusted import printable, read_columns, reason
+from metasft.files.untrusted import DataFile, printable, reason
 
 SUPPORT_SUFFIX = "_support.parquet"
 QUERY_SUFFIX = "_query.parquet"
@@ -26,8 +26,8 @@ class TaskFiles:
     """One task's files and how many of their first examples a run uses (``query`` is None without a query set)."""
 
     task: str
-    support: Path
-    query: Path | None
+    support: DataFile
+    query: DataFile | None
     support_samples: int
     query_samples: int
 
@@ -59,29 +59,27 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
 
 
 def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) -> TaskFiles:
-    support = folder / f"{task}{SUPPORT_SUFFIX}"
-    support_messages = _read_messages(support, messages_key)
-    _check_count(support, len(support_messages), meta.support_samples, "meta.support_samples")
+    support, support_messages = _read_messages(folder / f"{task}{SUPPORT_SUFFIX}", messages_key)
+    _check_count(support.path, len(support_messages), meta.support_samples, "meta.support_samples")
     support_messages = support_messages[: meta.support_samples]
-    _check_responses(support, support_messages)
+    _check_responses(support.path, support_messages)
     if not meta.query_batch_size:
         return TaskFiles(task, support, None, meta.support_samples, 0)
 
-    query = folder / f"{task}{QUERY_SUFFIX}"
-    query_messages = _read_messages(query, messages_key)
+    query, query_messages = _read_messages(folder / f"{task}{QUERY_SUFFIX}", messages_key)
     query_samples = meta.query_samples if meta.query_samples is not None else len(query_messages)
-    _check_count(query, len(query_messages), query_samples, "meta.query_samples")
+    _check_count(query.path, len(query_messages), query_samples, "meta.query_samples")
     query_messages = query_messages[:query_samples]
-    _check_responses(query, query_messages)
+    _check_responses(query.path, query_messages)
     shared = set(map(_as_text, support_messages)) & set(map(_as_text, query_messages))
     if shared:
         raise ValueError(
-            f"{len(shared)} examples of {support} occur in {query.name} too; the query set must hold other examples "
-            "than the support set: prepare the data again"
+            f"{len(shared)} examples of {support.path} occur in {query.path.name} too; the query set must hold other "
+            "examples than the support set: prepare the data again"
         )
     if query_samples < meta.query_batch_size:
         raise ValueError(
-            f"{query} has {query_samples} examples, fewer than meta.query_batch_size={meta.query_batch_size}; "
+            f"{query.path} has {query_samples} examples, fewer than meta.query_batch_size={meta.query_batch_size}; "
             "lower the batch or prepare more query examples"
         )
     return TaskFiles(task, support, query, meta.support_samples, query_samples)
@@ -91,13 +89,13 @@ def _as_text(messages: Any) -> str:
     return json.dumps(messages, default=str)  # turns may carry more than text, such as a date
 
 
-def _read_messages(path: Path, messages_key: str) -> list[list[dict[str, str]]]:
+def _read_messages(path: Path, messages_key: str) -> tuple[DataFile, list[list[dict[str, str]]]]:
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; every task needs a support and a query file: prepare the data again")
-    # By name only: the other columns may be large, and only the conversations are compared.
-    rows = read_columns(path, [messages_key], remedy="set data.messages_key or prepare the data again")
-    return [row[messages_key] for row in rows]
+    file = DataFile(path)
+    rows = file.rows([messages_key], remedy="set data.messages_key or prepare the data again")
+    return file, [row[messages_key] for row in rows]
 
 
 def _check_count(path: Path, have: int, want: int, key: str) -> None:
@@ -186,21 +184,28 @@ class TokenizedSet:
 
     Items are dicts of 1-D tensors: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens].
 
+    Args:
+        file: its bytes are taken; a path is read here.
+        samples: how many of its first examples are used.
+
     Raises:
         ValueError: veRL's dataset cannot take the file, or a column that it reads beside the conversations.
     """
 
-    def __init__(self, path: Path, samples: int, tokenizer: Any, data_config: Any, processor: Any = None) -> None:
+    def __init__(
+        self, file: DataFile | Path, samples: int, tokenizer: Any, data_config: Any, processor: Any = None
+    ) -> None:
         from metasft.backend.sft_dataset import LastResponseDataset
 
-        self._path = path
+        file = DataFile(file) if isinstance(file, Path) else file
+        self._path = path = file.path
         prompts = Prompts.of(processor or tokenizer, data_config)
         # transformers would warn of examples beyond the model's own limit; data.max_length is what counts here.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines per file
                 self._dataset = LastResponseDataset(
-                    parquet_files=str(path),
+                    parquet_files=[file.take()],
                     tokenizer=tokenizer,
                     config={
                         **data_config,

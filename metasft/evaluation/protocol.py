@@ -26,7 +26,7 @@ from metasft.config.schema import Count, Schema, Unique, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 from metasft.data.task_sets import check_turns
 from metasft.files.atomic import check_place
-from metasft.files.untrusted import printable, read_columns
+from metasft.files.untrusted import DataFile, printable
 
 ModelType = Literal["base", "fomaml", "meta_lora", "reptile", "lora"]
 MODEL_TYPES = get_args(ModelType)
@@ -237,7 +237,7 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: prepare the data again")
-    rows = read_columns(path, _COLUMNS, _OPTIONAL_COLUMNS, remedy="make it with prepare_math_science_data.py")
+    rows = DataFile(path).rows(_COLUMNS, _OPTIONAL_COLUMNS, remedy="make it with prepare_math_science_data.py")
     for number, row in enumerate(rows):
         check_turns(path, number, row["messages"])
         *before, last = row["messages"]

@@ -6,6 +6,7 @@ Whatever is wrong with such a file is a ``ValueError`` of one line. Imports neit
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -191,34 +192,58 @@ def is_inside(name: str) -> bool:
 # ---- data files -----------------------------------------------------------------------------------------------------
 
 
-def read_columns(path: Path, needed: Sequence[str], optional: Sequence[str] = (), *, remedy: str) -> list[dict]:
-    """The rows of a parquet file, with the columns asked for alone; its size is checked first (:func:`check_parquet`).
+class DataFile:
+    """A parquet file, read once: checked before anything of it is unpacked, and whole in memory until :meth:`take`.
 
-    Args:
-        path: the file.
-        needed: columns that must be there.
-        optional: columns that are read where they are there.
-        remedy: ends the message about a column that is missing, without a full stop.
+    Attributes:
+        path: of the file.
+        sha256: of its bytes, hexadecimal.
 
     Raises:
-        ValueError: it cannot be read, is too large, or lacks a column.
+        ValueError: it is no parquet file, holds more rows or bytes than :data:`DATA_LIMITS` allow, or is not the file
+            that ``manifest.json`` in the folder above describes.
     """
-    import pyarrow.parquet as pq
 
-    check_parquet(path)
-    try:
-        names = pq.read_schema(path).names
-        missing = next((column for column in needed if column not in names), None)
-        if missing is None:
-            wanted = [*needed, *(column for column in optional if column in names)]
-            table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
-            if raw := [field.name for field in table.schema if "binary" in str(field.type)]:
-                raise ValueError(f"the column {raw[0]} holds bytes, not text")
-            return table.to_pylist()
-    except Exception as error:  # a damaged file leads the reader into anything
-        raise ValueError(f"{path} is not a readable parquet file ({reason(error)}); prepare the data again") from error
-    found = ", ".join(map(printable, names))
-    raise ValueError(f"{path} has no column {missing!r} (it has {found}); {remedy}")
+    def __init__(self, path: Path) -> None:
+        _check_bytes(path)
+        self.path, self._content = path, path.read_bytes()
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+        check_listed(path, self.sha256)
+        _check_footer(io.BytesIO(self._content), path)
+
+    def rows(self, needed: Sequence[str], optional: Sequence[str] = (), *, remedy: str) -> list[dict]:
+        """The rows, with the columns asked for alone.
+
+        Args:
+            needed: columns that must be there.
+            optional: columns that are read where they are there.
+            remedy: ends the message about a column that is missing, without a full stop.
+
+        Raises:
+            ValueError: it cannot be read, or lacks a column.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.path
+        try:
+            names = pq.read_schema(io.BytesIO(self._content)).names
+            missing = next((column for column in needed if column not in names), None)
+            if missing is None:
+                wanted = [*needed, *(column for column in optional if column in names)]
+                table = pq.read_table(io.BytesIO(self._content), columns=wanted, page_checksum_verification=True)
+                if raw := [field.name for field in table.schema if "binary" in str(field.type)]:
+                    raise ValueError(f"the column {raw[0]} holds bytes, not text")
+                return table.to_pylist()
+        except Exception as error:  # a damaged file leads the reader into anything
+            why = reason(error)
+            raise ValueError(f"{path} is not a readable parquet file ({why}); prepare the data again") from error
+        found = ", ".join(map(printable, names))
+        raise ValueError(f"{path} has no column {missing!r} (it has {found}); {remedy}")
+
+    def take(self) -> io.BytesIO:
+        """The bytes for another reader; they are not kept any longer, and read again where they are asked for again."""
+        content, self._content = self._content or self.path.read_bytes(), b""
+        return io.BytesIO(content)
 
 
 def check_data_file(path: Path) -> None:
@@ -233,36 +258,38 @@ def check_data_file(path: Path) -> None:
         _check_bytes(path)
 
 
-def _check_bytes(path: Path) -> int:
+def _check_bytes(path: Path) -> None:
     most, size = _limit("METASFT_MAX_FILE_BYTES"), path.stat().st_size
     if not _is_regular(path):
         raise ValueError(f"{path} is no regular file: give another one")
     if size > most:
         raise ValueError(_too_large(path, f"{size:,} bytes", most, "METASFT_MAX_FILE_BYTES"))
-    return most
 
 
 def check_parquet(path: Path) -> None:
-    """Look at the footer of a parquet file before anything else of it is read, and at the manifest it belongs to.
+    """As :class:`DataFile` checks, of a file that is read in parts.
 
     Raises:
-        ValueError: it is no parquet file, holds more rows or bytes than :data:`DATA_LIMITS` allow, or is not the
-            file that ``manifest.json`` in the folder above describes.
+        ValueError: as there.
     """
+    _check_bytes(path)
+    check_listed(path)
+    _check_footer(path, path)
+
+
+def _check_footer(source: Path | io.BytesIO, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    remedy = "prepare the data again"
-    most_rows, most_bytes = _limit("METASFT_MAX_FILE_ROWS"), _check_bytes(path)
-    check_listed(path)
+    most_rows, most_bytes = _limit("METASFT_MAX_FILE_ROWS"), _limit("METASFT_MAX_FILE_BYTES")
     try:
-        footer = pq.read_metadata(path)
+        footer = pq.read_metadata(source)
         # Not of single columns: pyarrow ends the process where their part of a footer is damaged.
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
         rows = max(footer.num_rows, sum(group.num_rows for group in groups))
         unpacked = sum(group.total_byte_size for group in groups)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({reason(error)}); {remedy}") from error
+        raise ValueError(f"{path} is not a readable parquet file ({reason(error)}); prepare the data again") from error
     if rows > most_rows:
         raise ValueError(_too_large(path, f"{rows:,} rows", most_rows, "METASFT_MAX_FILE_ROWS"))
     if unpacked > most_bytes:
@@ -282,8 +309,12 @@ def _too_large(path: Path, found: str, most: int, name: str) -> str:
     return f"{path} has {found}, more than {most:,}; give another file, or set the variable {name} to allow more"
 
 
-def check_listed(path: Path) -> None:
+def check_listed(path: Path, sha256: str | None = None) -> None:
     """Compare a data file with the entry of the ``manifest.json`` in the folder above, where there is one.
+
+    Args:
+        path: the file.
+        sha256: of its bytes, where it is known.
 
     Raises:
         ValueError: it is another file than the manifest describes.
@@ -294,7 +325,7 @@ def check_listed(path: Path) -> None:
         digest = files[f"{path.parent.name}/{path.name}"]["sha256"]
     except (ValueError, LookupError, TypeError):  # there is none, or it is none of ours, or does not list the file
         return
-    if digest != sha256_of(path):
+    if digest != (sha256 or sha256_of(path)):
         raise ValueError(
             f"{path} is not the file that {manifest} describes: prepare the data again, or take its entry out of the "
             "manifest if it was changed on purpose"

@@ -48,7 +48,6 @@ from metasft.data.episodes import Episode, EpisodeSampler
 from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
-from metasft.files.untrusted import sha256_of
 from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, local_tensor, total_norm
 from metasft.model.layouts import Probe
 from metasft.model.stacked_lora import TaskBatchedLoRA
@@ -268,7 +267,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             files = [file for task in self.task_files for file in (task.support, task.query) if file is not None]
-            digests = "".join(map(sha256_of, files))
+            digests = "".join(file.sha256 for file in files)
             found[0] = {
                 # All parameters are in the state; a frozen base is not.
                 "base_model": fingerprint(self.config.model.path) if self.lora else None,

@@ -75,10 +75,9 @@ def _steps(run: Path) -> int:
 def count_reads(script: str, config_name: str, overrides: list[str], counts: str) -> None:
     """A whole run of a trainer, in a process of ``forked_ranks``; writes what it has read to the file ``counts``.
 
-    That is ``files`` (name -> how often it was read as parquet) and ``tokenised`` (examples), both up to the end of the
-    run, and ``seconds`` up to the first meta-step.
+    That is ``files`` (name of a data file -> how often it was opened) and ``tokenised`` (examples), both up to the end
+    of the run, and ``seconds`` up to the first meta-step.
     """
-    import pandas as pd
     from fault_ranks import train
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
@@ -87,16 +86,14 @@ def count_reads(script: str, config_name: str, overrides: list[str], counts: str
     files: Counter[str] = Counter()
     tokenised, started, first = 0, time.perf_counter(), None
 
-    def counting(read):
-        def counted(path, *arguments, **options):
-            files[Path(path).name] += 1
-            return read(path, *arguments, **options)
+    open_file = Path.open
 
-        return counted
+    def counted(path, *arguments, **options):
+        if path.suffix == ".parquet":
+            files[path.name] += 1
+        return open_file(path, *arguments, **options)
 
-    pq.read_metadata, pq.read_schema, pq.read_table, pd.read_parquet = map(
-        counting, (pq.read_metadata, pq.read_schema, pq.read_table, pd.read_parquet)
-    )
+    Path.open = counted
     tokenise, step = MultiTurnSFTDataset.__getitem__, EpisodicSFTTrainer.train_step
 
     def one_more(self, item):

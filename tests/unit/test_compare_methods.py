@@ -14,7 +14,7 @@ import pytest
 from experiment_folder import write_cells, write_evaluation, write_experiments
 
 import compare_methods
-from metasft.config.result_files import find_files, find_results
+from metasft.config.result_files import find_files, find_results, read_settings
 from metasft.reporting.compare import (
     caveats,
     choose_shots,
@@ -163,6 +163,16 @@ UNUSABLE = [
     (["--report", "e", "--output", "old/experiments.json"], "holds no report.json"),
     (["--report", "e", "--margin", "0.1"], "--margin has no meaning with --report"),
 ]
+
+
+def test_settings_of_a_speed_curve_have_several_steps(tmp_path):
+    for steps, good in ((10, True), ([0, 1, 5], True), ("10", False), ([0, -1], False)):
+        (tmp_path / "base_speed_settings.json").write_text(json.dumps({"adaptation_steps": steps}))
+        if good:
+            assert read_settings(tmp_path / "base_speed_settings.json")["adaptation_steps"] == steps
+        else:
+            with pytest.raises(ValueError, match=r"adaptation_steps"):
+                read_settings(tmp_path / "base_speed_settings.json")
 
 
 def test_unusable_arguments_are_one_line_and_change_no_file(work, capsys):

@@ -395,7 +395,7 @@ def test_what_else_a_turn_carries_is_let_be(tmp_path, tiny_model):
     (files,) = find_task_files(MetaConfig.from_mapping(settings, "fomaml"))
     examples = TokenizedSet(files.support, 4, load_tokenizer(str(tiny_model)), UNLIMITED)
     assert examples.response_tokens([0]) > 0
-    shutil.copyfile(files.support, files.query)
+    shutil.copyfile(files.support.path, files.query.path)
     with refused("occur in sums_query.parquet"):
         find_task_files(MetaConfig.from_mapping(settings, "fomaml"))
 
