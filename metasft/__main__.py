@@ -13,7 +13,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from metasft.cli.errors import refuse_on_rank_0
+from metasft.cli.errors import report_error_on_rank_0
 
 COMMANDS = {
     "prepare": ("prepare_math_science_data", "episodic data: embedded tasks, public benchmarks, your own files"),
@@ -37,7 +37,7 @@ def main() -> int:
     taken = 2 if words[0] == "train" else 1
     name = " ".join(words[:taken])
     if name not in COMMANDS:
-        return refuse_on_rank_0(f"metasft has no command {name!r}: choose from {', '.join(COMMANDS)}")
+        return report_error_on_rank_0(f"metasft has no command {name!r}: choose from {', '.join(COMMANDS)}")
     del sys.argv[1 : 1 + taken]
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     return 0

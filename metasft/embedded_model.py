@@ -148,7 +148,7 @@ def convert_embedded_model(output: Path | str = DEFAULT_OUTPUT) -> Path:
 
     The folder is written beside ``output`` and renamed when it is whole, so that an interruption leaves no model that
     loads but is incomplete. An incomplete folder left by anything else is replaced only if it holds a model; any other
-    non-empty folder is refused.
+    non-empty folder is an error.
 
     Returns:
         ``output`` as a Path.

@@ -46,7 +46,7 @@ def _unreadable_model(path: str, error: BaseException) -> str:
 
 
 def check_optimizer(optimizer_config: Any) -> None:
-    """Take a step with the optimizer, which veRL would look up behind the loading of the model.
+    """Take a step with the optimizer, which veRL would look up only after loading the model.
 
     Raises:
         ValueError: there is none, or it cannot be built from the settings or step as the trainers do.

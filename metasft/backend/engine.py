@@ -57,7 +57,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # TrainingWorker stores the registry key here; veRL's model loading expects its own name.
         model_config.model_type = "language_model"
         self.task_batch: TaskBatchedLoRA | None = None
-        # The model's own forward, example by example, until metasft.backend.proof has proven something better.
+        # The model's own forward, example by example, until metasft.backend.layout_proof has proven something better.
         self.layout = Layout("padded", "own")
         self.output: Output = "logits"
         super().__init__(model_config, *args, **kwargs)
@@ -205,7 +205,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         from verl.workers.config.optimizer import build_optimizer
 
-        # veRL hands over all parameters; the frozen base has no business in an optimizer.
+        # veRL passes all parameters; the frozen base has no business in an optimizer.
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -373,7 +373,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         assert self._stacked is not None
         return torch.zeros(self._stacked.num_tasks, dtype=torch.long).index_add_(0, task, rows).tolist()
 
-    # ---- what metasft.backend.proof compares ------------------------------------------------------------------------
+    # ---- what metasft.backend.layout_proof compares ------------------------------------------------------------------------
 
     @property
     def product_dtype(self) -> torch.dtype:

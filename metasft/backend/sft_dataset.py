@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from verl.utils.tokenizer import normalize_token_ids
+
+__all__ = ["LastResponseDataset", "normalize_token_ids"]
 
 
 class LastResponseDataset(MultiTurnSFTDataset):

@@ -313,7 +313,7 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
     """Read a PEFT adapter folder (``adapter_config.json`` + ``adapter_model.safetensors``).
 
     Raises:
-        ValueError: a file is missing (pickled ``adapter_model.bin`` files are refused) or damaged, or it is not a LoRA
+        ValueError: a file is missing (pickled ``adapter_model.bin`` files are not read) or damaged, or it is not a LoRA
             adapter.
     """
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""How every command refuses bad input: one line on stderr, ``error: <culprit>: <remedy>``, and exit code 2."""
+"""How every command reports bad input: one line on stderr, ``error: <culprit>: <remedy>``, and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def one_line(text: object) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
 
 
-def refuse(error: object, *, rank: int = 0) -> int:
+def report_error(error: object, *, rank: int = 0) -> int:
     """Say what is wrong; of what all ranks know, rank 0 speaks alone. Returns the exit code.
 
     Raises:
@@ -65,21 +65,21 @@ def read_ranks() -> Ranks:
     return ranks
 
 
-def refuse_on_rank_0(error: object) -> int:
-    """:func:`refuse` what every process of a run finds alike. Returns the exit code."""
+def report_error_on_rank_0(error: object) -> int:
+    """:func:`report_error` for what every process of a run finds alike. Returns the exit code."""
     try:
         rank = read_ranks().rank
     except ValueError:  # nobody knows who is the first
         rank = 0
-    return refuse(error, rank=rank)
+    return report_error(error, rank=rank)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Refuses a wrong flag as everything else is refused, without the usage text in front; flags have no short forms,
+    """Reports a wrong flag as everything else is reported, without the usage text in front; flags have no short forms,
     which a later flag could make ambiguous."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(refuse(f"{message} (see --help)"))
+        sys.exit(report_error(f"{message} (see --help)"))

@@ -1,4 +1,4 @@
-"""Hydra's entry point, refusing like everything else: what is wrong with a command line or a YAML file in one line."""
+"""Hydra's entry point: what is wrong with a command line or a YAML file in one line, as everywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from metasft.cli.errors import one_line, refuse_on_rank_0
+from metasft.cli.errors import one_line, report_error_on_rank_0
 from metasft.config.training import GROUPS, METHOD_TITLES, MetaConfig
 
 CONFIGS = (Path(__file__).parents[1] / "shipped" / "math_science_meta").resolve()
@@ -49,7 +49,7 @@ def hydra_main(*, config_name: str) -> Callable[[Callable[[Any], None]], Callabl
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 if composed:
                     raise
-                sys.exit(refuse_on_rank_0(why_not_composed(error)))
+                sys.exit(report_error_on_rank_0(why_not_composed(error)))
 
         return main
 
@@ -61,7 +61,7 @@ def _check_flags() -> None:
     parser = get_args_parser()
 
     def wrong_flag(message: str) -> None:
-        sys.exit(refuse_on_rank_0(f"{message}; settings are written key=value, see --help for the flags"))
+        sys.exit(report_error_on_rank_0(f"{message}; settings are written key=value, see --help for the flags"))
 
     parser.error = wrong_flag  # type: ignore[method-assign, assignment]
     parser.parse_args()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.errors import ArgumentParser, report_error
 from metasft.cli.requirements import require
 from metasft.data import embedded_tasks as task_source
 from metasft.data.baselines import DEFAULT_OUTPUT
@@ -137,6 +137,6 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
             arguments.output_dir, settings, selection, command=command, skip_existing=arguments.skip_existing
         )
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return report_error(error)
     print_summary(manifest, arguments.output_dir)
     return 0

@@ -130,7 +130,7 @@ def equal_mathematics(gold: str, answer: str) -> bool:
     r"""Whether an answer in LaTeX (or plain text) has the value of the gold one.
 
     math-verify decides. Its ``verify(gold, target)`` is not symmetric and accepts what it cannot tell apart, so both
-    orders have to agree, and what it would accept without being an answer is refused beforehand: alternatives ("1 or
+    orders have to agree, and what it would accept without being an answer is rejected beforehand: alternatives ("1 or
     2"), for a gold answer that is a plain number anything but a number or a fraction (``2+3`` for 5), a set for a pair
     or for a single value, and an interval with other ends.
     """
@@ -210,7 +210,7 @@ def _same_number(gold: str, answer: str) -> bool:
 
 def _gsm8k(text: str, gold: str, info: Mapping[str, Any]) -> Score:
     text = text.replace("−", "-")
-    # The first one: a model that goes on with another question after its answer has answered.
+    # The first one: a model that continues with another question after its answer has answered.
     marked = re.search(r"####\s*([-+]?\$?[\d.,]*\d(?:e[-+]?\d+)?(?:/\d+)?)", text)
     answer = marked[1] if marked else _without_words(_final(text))
     return _verdict(answer, last_number(text), lambda a: _same_number(gold, a))

@@ -288,7 +288,7 @@ class TokenizedSet:
         A token stands for a byte or more of the rendered conversation, so that most examples are known to fit.
 
         Raises:
-            ValueError: the chat template refuses a conversation.
+            ValueError: the chat template cannot render a conversation.
         """
         dataset = self._dataset
         if dataset.processor is not None or dataset.tools is not None:
@@ -366,7 +366,7 @@ class TokenizedSet:
             index: of the example.
             messages: what the prompt says; None = the example up to its last response.
         """
-        from metasft.backend.dataset import normalize_token_ids
+        from metasft.backend.sft_dataset import normalize_token_ids
 
         dataset = self._dataset
         if messages is None:

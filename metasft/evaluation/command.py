@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.errors import ArgumentParser, report_error
 from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
 from metasft.reporting.tables import results_text
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
     try:
         results, stores = evaluate(EvaluationConfig(**values))
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return report_error(error)
     if results:
         print(results_text(results))
     for store in stores:

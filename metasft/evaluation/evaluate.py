@@ -60,7 +60,7 @@ def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, An
 
 
 def _check_scoring(tasks: Sequence[TestTask]) -> None:
-    """Score an empty answer to every test item: one that cannot be scored would show behind the last generation."""
+    """Score an empty answer to every test item: one that cannot be scored would show only after the last generation."""
     from metasft.data.embedded_tasks import score
 
     for task in tasks:

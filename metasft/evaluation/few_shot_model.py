@@ -178,7 +178,7 @@ class FewShotModel:
                 )
 
     def _items(self, job: Job) -> list[TestItem]:
-        """The test items as this job sees them: behind its shots, where these come in the prompt."""
+        """The test items as this job sees them: after its shots, where these come in the prompt."""
         items = self._tests[job.task]
         if not (self._config.shots_in_prompt and job.shots):
             return items

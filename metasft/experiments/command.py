@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.errors import ArgumentParser, report_error
 from metasft.experiments.plan import Plan, make_plan, shell_line
 from metasft.experiments.runner import run_all
 from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
     try:
         return _run(options, ["python", "run_experiments.py", *argv])
     except ValueError as error:
-        return refuse(error)
+        return report_error(error)
     except OSError as error:
         if error.errno not in _UNUSABLE:
-            return refuse(error)
+            return report_error(error)
         where = error.filename or "--output-dir"
         print(
             f"error: {where} cannot be used ({error.strerror}): make room or give access, the same command "

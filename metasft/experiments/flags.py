@@ -80,7 +80,7 @@ def check_data(scale: Scale) -> PreparedData:
     """What the ``data`` of a scale ask ``prepare_math_science_data.py`` for; nothing is read but suites and mappings.
 
     Raises:
-        ValueError: an unknown key, or a value that the script would refuse.
+        ValueError: an unknown key, or a value that the script would not accept.
     """
     # The script's own checks, so that there is one truth about its flags.
     from metasft.data import command as script

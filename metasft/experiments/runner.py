@@ -1,4 +1,4 @@
-"""Runs on Ray: what is ready is handed over, what ends is noted, and the suite goes on past a crash."""
+"""Runs on Ray: what is ready is submitted, what ends is noted, and the suite continues after a crash."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _note_end(store: ExperimentStore, name: str, reference: Any, ray: Any) -> No
 
 
 def _has_started(store: ExperimentStore, name: str) -> bool:
-    """Whether the process of a run that was handed over is seen at work for the first time; then its record is taken.
+    """Whether the process of a run that was submitted is seen at work for the first time; then its record is taken.
 
     Not before: until then an earlier attempt, whose runner was killed, may still write how that one ended.
     """

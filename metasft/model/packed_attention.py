@@ -63,7 +63,7 @@ class _Group(NamedTuple):
             return None
         column = torch.arange(length, device=self.keys.device)
         depth = column[None] if self.depth is None else self.depth
-        # A query sees what is not after it; what pads the keys lies behind all of them.
+        # A query sees what is not after it; what pads the keys comes after all of them.
         distance = depth[:, :, None] - column[None, None]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         return torch.zeros(hidden.shape, device=column.device).masked_fill_(hidden, float("-inf"))[:, None]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from metasft.cli.errors import ArgumentParser, refuse
+from metasft.cli.errors import ArgumentParser, report_error
 from metasft.config.result_files import RESULTS_SUFFIX, SUMMARY_FILE, find_files, find_results
 
 # Flag -> default, per way of use. A flag of another way is an error, so that none is ignored in silence.
@@ -200,5 +200,5 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         else:
             _overview(argparse.Namespace(**settings))
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return report_error(error)
     return 0

@@ -221,6 +221,6 @@ def check_theta(parameters: Sequence[torch.Tensor], shards: int, device: torch.d
         raise RunFault(
             f"meta-step {step}: theta on {'rank' if len(differing) == 1 else 'ranks'} "
             f"{', '.join(map(str, differing))} is no longer bit for bit that of rank {differing[0] % shards}; nothing "
-            f"was saved since meta-step {saved}: start the same command again to go on from there, and suspect the "
+            f"was saved since meta-step {saved}: start the same command again to resume from there, and suspect the "
             "hardware if it happens again"
         )

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metasft.cli.errors import read_ranks, refuse_on_rank_0
+from metasft.cli.errors import read_ranks, report_error_on_rank_0
 from metasft.cli.requirements import require
 from metasft.files.atomic import PARTIAL, sole_user
 from metasft.files.paths import user_path
@@ -39,7 +39,7 @@ def fail(error: Exception, code: int = 2) -> None:
 
     Codes: 2 for a user error, 1 for a run that cannot go on. An OSError that is not about a path is raised again.
     """
-    refuse_on_rank_0(error)
+    report_error_on_rank_0(error)
     sys.exit(code)
 
 

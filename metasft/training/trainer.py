@@ -36,7 +36,7 @@ from metasft.backend.engine import (
     copy_to_hdfs,
     full_state_dict_on_rank_0,
 )
-from metasft.backend.proof import check_stacked, choose_layout
+from metasft.backend.layout_proof import check_stacked, choose_layout
 from metasft.backend.sft_trainer import SFTTrainer
 from metasft.backend.tracking import Tracker
 from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metasft.cli.errors import Ranks, read_ranks, refuse, refuse_on_rank_0
+from metasft.cli.errors import Ranks, read_ranks, report_error, report_error_on_rank_0
 from metasft.files.atomic import check_place
 from metasft.files.paths import user_path
 
@@ -35,7 +35,7 @@ def path_error(number: int, name: str | None = "closed/door") -> OSError:
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR])
 def test_a_path_that_cannot_be_used_is_refused(number, environment, capsys):
-    assert refuse(path_error(number)) == 2
+    assert report_error(path_error(number)) == 2
     expected = f"error: closed/door cannot be used ({os.strerror(number)}): give another path, or access to it\n"
     assert capsys.readouterr().err == expected
 
@@ -45,7 +45,7 @@ def test_other_errors_of_the_system_are_raised_on_every_rank(error, environment,
     for ranks in ({}, TORCHRUN):
         environment(**ranks)
         with pytest.raises(OSError) as raised:
-            refuse_on_rank_0(error)
+            report_error_on_rank_0(error)
         assert raised.value is error
     assert capsys.readouterr().err == ""
 
@@ -76,10 +76,10 @@ def test_the_ranks_are_those_of_torchrun(environment, capsys):
     assert read_ranks() == Ranks(0, 1)
     environment(**TORCHRUN)
     assert read_ranks() == Ranks(1, 2)
-    assert refuse_on_rank_0("told once") == 2 and capsys.readouterr().err == ""
+    assert report_error_on_rank_0("told once") == 2 and capsys.readouterr().err == ""
     environment(MASTER_ADDR="node-0", MASTER_PORT="29500")  # where a cluster sets them for whoever wants them
     assert read_ranks() == Ranks(0, 1)
-    assert refuse_on_rank_0("told once") == 2 and capsys.readouterr().err == "error: told once\n"
+    assert report_error_on_rank_0("told once") == 2 and capsys.readouterr().err == "error: told once\n"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def test_an_environment_of_no_torchrun_is_refused(changes, words, environment, c
     environment(**{name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None})
     with pytest.raises(ValueError, match=f"{words}.*start with torchrun.* or unset them"):
         read_ranks()
-    assert refuse_on_rank_0("something else is wrong too") == 2, "everybody speaks where nobody is known to be first"
+    assert report_error_on_rank_0("something else is wrong too") == 2, (
+        "everybody speaks where nobody is known to be first"
+    )
     assert capsys.readouterr().err == "error: something else is wrong too\n"
 
 

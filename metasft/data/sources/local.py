@@ -20,7 +20,7 @@ sources:
       algebra: {sources: {reasoning_gym: [algebra]}}
 
 Fields: ``messages``, or ``prompt`` with ``response``, and ``system``; without these the layout is recognised by its
-columns (:mod:`metasft.data.sources.layouts`). ``answer`` for a scorer; ``task`` where more than one task is in a file;
+columns (:mod:`metasft.data.sources.column_layouts`). ``answer`` for a scorer; ``task`` where more than one task is in a file;
 ``level``, ``group`` (rows of one problem), and ``choices`` for the scorer choice (a list, or its JSON text).
 
 Texts are used word for word. Only a scorer needs the answer in a form of its own: the form is asked for, and added to
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.data import scoring
-from metasft.data.sources import layouts
+from metasft.data.sources import column_layouts as layouts
 from metasft.data.sources.source import ANSWER_LINE, BOXED, GSM8K, Item, Row, Source, multiple_choice
 from metasft.data.sources.suite import Suite, read_yaml, suite_from
 
