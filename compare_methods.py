@@ -23,8 +23,10 @@ writes the comparison report of what run_experiments.py ran, as one folder of Ma
 import sys
 
 from metasft.cli.requirements import require
-from metasft.reporting.command import main
+
+require("matplotlib", "scipy", "pandas", "jinja2", "pydantic")
+
+from metasft.reporting.command import main  # noqa: E402  (after the check above)
 
 if __name__ == "__main__":
-    require("matplotlib", "scipy")
     sys.exit(main(description=__doc__))

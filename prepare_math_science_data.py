@@ -28,8 +28,10 @@ The hidden rules (docs/rules.md) need no network: ``--suite rules``.
 import sys
 
 from metasft.cli.requirements import require
-from metasft.data.command import main
+
+require("pyarrow", "reasoning_gym", "pydantic", "yaml")
+
+from metasft.data.command import main  # noqa: E402  (after the check above)
 
 if __name__ == "__main__":
-    require("pyarrow", "reasoning_gym")
     sys.exit(main(description=__doc__))

@@ -373,7 +373,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         assert self._stacked is not None
         return torch.zeros(self._stacked.num_tasks, dtype=torch.long).index_add_(0, task, rows).tolist()
 
-    # ---- what metasft.backend.layout_proof compares ------------------------------------------------------------------------
+    # ---- what metasft.backend.layout_proof compares -----------------------------------------------------------------
 
     @property
     def product_dtype(self) -> torch.dtype:

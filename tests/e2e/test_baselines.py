@@ -110,7 +110,7 @@ def test_mixed_run_leaves_its_checkpoint(mixed):
 
 def test_adapters_of_the_standard_lora_arms_train_in_fp32_as_those_of_meta_lora_do(work, tiny_model):
     """veRL casts adapters to the dtype of the base, and Adam's moments follow."""
-    arms = {scale: read_scale(scale).train["lora"] for scale in ("cpu", "gpu")}
+    arms = {scale: read_scale(scale).train.lora for scale in ("cpu", "gpu")}
     assert arms["cpu"] == arms["gpu"] and arms["cpu"]["engine.mixed_precision.param_dtype"] == "bf16"
     asked = " ".join(overrides_of(arms["cpu"], {}, "lora_mixed"))
     shell(

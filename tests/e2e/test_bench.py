@@ -32,6 +32,7 @@ def test_a_quick_run_checks_gradients_and_writes_both_files(bench, tmp_path):
     assert (tmp_path / "p.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_an_arm_that_computes_something_else_stops_the_section(bench, tmp_path):
     """With a 10% larger inner rate the loop with transformers and peft no longer does the same work."""
     finished = run_script(*bench, "--sections", "peft_loop", "--deviate", "peft_loop")

@@ -53,7 +53,7 @@ def packed_lora_loss(tiny_model, task_dir, tmp_path_factory):
 @pytest.mark.parametrize(
     ("processes", "overrides"),
     [
-        pytest.param(2, ("model.use_remove_padding=false",), id="full, two processes, padded"),
+        pytest.param(2, ("model.use_remove_padding=false",), id="full, two processes, padded", marks=pytest.mark.slow),
         pytest.param(1, (), id="full, one process", marks=pytest.mark.slow),
     ],
 )

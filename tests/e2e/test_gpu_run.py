@@ -17,6 +17,7 @@ def record(folder, part):
     return json.loads((folder / f"{part}.json").read_text())
 
 
+@pytest.mark.slow
 def test_finished_parts_are_skipped_and_failed_ones_tried_again(tiny_model, task_dir, tmp_path):
     out, parts = tmp_path / "out", ("--parts", "tests_products", "memory.meta_lora_fp32")
     (tmp_path / "no_tasks").mkdir()

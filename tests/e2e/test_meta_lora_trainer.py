@@ -148,7 +148,7 @@ def test_same_seed_same_weights_and_resumed_equals_uninterrupted(run, tiny_model
     """Bit for bit; the second run stops after two meta-steps and is started again with the same command."""
     folder, _ = run
     half = settings(tiny_model, task_dir, tmp_path, **{"trainer.total_training_steps": 2})
-    must_run(*SCRIPT, *half, fresh=True)  # plain `python`, no torchrun
+    must_run(*SCRIPT, *half)  # plain `python`, no torchrun
     assert largest_difference(adapter(folder, 2)["lora"], adapter(tmp_path, 2)["lora"]) == 0
     must_run(*SCRIPT, *settings(tiny_model, task_dir, tmp_path))
     a, b = adapter(folder)["lora"], adapter(tmp_path)["lora"]

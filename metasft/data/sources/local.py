@@ -20,8 +20,8 @@ sources:
       algebra: {sources: {reasoning_gym: [algebra]}}
 
 Fields: ``messages``, or ``prompt`` with ``response``, and ``system``; without these the layout is recognised by its
-columns (:mod:`metasft.data.sources.column_layouts`). ``answer`` for a scorer; ``task`` where more than one task is in a file;
-``level``, ``group`` (rows of one problem), and ``choices`` for the scorer choice (a list, or its JSON text).
+columns (:mod:`metasft.data.sources.column_layouts`). ``answer`` for a scorer; ``task`` where more than one task is in a
+file; ``level``, ``group`` (rows of one problem), and ``choices`` for the scorer choice (a list, or its JSON text).
 
 Texts are used word for word. Only a scorer needs the answer in a form of its own: the form is asked for, and added to
 responses without it. Without a scorer data are evaluated by loss and by exact match of the response.
