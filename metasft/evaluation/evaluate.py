@@ -13,8 +13,6 @@ from typing import Any
 from metasft.config.prompts import Prompts
 from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
 from metasft.evaluation.protocol import (
-    DTYPES,
-    MODEL_TYPES,
     Cell,
     EvaluationConfig,
     TestTask,
@@ -27,13 +25,6 @@ from metasft.evaluation.store import ResultStore
 from metasft.files.atomic import sole_user, write_json
 from metasft.files.untrusted import reason, sha256_of
 from metasft.reporting.statistics import summarise_cells
-
-__all__ = [
-    "DTYPES",
-    "MODEL_TYPES",
-    "EvaluationConfig",
-    "evaluate",
-]
 
 
 def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
@@ -299,6 +290,7 @@ def _settings(
         "adaptation_steps": 0 if config.shots_in_prompt else config.adaptation_steps,
         **_adaptation_settings(opened.adaptation),
         "adaptation_batch_size": config.adaptation_batch_size,
+        "split": config.split,
         "eval_tasks": [task.name for task in tasks],
         "domain": {task.name: task.domain for task in tasks},
         "n_runs": config.n_runs,

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from pydantic import Field, create_model
 
 from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.schema import Count, Schema, Unique, rule, validated
+from metasft.config.schema import Count, Line, Record, Schema, Unique, read_checked, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 from metasft.data.task_sets import check_turns
 from metasft.files.atomic import check_place
@@ -36,6 +36,8 @@ DEFAULT_LORA_ALPHA = 32.0
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_LR_LORA = 1e-3
 DEFAULT_LR_ALL = 1e-5
+FOLDERS = {"test": "meta_test", "valid": "meta_valid", "search": "meta_valid"}
+"""Split -> the folder of its tasks; those of meta_valid are told apart by their role in the manifest."""
 _SUPPORT, _TEST = "_support.parquet", "_test.parquet"
 _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
@@ -56,7 +58,8 @@ class EvaluationConfig:
     model_path: Annotated[str, _told("model or checkpoint, see find_model_source")]
     model_type: Annotated[ModelType, _told("what it is; names the result files")]
     output_dir: Annotated[Path, _told("folder for the result files")]
-    eval_tasks: Annotated[tuple[str, ...], Unique, _told("unseen or in-domain tasks; empty = every unseen one")] = ()
+    split: Annotated[Literal["test", "valid", "search"], _told("where the unseen tasks come from")] = "test"
+    eval_tasks: Annotated[tuple[str, ...], Unique, _told("of the split, or in-domain; empty = the whole split")] = ()
     n_shots: Annotated[tuple[Count, ...], Unique, _told("such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
     base_model: Annotated[str | None, _told("model under an adapter; null = what the checkpoint records")] = None
     data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
@@ -142,7 +145,7 @@ class TestTask:
 
     Attributes:
         name: task name.
-        domain: ``unseen`` (from meta_test) or ``in_domain`` (from meta_train: the pool is what meta-training adapted
+        domain: ``unseen`` (from the split) or ``in_domain`` (from meta_train: the pool is what meta-training adapted
             on, the test items are what it never saw).
         pool_path, test_path: the parquet files.
         pool: all rows of the shot pool.
@@ -166,14 +169,17 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
         ValueError: a task or file is missing or unusable, the pool is smaller than the largest N, or a test item occurs
             in the pool or has the example_id of another.
     """
-    unseen, known = (config.data_dir / folder for folder in ("meta_test", "meta_train"))
+    unseen, known = (config.data_dir / folder for folder in (FOLDERS[config.split], "meta_train"))
     remedy = "make the data with `python prepare_math_science_data.py`, or give --data-dir"
     if not unseen.is_dir():
-        raise ValueError(f"--data-dir is {config.data_dir}, which holds no meta_test folder: {remedy}")
-    found = {name: ("unseen", unseen) for name in _tasks_in(unseen)}
-    if not found:
-        raise ValueError(f"{unseen} holds no <task>{_TEST}: {remedy}")
-    default = list(found)
+        raise ValueError(
+            f"--data-dir is {config.data_dir}, which holds no {unseen.name} folder, the tasks of --split "
+            f"{config.split}: {remedy}"
+        )
+    default = split_tasks(config.data_dir, config.split)
+    if not default:
+        raise ValueError(f"{unseen} holds no <task>{_TEST} of --split {config.split}: {remedy}")
+    found = {name: ("unseen", unseen) for name in default}
     for name in _tasks_in(known):
         found.setdefault(name, ("in_domain", known))
     missing = [task for task in config.eval_tasks if task not in found]
@@ -181,10 +187,45 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
         trained = [name for name, (domain, _) in found.items() if domain == "in_domain"]
         also = f", and {known} has {', '.join(trained)}" if trained else ""
         names = ", ".join(map(printable, missing))
-        raise ValueError(f"--eval-tasks names {names}, but {unseen} has {', '.join(default)}{also}: choose from those")
+        raise ValueError(
+            f"--eval-tasks names {names}, but --split {config.split} in {unseen} has {', '.join(default)}{also}: "
+            "choose from those"
+        )
     return [
         _read_task(*found[task], task, config.largest_n, config.limit) for task in config.eval_tasks or tuple(default)
     ]
+
+
+def split_tasks(data_dir: Path, split: str) -> list[str]:
+    """Names of the tasks of a split, in alphabetical order; none where the data have no such tasks.
+
+    A task of meta_valid without a role in the manifest belongs to ``valid``.
+
+    Raises:
+        ValueError: manifest.json cannot be read.
+    """
+    names = _tasks_in(data_dir / FOLDERS[split])
+    if split == "test":
+        return names
+    about = _manifest_tasks(data_dir)
+    return [name for name in names if about.get(name, {}).get("role", "valid") == split]
+
+
+class _Described(Record):
+    role: Line = "valid"
+
+
+class _Manifest(Record):
+    tasks: dict[str, _Described] = Field({})
+
+
+def _manifest_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """Task -> what the manifest says about it; nothing where there is no manifest."""
+    path = data_dir / "manifest.json"
+    if not path.is_file():
+        return {}
+    script = "prepare_math_science_data.py"
+    return read_checked(path, _Manifest, writer=script, remedy="prepare the data again").get("tasks", {})
 
 
 def read_training_tasks(config: EvaluationConfig, *, shots: int, limit: int) -> list[TestTask]:

@@ -38,12 +38,12 @@ class PreparedData(NamedTuple):
 
     Attributes:
         support: training task -> examples in its support set.
-        shots: unseen task -> examples in its shot pool.
+        shots: split (``test``, ``valid``, ``search``) -> task -> examples in its shot pool.
         where: names the settings behind it, for messages.
     """
 
     support: Mapping[str, int]
-    shots: Mapping[str, int]
+    shots: Mapping[str, Mapping[str, int]]
     where: str
 
     def check_training_tasks(self, tasks: Sequence[str], key: str, samples: int = 0) -> None:
@@ -62,8 +62,11 @@ class PreparedData(NamedTuple):
 
     def check_evaluation(self, config: EvaluationConfig) -> None:
         """Raise ValueError for a task that will not be there, or whose pool has fewer examples than shots are drawn."""
-        pools = {**self.support, **self.shots}
-        for task in config.eval_tasks or self.shots:
+        own = self.shots.get(config.split, {})
+        if not own:
+            raise ValueError(f"evaluate.split is {config.split}, and {self.where} has no tasks of it: choose another")
+        pools = {**self.support, **own}
+        for task in config.eval_tasks or own:
             if task not in pools:
                 raise ValueError(
                     f"evaluate.eval_tasks names {task}, which is no task of {self.where}: choose from "
@@ -97,10 +100,11 @@ def check_data(scale: Scale) -> PreparedData:
         resolve_source(arguments)
         if arguments.source != "reasoning_gym":
             selection = select(arguments)
-            support = {name: selection.sizes[name].support for name in selection.suite.train}
-            return PreparedData(
-                support, {name: selection.sizes[name].support for name in selection.suite.unseen}, where
-            )
+            pools = {
+                role: {name: selection.sizes[name].support for name in tasks}
+                for role, tasks in selection.suite.roles.items()
+            }
+            return PreparedData(pools.pop("train"), {"test": pools.pop("unseen"), **pools}, where)
         settings = script.check_settings(arguments)
     except SystemExit:
         reason = said.getvalue().strip().removeprefix("error: ").removesuffix(" (see --help)")
@@ -109,9 +113,8 @@ def check_data(scale: Scale) -> PreparedData:
         raise ValueError(f"{where}: {error}") from error
     train = [name for name in settings["tasks"] if name in TRAIN_TASKS]
     unseen = [name for name in settings["tasks"] if name not in TRAIN_TASKS]
-    return PreparedData(
-        dict.fromkeys(train, settings["support_samples"]), dict.fromkeys(unseen, settings["shot_pool"]), where
-    )
+    pools = dict.fromkeys(unseen, settings["shot_pool"])
+    return PreparedData(dict.fromkeys(train, settings["support_samples"]), {"test": pools}, where)
 
 
 # ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_output_dir_that_is_a_file(config, tmp_path):
 def test_unknown_task_and_missing_data(config, tmp_path):
     with pytest.raises(ValueError, match=r"--eval-tasks names algebra, but .* has calculus, logic"):
         read_test_tasks(dataclasses.replace(config, eval_tasks=("algebra",)))
-    with pytest.raises(ValueError, match="holds no meta_test folder: make the data"):
+    with pytest.raises(ValueError, match="holds no meta_test folder, the tasks of --split test: make the data"):
         read_test_tasks(dataclasses.replace(config, data_dir=tmp_path))
     (tmp_path / "meta_test").mkdir()
     with pytest.raises(ValueError, match=r"holds no <task>_test.parquet"):

@@ -13,6 +13,7 @@ from few_shot_data import (
     save_random_adapter,
     write_training_tasks,
     write_unseen_tasks,
+    write_validation_tasks,
 )
 
 from metasft.evaluation import search as few_shot_search
@@ -46,7 +47,8 @@ def test_training_tasks_can_be_named_and_are_not_taken_unasked(config):
     assert task.domain == "in_domain"
     assert [path.parent.name for path in (task.pool_path, task.test_path)] == ["meta_train", "meta_train"]
     with pytest.raises(
-        ValueError, match=r"names algebra, but .* has calculus, logic, and .*meta_train has easy, harder"
+        ValueError,
+        match=r"names algebra, but --split test in .* has calculus, logic, and .*meta_train has easy, harder",
     ):
         read_test_tasks(dataclasses.replace(config, eval_tasks=("algebra",)))
 
@@ -57,6 +59,32 @@ def test_defaults_keep_to_the_protocol():
     assert default["n_runs"] >= 3
     assert default["adaptation_steps"] < 20
     assert min(default["n_shots"]) == 0
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_told_apart_by_their_roles(config, tmp_path):
+    data = write_validation_tasks(tmp_path / "data", {"one": "search", "two": "valid", "three": "valid"})
+
+    def tasks(split, **changes):
+        read = read_test_tasks(dataclasses.replace(config, data_dir=data, split=split, **changes))
+        return [(task.name, task.domain, task.test_path.parent.name) for task in read]
+
+    assert tasks("search") == [("one", "unseen", "meta_valid")]
+    assert tasks("valid") == [("three", "unseen", "meta_valid"), ("two", "unseen", "meta_valid")]
+    assert tasks("valid", eval_tasks=("two",)) == [("two", "unseen", "meta_valid")]
+    with pytest.raises(ValueError, match=r"--eval-tasks names one, but --split valid in .*meta_valid has three, two"):
+        tasks("valid", eval_tasks=("one",))
+    with pytest.raises(ValueError, match="holds no meta_test folder, the tasks of --split test"):
+        tasks("test")
+    (data / "manifest.json").unlink()  # no roles: all of them are there to report on
+    assert [name for name, *_ in tasks("valid")] == ["one", "three", "two"]
+    with pytest.raises(ValueError, match=r"meta_valid holds no <task>_test.parquet of --split search"):
+        tasks("search")
+    (data / "manifest.json").write_text('{"tasks": {"one": {"role": 1}}}')
+    with pytest.raises(ValueError, match=r"manifest.json is not what prepare_math_science_data.py writes \(tasks.one"):
+        tasks("valid")
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
