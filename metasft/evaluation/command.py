@@ -75,13 +75,19 @@ def parser(description: str | None = None) -> ArgumentParser:
     add(
         "--search-adaptation",
         action="store_true",
-        help="choose optimizer and learning rate on held-out items of the training tasks; the same grid for every type",
+        help="choose optimizer and learning rate for every shot count, from one grid, on the tasks of --split search; "
+        "where there are none, on held-out items of the training tasks",
+    )
+    add(
+        "--adaptation-settings",
+        metavar="FILE",
+        help="the <model-type>_search.json of another evaluation: adapt with what it chose for every shot count",
     )
     add(
         "--search-limit",
         type=int,
         default=default["search_limit"],
-        help="held-out items per training task in that search (default: %(default)s)",
+        help="test items per task of that search (default: %(default)s)",
     )
     add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
     add(

@@ -86,8 +86,11 @@ class EvaluationConfig:
     lora_alpha: Annotated[float | None, _told("scale of the fresh LoRA; null = 32", gt=0)] = None
     cells_per_batch: Annotated[int | None, _told("adaptations done and tested together; null = automatic", ge=1)] = None
     shots_in_prompt: Annotated[bool, _told("the shots are earlier turns, nothing is adapted")] = False
-    search_adaptation: Annotated[bool, _told("choose optimizer and rate on held-out items of training tasks")] = False
-    search_limit: Annotated[int, _told("held-out items per training task in that search", ge=1)] = 16
+    search_adaptation: Annotated[bool, _told("choose optimizer and rate for every shot count, on other tasks")] = False
+    search_limit: Annotated[int, _told("test items per task of that search", ge=1)] = 16
+    adaptation_settings: Annotated[str | None, _told("the _search.json of another evaluation, whose choice to use")] = (
+        None
+    )
     speed_steps: Annotated[
         tuple[Annotated[int, Field(ge=0, le=100_000)], ...],
         Unique,
@@ -112,21 +115,33 @@ class EvaluationConfig:
         if self.chat_template_kwargs is not None:
             chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.shots_in_prompt:
-            for flag in ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "speed_steps"):
-                if getattr(self, flag):
-                    raise ValueError(
-                        f"--{flag.replace('_', '-')} and --shots-in-prompt exclude each other: nothing is adapted on "
-                        "shots there"
-                    )
+            flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
+            self._exclude("shots_in_prompt", flags, "nothing is adapted on shots there")
+        if self.adaptation_settings is not None:
+            flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation")
+            self._exclude("adaptation_settings", flags, "the file says what to adapt with")
+        if self.split == "search":
+            self._exclude("split search", ("search_adaptation",), "it would choose on the tasks it reports on")
         if self.speed_only and not self.speed_steps:
             raise ValueError("--speed-only needs --speed-steps: give the update steps to measure after, such as 0 5 10")
         check_place(self.output_dir, "--output-dir")
 
+    def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
+        for flag in flags:
+            if getattr(self, flag):
+                one, other = (f"--{name.replace('_', '-')}" for name in (flag, setting))
+                raise ValueError(f"{one} and {other} exclude each other: {why}")
+
+    @property
+    def adapted_shots(self) -> tuple[int, ...]:
+        """The shot counts above 0 of every part of the evaluation, in ascending order."""
+        grid = () if self.speed_only else self.n_shots
+        return tuple(sorted({*grid, *((self.speed_shots,) if self.speed_steps else ())} - {0}))
+
     @property
     def largest_n(self) -> int:
         """The largest number of shots that any part of the evaluation takes."""
-        grid = () if self.speed_only else self.n_shots
-        return max((*grid, *((self.speed_shots,) if self.speed_steps else ())))
+        return max(self.adapted_shots, default=0)
 
 
 @cache
@@ -228,20 +243,26 @@ def _manifest_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
     return read_checked(path, _Manifest, writer=script, remedy="prepare the data again").get("tasks", {})
 
 
-def read_training_tasks(config: EvaluationConfig, *, shots: int, limit: int) -> list[TestTask]:
-    """The tasks of ``data_dir/meta_train`` with held-out items, but for those under evaluation.
+def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
+    """What ``--search-adaptation`` chooses on, ``search_limit`` test items each.
+
+    The tasks of ``--split search``, which no method trains on, where the data have them; else the training tasks with
+    held-out items, but for those under evaluation.
 
     Raises:
-        ValueError: there is none, or a file is unusable.
+        ValueError: there are neither, or a file is unusable.
     """
-    folder = config.data_dir / "meta_train"
-    names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
+    domain, folder = "unseen", config.data_dir / FOLDERS["search"]
+    names = split_tasks(config.data_dir, "search")
+    if not names:
+        domain, folder = "in_domain", config.data_dir / "meta_train"
+        names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
     if not names:
         raise ValueError(
-            f"--search-adaptation needs training tasks that are not under evaluation, and {folder} holds no other "
-            f"<task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
+            f"--search-adaptation needs search tasks in meta_valid, or training tasks that are not under evaluation, "
+            f"and {folder} holds no other <task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
         )
-    return [_read_task("in_domain", folder, name, shots, limit) for name in names]
+    return [_read_task(domain, folder, name, config.largest_n, config.search_limit) for name in names]
 
 
 def _tasks_in(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from metasft.config.schema import hint
 from metasft.evaluation.protocol import EvaluationConfig
 from metasft.experiments.suites import Scale
 
-_SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
+_SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed", "adaptation_settings")
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -126,7 +126,11 @@ def evaluation_command(settings: Mapping[str, Any]) -> list[str]:
 
 def evaluation_results(settings: Mapping[str, Any]) -> list[str]:
     """The files that the evaluation leaves when it has finished."""
-    kinds = {"results": not settings.get("speed_only"), "speed": bool(settings.get("speed_steps"))}
+    kinds = {
+        "results": not settings.get("speed_only"),
+        "speed": bool(settings.get("speed_steps")),
+        "search": bool(settings.get("search_adaptation")) and settings.get("adaptation_lr") is None,
+    }
     return [f"{settings['output_dir']}/{settings['model_type']}_{kind}.json" for kind, there in kinds.items() if there]
 
 
@@ -143,8 +147,12 @@ def _check_known(values: Mapping[str, Any], known: Sequence[str], where: str) ->
             raise ValueError(f"{where} has the key {key}, which is not known there; {hint(key, known)}")
 
 
-def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> None:
-    """Raise ValueError for flags that ``evaluate_few_shot.py`` would not accept, or that do not fit the data."""
+def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> EvaluationConfig:
+    """The evaluation that the flags ask for.
+
+    Raises:
+        ValueError: ``evaluate_few_shot.py`` would not accept a flag, or it does not fit the data.
+    """
     values = {key: value for key, value in settings.items() if value is not None}
     for field in fields(EvaluationConfig):
         if "tuple" in field.type and field.name in values:
@@ -158,3 +166,4 @@ def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) 
         data.check_evaluation(config)
     except ValueError as error:
         raise ValueError(f"arm {arm}: {error}") from error
+    return config

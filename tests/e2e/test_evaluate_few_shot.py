@@ -88,11 +88,19 @@ def test_the_searched_rate_is_the_one_that_adapts(whole_run):
     folder, _, _ = whole_run
     found, settings = read(folder / "meta_lora_search.json"), read(folder / "meta_lora_settings.json")
     assert found["settings"]["tasks"] == ["easy"]  # harder is under evaluation
-    assert len(found["losses"]) == len(found["settings"]["grid"])
-    best = min((loss, name) for name, loss in found["mean"].items() if loss is not None)[1]
-    assert best == f"{found['choice']['optimizer']} {found['choice']['lr']:g}"
-    names = ("adaptation_optimizer", "adaptation_lr", "adaptation_origin")
-    assert [settings[name] for name in names] == [*found["choice"].values(), "search on training tasks"]
+    assert list(found["choice"]) == list(found["losses"]) == ["2", "5"]
+    chosen = {}
+    for shots, choice in found["choice"].items():
+        assert len(found["losses"][shots]) == len(found["settings"]["grid"])
+        best = min((loss, name) for name, loss in found["mean"][shots].items() if loss is not None)[1]
+        chosen[shots] = f"{choice['optimizer']} {choice['lr']:g}"
+        assert chosen[shots] == best
+    assert settings["adaptation_origin"] == "search on training tasks"
+    assert (settings["search"]["choice"], settings["search"]["trials_per_shot_count"]) == (found["choice"], 7)
+    if len(set(chosen.values())) > 1:
+        assert settings["adaptation_by_shots"] == chosen
+    else:
+        assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == chosen["2"]
 
 
 def test_training_tasks_are_tested_in_domain(whole_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -19,8 +20,8 @@ from few_shot_data import (
 from metasft.evaluation import search as few_shot_search
 from metasft.evaluation.evaluate import evaluate
 from metasft.evaluation.few_shot_model import Job
-from metasft.evaluation.protocol import EvaluationConfig, in_context, read_test_tasks, read_training_tasks, shot_indices
-from metasft.evaluation.search import SEARCH_GRID, choose, read_search, search
+from metasft.evaluation.protocol import EvaluationConfig, in_context, read_search_tasks, read_test_tasks, shot_indices
+from metasft.evaluation.search import SEARCH_GRID, choose, read_losses, read_search, search
 
 
 @pytest.fixture(scope="module")
@@ -91,64 +92,66 @@ def test_splits_are_told_apart_by_their_roles(config, tmp_path):
 
 
 def test_the_search_never_sees_a_task_under_evaluation(config, tmp_path):
-    named = [task.name for task in read_training_tasks(config, shots=25, limit=3)]
-    assert named == ["easy", "harder"]
-    evaluated = dataclasses.replace(config, eval_tasks=("easy", "logic"))
-    (task,) = read_training_tasks(evaluated, shots=25, limit=3)
+    small = dataclasses.replace(config, search_limit=3)
+    assert [task.name for task in read_search_tasks(small)] == ["easy", "harder"]
+    (task,) = read_search_tasks(dataclasses.replace(small, eval_tasks=("easy", "logic")))
     assert (task.name, len(task.test), len(task.pool)) == ("harder", 3, 30)
-    with pytest.raises(ValueError, match="--search-adaptation needs training tasks that are not under evaluation"):
-        read_training_tasks(dataclasses.replace(config, eval_tasks=("easy", "harder")), shots=25, limit=3)
+    with pytest.raises(ValueError, match="--search-adaptation needs search tasks in meta_valid, or training tasks"):
+        read_search_tasks(dataclasses.replace(config, eval_tasks=("easy", "harder")))
+    # Tasks that nothing is trained on come first, where there are any.
+    data = write_validation_tasks(write_training_tasks(tmp_path / "data"), {"one": "search", "two": "valid"})
+    (task,) = read_search_tasks(dataclasses.replace(config, data_dir=data))
+    assert (task.name, task.domain) == ("one", "unseen")
 
 
 def searched(config, tmp_path, settings=None):
-    model, _ = load(config)
-    tasks = read_training_tasks(config, shots=25, limit=3)
+    model, tasks = load(config)[0], read_search_tasks(dataclasses.replace(config, search_limit=3))
     path = tmp_path / "search.json"
-    return model, tasks, search(model, tasks, settings or {"seed": 1}, path), path
+    return tasks, search(lambda: model, tasks, settings or {"seed": 1, "n_shots": [2, 5]}, path), path
 
 
 def test_the_search_measures_what_separate_adaptations_give(config, tmp_path, monkeypatch):
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
-    _, tasks, losses, path = searched(config, tmp_path)
-    assert list(losses) == ["sgd 0.5", "adamw 0.01"]
-    for name, by_task in losses.items():
+    tasks, losses, path = searched(config, tmp_path)
+    assert {n: list(by) for n, by in losses.items()} == {n: ["sgd 0.5", "adamw 0.01"] for n in ("2", "5")}
+    for name in losses["2"]:
         optimizer, lr = name.split()
         changed = dataclasses.replace(
             config, adaptation_optimizer=optimizer, adaptation_lr=float(lr), eval_tasks=("easy", "harder"), limit=3,
-            n_shots=(25,),
         )  # fmt: skip
         model, _ = load(changed)
-        for task in tasks:
-            shots = shot_indices(30, 25, seed=1, task=task.name, run=0)
+        for task, n in itertools.product(tasks, (2, 5)):
+            shots = shot_indices(30, n, seed=1, task=task.name, run=0)
             expected = model.adapt_and_test(task.name, shots, run=0).loss
-            assert by_task[task.name] == pytest.approx(expected, rel=1e-4)
+            assert losses[str(n)][name][task.name] == pytest.approx(expected, rel=1e-4)
     written = json.loads(path.read_text())
-    assert written["mean"]["sgd 0.5"] == pytest.approx(sum(losses["sgd 0.5"].values()) / 2)
+    assert written["mean"]["5"]["sgd 0.5"] == pytest.approx(sum(losses["5"]["sgd 0.5"].values()) / 2)
 
 
 def test_a_search_continues_and_other_settings_start_again(config, tmp_path, monkeypatch):
+    settings = {"seed": 1, "n_shots": [2]}
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5),))
-    _, _, first, path = searched(config, tmp_path)
+    _, first, path = searched(config, tmp_path, settings)
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
-    model, tasks = load(config)[0], read_training_tasks(config, shots=25, limit=3)
+    model, tasks = load(config)[0], read_search_tasks(config)
     ran = []
     monkeypatch.setattr(model, "use", lambda adaptation: ran.append(adaptation[:2]))
-    both = search(model, tasks, {"seed": 1}, path)
+    both = search(lambda: model, tasks, settings, path)
     assert ran == [("adamw", 0.01)]  # the other one was there
-    assert both["sgd 0.5"] == first["sgd 0.5"]
-    assert read_search(path, {"seed": 1}) == both
-    assert read_search(path, {"seed": 2}) == {}
+    assert both["2"]["sgd 0.5"] == first["2"]["sgd 0.5"]
+    assert search(None, tasks, settings, path) == read_losses(path, settings) == both
+    assert read_losses(path, {**settings, "seed": 2}) == {}
     path.write_text("no JSON")
-    assert read_search(path, {"seed": 1}) == {}
+    assert read_losses(path, settings) == {}
 
 
 def test_the_choice_is_the_lowest_mean_that_is_finite():
     losses = {few_shot_search.candidate_name(*candidate): {"a": 3.0, "b": 3.0} for candidate in SEARCH_GRID}
     losses["sgd 0.5"] = {"a": 0.1, "b": None}  # diverged on one task
     losses["sgd 0.05"] = {"a": 1.0, "b": 2.0}
-    losses["adamw 0.001"] = {"a": 2.0, "b": 1.2}
-    assert choose(losses, None)[:2] == ("sgd", 0.05)
-    assert choose(losses, "adamw")[:2] == ("adamw", 0.001)
+    losses["adamw 0.003"] = {"a": 2.0, "b": 1.2}
+    assert choose(losses, None) == {"optimizer": "sgd", "lr": 0.05, "at_grid_edge": False}
+    assert choose(losses, "adamw") == {"optimizer": "adamw", "lr": 3e-3, "at_grid_edge": True}
     with pytest.raises(ValueError, match="found no optimizer and rate with a finite loss"):
         choose({name: {"a": None} for name in losses}, None)
 
@@ -171,10 +174,53 @@ def test_flags_come_before_the_search(config, monkeypatch):
                 evaluate(dataclasses.replace(changed, search_adaptation=False))
         evaluate(changed)
         settings = json.loads((changed.output_dir / "base_settings.json").read_text())
-        found = json.loads((changed.output_dir / "base_search.json").read_text())
-        allowed = [name for name in found["mean"] if optimizer in (None, name.split()[0])]
-        best = min(allowed, key=lambda name: found["mean"][name])
+        mean = json.loads((changed.output_dir / "base_search.json").read_text())["mean"]["2"]
+        best = min((name for name in mean if optimizer in (None, name.split()[0])), key=mean.get)
         assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == best
+
+
+def write_choice(path, choice, **settings):
+    known = {"adaptation_steps": 4, "adaptation_batch_size": 4, "searched_on": "search tasks", "tasks": ["one"]}
+    settings = {**known, "n_test": {"one": 6}, "grid": [["sgd", 0.1]], **settings}
+    chosen = {n: {"optimizer": optimizer, "lr": lr, "at_grid_edge": True} for n, (optimizer, lr) in choice.items()}
+    path.write_text(json.dumps({"settings": settings, "choice": chosen}))
+    return str(path)
+
+
+def test_every_shot_count_is_adapted_as_was_chosen_for_it(config, tmp_path):
+    """The losses are those of two evaluations, one for each choice."""
+    chosen = {"2": ("sgd", 0.5), "5": ("adamw", 0.01)}
+    both = dataclasses.replace(
+        config, adaptation_lr=None, adaptation_settings=write_choice(tmp_path / "search.json", chosen)
+    )
+    results, _ = evaluate(both)
+    settings = json.loads((both.output_dir / "base_settings.json").read_text())
+    assert settings["adaptation_by_shots"] == {"2": "sgd 0.5", "5": "adamw 0.01"}
+    assert (settings["adaptation_optimizer"], settings["adaptation_lr"]) == (None, None)
+    assert (settings["adaptation_origin"], settings["search"]["tasks"]) == ("search on search tasks", ["one"])
+    for n, (optimizer, lr) in chosen.items():
+        alone = dataclasses.replace(
+            config, adaptation_optimizer=optimizer, adaptation_lr=lr, n_shots=(0, int(n)), output_dir=tmp_path / n
+        )
+        expected, _ = evaluate(alone)
+        for task, by_shots in expected.items():
+            for shots, entry in by_shots.items():
+                assert results[task][shots]["loss_mean"] == pytest.approx(entry["loss_mean"], rel=1e-5)
+
+
+def test_the_choice_of_another_search_has_to_fit(config, tmp_path):
+    def check(choice, message, **settings):
+        path = write_choice(tmp_path / "search.json", choice, **settings)
+        with pytest.raises(ValueError, match=message):
+            read_search(tmp_path / "search.json", dataclasses.replace(config, adaptation_settings=path))
+
+    sgd = ("sgd", 0.5)
+    check({"2": sgd}, "search.json has chosen for 2 shots, not for 5: search with all of --n-shots")
+    check({"2": sgd, "5": sgd}, "searched with --adaptation-steps 9, and --adaptation-steps is 4", adaptation_steps=9)
+    check({"2": sgd, "5": ("sgd", -1)}, r"search.json is not what .*choice.5.lr=-1 must be above 0\): search again")
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(ValueError, match="search.json"):
+        read_search(tmp_path / "search.json", config)
 
 
 # ---- shots in the prompt --------------------------------------------------------------------------------------------
