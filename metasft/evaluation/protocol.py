@@ -129,8 +129,7 @@ class EvaluationConfig:
     def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
         for flag in flags:
             if getattr(self, flag):
-                one, other = (f"--{name.replace('_', '-')}" for name in (flag, setting))
-                raise ValueError(f"{one} and {other} exclude each other: {why}")
+                raise ValueError(f"--{flag} and --{setting} exclude each other: {why}".replace("_", "-"))
 
     @property
     def adapted_shots(self) -> tuple[int, ...]:

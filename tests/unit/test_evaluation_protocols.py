@@ -219,7 +219,7 @@ def test_the_choice_of_another_search_has_to_fit(config, tmp_path):
     check({"2": sgd, "5": sgd}, "searched with --adaptation-steps 9, and --adaptation-steps is 4", adaptation_steps=9)
     check({"2": sgd, "5": ("sgd", -1)}, r"search.json is not what .*choice.5.lr=-1 must be above 0\): search again")
     (tmp_path / "search.json").unlink()
-    with pytest.raises(ValueError, match="search.json"):
+    with pytest.raises(ValueError, match=r"search\.json"):
         read_search(tmp_path / "search.json", config)
 
 
@@ -292,6 +292,14 @@ def test_prompts_longer_than_the_model_reads_are_named(config, monkeypatch):
     "changes, message",
     [
         ({"shots_in_prompt": True}, "--adaptation-lr and --shots-in-prompt exclude each other"),
+        (
+            {"adaptation_settings": "f"},
+            "--adaptation-lr and --adaptation-settings exclude each other: the file says",
+        ),
+        (
+            {"split": "search", "search_adaptation": True},
+            "--search-adaptation and --split search exclude each other: it would choose on the tasks",
+        ),
         (
             {"shots_in_prompt": True, "adaptation_lr": None, "search_adaptation": True},
             "--search-adaptation and --shots",
