@@ -137,7 +137,9 @@ class Entry(Record):
     n_test: Count
     loss_mean: AnyNumber  # a loss may have left the finite range
     n_runs: Count | None = None
+    accuracy_lenient: Share | None = None
     format_accuracy: Share | None = None
+    truncated_share: Share | None = None
     majority_baseline: Share | None = None
 
     @model_validator(mode="after")

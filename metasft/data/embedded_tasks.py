@@ -36,6 +36,7 @@ __all__ = [
     "package_version",
     "row_for",
     "score",
+    "score_leniently",
     "stream_examples",
 ]
 
@@ -617,6 +618,17 @@ def score(text: str, row: Mapping[str, Any] | Example) -> Score:
     else:
         correct = "\\" in gold and scoring.equal_mathematics(gold, extracted)
     return Score(correct=correct, formatted=extracted is not None, extracted=extracted)
+
+
+def score_leniently(text: str, row: Mapping[str, Any] | Example) -> bool:
+    """Whether the answer is right when its form does not count (:func:`metasft.data.scoring.correct_leniently`).
+
+    Raises:
+        ValueError: as :func:`score`.
+    """
+    from metasft.data.scoring import correct_leniently
+
+    return correct_leniently(text, str(_read(row, "answer")), lambda form: score(form, row).correct)
 
 
 def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:

@@ -236,13 +236,15 @@ def _record(
     task: TestTask, cell: Cell, shots: Sequence[int], outcome: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(record of the cell, one prediction per test item)."""
-    from metasft.data.embedded_tasks import score
+    from metasft.data.embedded_tasks import score, score_leniently
 
     place = {"task": cell.task, "n_shots": cell.n_shots, "run": cell.run}
     if cell.step is not None:
         place["step"] = cell.step
     predictions = []
-    for row, output in zip(task.test, outcome.outputs, strict=True):
+    for row, output, truncated, nll, tokens in zip(
+        task.test, outcome.outputs, outcome.truncated, outcome.nll, outcome.tokens, strict=True
+    ):
         verdict = score(output, row)
         predictions.append(
             {
@@ -253,7 +255,11 @@ def _record(
                 "output": output,
                 "extracted": verdict.extracted,
                 "correct": verdict.correct,
+                "correct_lenient": verdict.correct or score_leniently(output, row),
                 "formatted": verdict.formatted,
+                "truncated": truncated,
+                "loss": nll / tokens,
+                "tokens": tokens,
             }
         )
     record = {

@@ -13,11 +13,12 @@ from few_shot_data import ADAPTATION, save_random_adapter, write_training_tasks,
 from script_runner import ROOT, must_run, run_script, script_environment
 
 KEYS = {
-    "accuracy_mean", "accuracy_std", "ci95", "n_runs", "n_test",
+    "accuracy_mean", "accuracy_lenient", "truncated_share", "accuracy_std", "ci95", "n_runs", "n_test",
     "loss_mean", "format_accuracy", "majority_baseline", "adapt_steps", "adapt_seconds",
 }  # fmt: skip
 PREDICTION_KEYS = {
     "task", "n_shots", "run", "example_id", "prompt", "gold", "output", "extracted", "correct", "formatted",
+    "correct_lenient", "truncated", "loss", "tokens",
 }  # fmt: skip
 
 
@@ -197,7 +198,16 @@ def test_results_can_be_recomputed_from_the_predictions(run):
         for shots, entry in by_shots.items():
             chosen = [p for p in predictions if (p["task"], str(p["n_shots"])) == (task, shots)]
             assert entry["accuracy_mean"] == pytest.approx(sum(p["correct"] for p in chosen) / len(chosen))
-            assert entry["format_accuracy"] == pytest.approx(sum(p["formatted"] for p in chosen) / len(chosen))
+            shares = {
+                "format_accuracy": "formatted",
+                "accuracy_lenient": "correct_lenient",
+                "truncated_share": "truncated",
+            }
+            for share, key in shares.items():
+                assert entry[share] == pytest.approx(sum(p[key] for p in chosen) / len(chosen))
+            runs = [[p for p in chosen if p["run"] == run] for run in range(entry["n_runs"])]
+            losses = [sum(p["loss"] * p["tokens"] for p in run) / sum(p["tokens"] for p in run) for run in runs]
+            assert entry["loss_mean"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_shots_are_nested_and_never_test_items(run):
@@ -250,8 +260,10 @@ def test_an_interrupted_evaluation_continues(run, adapter, data_dir, tmp_path):
     cells, again = read_lines(folder / "meta_lora_cells.jsonl"), read_lines(tmp_path / "meta_lora_cells.jsonl")
     assert again[:3] == cells[:3]
     assert [c["adapt_seconds"] for c in again[3:]] != [c["adapt_seconds"] for c in cells[3:]]
-    assert read_lines(tmp_path / "meta_lora_predictions.jsonl") == read_lines(folder / "meta_lora_predictions.jsonl")
     # The cells of the second run were batched otherwise: their losses agree up to rounding.
+    ours, whole = (read_lines(place / "meta_lora_predictions.jsonl") for place in (tmp_path, folder))
+    losses = [[line.pop("loss") for line in lines] for lines in (ours, whole)]
+    assert ours == whole and losses[0] == pytest.approx(losses[1], rel=1e-5)
     ours, whole = (read(place / "meta_lora_results.json") for place in (tmp_path, folder))
     for task, by_shots in whole.items():
         for shots, entry in by_shots.items():

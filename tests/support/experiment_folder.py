@@ -342,7 +342,15 @@ def write_cells(
     for place, answers, loss in cells:
         names = items or [f"{place['task']}-{i}" for i in range(len(answers))]
         of_cell = [
-            {**place, "example_id": name, "correct": bool(answer), "formatted": i > 0, "output": "a\u2028b"}
+            {
+                **place,
+                "example_id": name,
+                "correct": bool(answer),
+                "correct_lenient": bool(answer),
+                "formatted": i > 0,
+                "truncated": False,
+                "output": "a\u2028b",
+            }
             for i, (name, answer) in enumerate(zip(names, answers, strict=True))
         ]
         line = {

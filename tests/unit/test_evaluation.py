@@ -276,7 +276,8 @@ def record(task, n_shots, run, n_test=2):
 
 def lines(task, n_shots, run, n_test=2):
     place = {"task": task, "n_shots": n_shots, "run": run}
-    return [{**place, "output": f"é {item}", "correct": True, "formatted": False} for item in range(n_test)]
+    verdict = {"correct": True, "correct_lenient": True, "formatted": False, "truncated": False}
+    return [{**place, "output": f"é {item}", **verdict} for item in range(n_test)]
 
 
 def test_store_continues_and_drops_what_an_interruption_cut_off(tmp_path):
