@@ -141,6 +141,7 @@ class Entry(Record):
     format_accuracy: Share | None = None
     truncated_share: Share | None = None
     majority_baseline: Share | None = None
+    trivial_baseline: Share | None = None
 
     @model_validator(mode="after")
     def _mean_in_its_interval(self) -> Entry:

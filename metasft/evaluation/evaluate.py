@@ -142,13 +142,14 @@ def _run(
         _run_missing(config, by_name, settings, store, planned, loaded.get(), adaptations)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
-        baseline = majority_baseline(task.test)
+        trivial = settings["trivial_baseline"][task.name]["accuracy"]
+        baselines = {"majority_baseline": majority_baseline(task.test), "trivial_baseline": trivial}
         own = [cell for cell in planned if cell.task == task.name]
         results[task.name] = {}
         for value in sorted({getattr(cell, by) for cell in own}):
             cells = [cell for cell in own if getattr(cell, by) == value]
             results[task.name][str(value)] = summarise_cells(
-                [store.cells[cell] for cell in cells], [store.predictions[cell] for cell in cells], baseline
+                [store.cells[cell] for cell in cells], [store.predictions[cell] for cell in cells], baselines
             )
     write_json(store.results_path, results)
     return results
@@ -216,6 +217,20 @@ def _search(
     losses = search(loaded.get, tasks, own, path)
     write_search(path, own, losses, {n: choose(by, config.adaptation_optimizer) for n, by in losses.items()})
     return path
+
+
+def trivial_baseline(task: TestTask) -> dict[str, Any]:
+    """``name`` and ``accuracy`` of the best solver that understands nothing.
+
+    Those that the manifest has, which were measured on all test items; else the best constant per form of answer, as
+    the shot pool shows it, on the test items in use.
+    """
+    from metasft.data.embedded_tasks import constant_per_form
+
+    if task.trivial:
+        name = max(task.trivial, key=task.trivial.__getitem__)
+        return {"name": name, "accuracy": task.trivial[name]}
+    return {"name": "constant per form", "accuracy": constant_per_form(task.pool, task.test)}
 
 
 def _shots_of(task: TestTask, cell: Cell, config: EvaluationConfig) -> list[int]:
@@ -310,6 +325,7 @@ def _settings(
         "seed": config.seed,
         "limit": config.limit,
         "n_test": {task.name: len(task.test) for task in tasks},
+        "trivial_baseline": {task.name: trivial_baseline(task) for task in tasks},
         "shot_pool": {task.name: len(task.pool) for task in tasks},
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "decoding": "greedy",

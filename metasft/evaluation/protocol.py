@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from pydantic import Field, create_model
 
 from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.schema import Count, Line, Record, Schema, Unique, read_checked, rule, validated
+from metasft.config.schema import Count, Line, Record, Schema, Share, Unique, read_checked, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 from metasft.data.task_sets import check_turns
 from metasft.files.atomic import check_place
@@ -164,6 +164,7 @@ class TestTask:
         pool_path, test_path: the parquet files.
         pool: all rows of the shot pool.
         test: the test rows in use, at most ``limit``.
+        trivial: solver that understands nothing -> its accuracy on all test rows, where the manifest says so.
     """
 
     __test__ = False  # pytest would take it for a test class
@@ -174,6 +175,7 @@ class TestTask:
     test_path: Path
     pool: list[dict[str, Any]]
     test: list[dict[str, Any]]
+    trivial: Mapping[str, float] | None = None
 
 
 def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
@@ -227,6 +229,7 @@ def split_tasks(data_dir: Path, split: str) -> list[str]:
 
 class _Described(Record):
     role: Line = "valid"
+    trivial: Annotated[dict[Line, Share], Field(min_length=1)] | None = None
 
 
 class _Manifest(Record):
@@ -292,7 +295,8 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
                 f"{len(shared)} test items of {test_path} occur in {pool_path.name} too ({column} "
                 f"{sorted(map(str, shared))[0]!r}): shots must not be test items, prepare the data again"
             )
-    return TestTask(name, domain, pool_path, test_path, pool, test)
+    trivial = _manifest_tasks(folder.parent).get(name, {}).get("trivial")
+    return TestTask(name, domain, pool_path, test_path, pool, test, trivial)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

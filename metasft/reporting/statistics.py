@@ -214,14 +214,16 @@ def _seed_correlation(correct: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def summarise_cells(
-    cells: Sequence[Mapping[str, Any]], predictions: Sequence[Sequence[Mapping[str, Any]]], baseline: float
+    cells: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, float],
 ) -> dict[str, Any]:
     """One entry of an evaluation's results: all runs of one task and N.
 
     Args:
         cells: one record per run.
         predictions: the predictions of each run, in the order of the test items.
-        baseline: accuracy of always giving the most frequent answer.
+        baselines: accuracies without a model, by the keys that they get in the entry.
     """
 
     def share(key: str) -> float:
@@ -239,7 +241,7 @@ def summarise_cells(
         "loss_mean": float(np.mean([cell["loss"] for cell in cells])),
         "format_accuracy": share("formatted"),
         "truncated_share": share("truncated"),
-        "majority_baseline": baseline,
+        **baselines,
         "adapt_steps": cells[0]["adapt_steps"],
         "adapt_seconds": float(np.mean([cell["adapt_seconds"] for cell in cells])),
     }

@@ -129,6 +129,7 @@ def results_text(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         "format": lambda row: f"{row[2]['format_accuracy']:.1%}",
         "loss": lambda row: f"{row[2]['loss_mean']:.3f}",
         "majority": lambda row: f"{row[2]['majority_baseline']:.1%}",
+        "trivial": lambda row: f"{row[2]['trivial_baseline']:.1%}",
     }
     rows = [(task, shots, entry) for task, by_shots in results.items() for shots, entry in by_shots.items()]
     return _table("", rows, columns).frame.to_string(index=False)

@@ -366,7 +366,9 @@ def write_cells(
         grouped.setdefault(place["task"], {}).setdefault(str(place[by]), []).append((line, of_cell))
     results = {
         task: {
-            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], majority)
+            n: summarise_cells(
+                [line for line, _ in pairs], [answers for _, answers in pairs], {"majority_baseline": majority}
+            )
             for n, pairs in by_value.items()
         }
         for task, by_value in grouped.items()

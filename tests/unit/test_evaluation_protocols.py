@@ -17,8 +17,9 @@ from few_shot_data import (
     write_validation_tasks,
 )
 
+from metasft.data.embedded_tasks import constant_per_form, majority_baseline
 from metasft.evaluation import search as few_shot_search
-from metasft.evaluation.evaluate import evaluate
+from metasft.evaluation.evaluate import evaluate, trivial_baseline
 from metasft.evaluation.few_shot_model import Job
 from metasft.evaluation.protocol import EvaluationConfig, in_context, read_search_tasks, read_test_tasks, shot_indices
 from metasft.evaluation.search import SEARCH_GRID, choose, read_losses, read_search, search
@@ -86,6 +87,39 @@ def test_splits_are_told_apart_by_their_roles(config, tmp_path):
     (data / "manifest.json").write_text('{"tasks": {"one": {"role": 1}}}')
     with pytest.raises(ValueError, match=r"manifest.json is not what prepare_math_science_data.py writes \(tasks.one"):
         tasks("valid")
+
+
+# ---- trivial baselines ----------------------------------------------------------------------------------------------
+
+
+def test_the_trivial_baseline_is_the_manifests_best_or_a_constant_per_form(config, tmp_path):
+    trivial = {"constant": 0.25, "pattern": 0.5, "copy": 0.0}
+    data = write_validation_tasks(tmp_path / "data", {"one": "valid", "two": "valid"}, one={"trivial": trivial})
+    described, plain = read_test_tasks(dataclasses.replace(config, data_dir=data, split="valid"))
+    best = {"name": "pattern", "accuracy": 0.5}
+    constant = {"name": "constant per form", "accuracy": constant_per_form(plain.pool, plain.test)}
+    assert [trivial_baseline(task) for task in (described, plain)] == [best, constant]
+    small = dataclasses.replace(config, data_dir=data, split="valid", n_shots=(0,), limit=2, search_adaptation=True)
+    results, _ = evaluate(small)
+    settings = json.loads((small.output_dir / "base_settings.json").read_text())
+    assert (
+        settings["trivial_baseline"]["one"] == best and settings["trivial_baseline"]["two"]["name"] in constant.values()
+    )
+    assert (settings["split"], settings["domain"]) == ("valid", {"one": "unseen", "two": "unseen"})
+    assert results["one"]["0"]["trivial_baseline"] == 0.5
+    with pytest.raises(ValueError, match=r"other settings \(split: 'valid' there, 'test' now\)"):
+        evaluate(dataclasses.replace(small, data_dir=config.data_dir, split="test", eval_tasks=("calculus", "logic")))
+
+
+def test_a_constant_per_form_is_the_most_frequent_answer_of_the_pool():
+    def rows(source, *answers):
+        return [{"data_source": source, "answer": answer, "extra_info": "{}"} for answer in answers]
+
+    pool = rows("yes_or_no", "yes", "yes", "no", "yes") + rows("sums", "4", "7", "4")
+    test = rows("yes_or_no", "yes", "no") + rows("sums", "7", "4") + rows("other", "yes", "4")
+    assert constant_per_form(pool, test) == 0.5
+    assert constant_per_form([], test) == 0
+    assert majority_baseline(test) == pytest.approx(2 / 6)
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------

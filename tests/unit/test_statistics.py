@@ -73,7 +73,7 @@ def test_summary_of_a_cell_by_hand():
     ]
     runs = [predictions([True, False, False, False]), predictions([True, True, True, False])]
     runs[0][1] |= {"formatted": False, "truncated": True}
-    entry = summarise_cells(cells, runs, 0.25)
+    entry = summarise_cells(cells, runs, {"majority_baseline": 0.25})
     assert list(entry) == [
         "accuracy_mean", "accuracy_lenient", "accuracy_std", "ci95", "n_runs", "n_test", "loss_mean",
         "format_accuracy", "truncated_share", "majority_baseline", "adapt_steps", "adapt_seconds",
@@ -85,7 +85,7 @@ def test_summary_of_a_cell_by_hand():
     assert (entry["accuracy_lenient"], entry["truncated_share"]) == (1.0, 0.125)
     assert (entry["adapt_steps"], entry["adapt_seconds"]) == (10, 3.0)
     assert entry["ci95"][0] < 0.5 < entry["ci95"][1]
-    assert summarise_cells(cells[:1], runs[:1], 0.25)["accuracy_std"] == 0.0
+    assert summarise_cells(cells[:1], runs[:1], {})["accuracy_std"] == 0.0
     json.dumps(entry)  # plain numbers only
 
 
