@@ -9,7 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from few_shot_data import ADAPTATION, save_random_adapter, write_training_tasks, write_unseen_tasks
+from few_shot_data import (
+    ADAPTATION,
+    save_random_adapter,
+    write_training_tasks,
+    write_unseen_tasks,
+    write_validation_tasks,
+)
 from script_runner import ROOT, must_run, run_script, script_environment
 
 KEYS = {
@@ -102,6 +108,31 @@ def test_the_searched_rate_is_the_one_that_adapts(whole_run):
         assert settings["adaptation_by_shots"] == chosen
     else:
         assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == chosen["2"]
+
+
+def test_a_choice_on_search_tasks_serves_another_evaluation(adapter, tiny_model, tmp_path, capsys):
+    """Reported on validation tasks, searched on those of the other role, and adapted alike by an arm that follows."""
+    data = write_validation_tasks(tmp_path / "data", {"one": "search", "two": "valid", "three": "valid"})
+
+    def arguments(name, *more):
+        common = flags("meta_lora", adapter, data, tmp_path / name, "--split", "valid", *more)
+        at = common.index("--eval-tasks")
+        return *common[:at], *common[at + 3 :]
+
+    assert in_process(*arguments("first", "--search-adaptation", "--search-limit", "2")) == 0
+    chosen = tmp_path / "first" / "meta_lora_search.json"
+    assert in_process(*arguments("second", "--adaptation-settings", chosen)) == 0
+    first, second = (read(tmp_path / name / "meta_lora_settings.json") for name in ("first", "second"))
+    assert (first["split"], first["eval_tasks"], first["search"]["tasks"]) == ("valid", ["three", "two"], ["one"])
+    assert first["adaptation_origin"] == "search on search tasks"
+    assert {k: v for k, v in first.items() if k != "tokens"} == {k: v for k, v in second.items() if k != "tokens"}
+    results = [without_times(read(tmp_path / name / "meta_lora_results.json")) for name in ("first", "second")]
+    assert results[0] == results[1]
+    capsys.readouterr()
+    assert in_process(*arguments("first", "--split", "search", "--adaptation-settings", chosen)) == 2
+    assert "other settings (split: 'valid' there, 'search' now)" in capsys.readouterr().err
+    assert in_process(*arguments("third", "--adaptation-settings", tmp_path / "none.json")) == 2
+    assert "none.json" in capsys.readouterr().err
 
 
 def test_training_tasks_are_tested_in_domain(whole_run):

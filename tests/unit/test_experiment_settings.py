@@ -90,7 +90,7 @@ WRONG_SCALES = [
     ({"environment": ["X"]}, "environment=.* must be a mapping"),
     ({"speed": {"arms": ["a"], "steps": [0]}}, "speed.shots is missing"),
     ({"speed": {"arms": "a", "steps": [0], "shots": 2}}, "speed.arms='a' must be a list"),
-    ({"evaluate/search": {"arms": {}}}, "evaluate.search.limit is not set; give the held-out items"),
+    ({"evaluate/search": {"arms": {}}}, "evaluate.search.limit is not set; give the test items"),
     ({"evaluate/search": {"limit": 2, "arms": {"loar": "a"}}}, "evaluate.search.arms has the key 'loar'"),
     ({"evaluate/search": {"limit": 2, "arms": {"lora": 3}}}, "evaluate.search.arms.lora=3 must be text"),
     (
