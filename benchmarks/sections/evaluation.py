@@ -21,7 +21,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     import time
     from unittest.mock import patch
 
-    from metasft.evaluation.evaluate import EvaluationConfig, evaluate
+    from metasft.evaluation.evaluate import evaluate
+    from metasft.evaluation.protocol import EvaluationConfig
 
     data_dir = Path(settings.task_dir).parent
     if not (data_dir / "meta_test").is_dir():

@@ -50,7 +50,6 @@ class _Run(Record):
     error: str | None = None
     state: State | None = None
     command: list[str] | None = None
-    planned_command: list[str] | None = None
     results: list[str] | None = None
     needs: list[Name] | None = None
     environment: dict[str, str] | None = None

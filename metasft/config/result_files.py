@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -122,6 +122,7 @@ class Settings(Record):
     adapts: Line | None = None
     adaptation_optimizer: Line | None = None
     adaptation_lr: Number | None = None
+    adaptation_by_shots: dict[WholeText, Line] | None = None
     adaptation_steps: Count | list[Count] | None = None  # a list: of a speed curve
     data_sha256: dict[str, Any] | None = None
 
@@ -134,8 +135,11 @@ class Entry(Record):
     n_test: Count
     loss_mean: AnyNumber  # a loss may have left the finite range
     n_runs: Count | None = None
+    accuracy_lenient: Share | None = None
     format_accuracy: Share | None = None
+    truncated_share: Share | None = None
     majority_baseline: Share | None = None
+    trivial_baseline: Share | None = None
 
     @model_validator(mode="after")
     def _mean_in_its_interval(self) -> Entry:
@@ -150,6 +154,28 @@ class SpeedEntry(Entry):
 
     loss_mean: Number
     loss_ci95: Interval | None = None
+
+
+class Chosen(Record):
+    optimizer: Literal["sgd", "adamw"]
+    lr: Annotated[float, Field(gt=0, lt=1e300)]
+    at_grid_edge: bool
+
+
+class SearchSettings(Record):
+    adaptation_steps: Count
+    adaptation_batch_size: Count
+    searched_on: Line
+    tasks: list[Line]
+    n_test: dict[Line, Count]
+    grid: list[Any]
+
+
+class SearchFile(Record):
+    """``<model_type>_search.json`` of a finished search."""
+
+    settings: SearchSettings
+    choice: dict[WholeText, Chosen] = Field(description="what was chosen for every shot count, once it has finished")
 
 
 class Place(Record):
@@ -206,6 +232,11 @@ def read_lines(path: Path, kind: type[Place]) -> list[dict[str, Any]]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a ``<model_type>_settings.json``; ValueError where it is not what ``evaluate_few_shot.py`` writes."""
     return read_checked(path, Settings, writer=_EVALUATION, remedy="run it again")
+
+
+def read_search_file(path: Path) -> dict[str, Any]:
+    """Read a ``<model_type>_search.json``; ValueError where it is not that of a finished search."""
+    return read_checked(path, SearchFile, writer=f"{_EVALUATION} --search-adaptation", remedy="search again")
 
 
 def read_results(path: Path, kind: type[Entry] = Entry) -> dict[str, Any]:

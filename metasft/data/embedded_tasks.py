@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +29,7 @@ __all__ = [
     "Example",
     "Score",
     "all_tasks",
+    "constant_per_form",
     "extract_answer",
     "generate_examples",
     "majority_baseline",
@@ -36,6 +37,7 @@ __all__ = [
     "package_version",
     "row_for",
     "score",
+    "score_leniently",
     "stream_examples",
 ]
 
@@ -619,6 +621,17 @@ def score(text: str, row: Mapping[str, Any] | Example) -> Score:
     return Score(correct=correct, formatted=extracted is not None, extracted=extracted)
 
 
+def score_leniently(text: str, row: Mapping[str, Any] | Example) -> bool:
+    """Whether the answer is right when its form does not count (:func:`metasft.data.scoring.correct_leniently`).
+
+    Raises:
+        ValueError: as :func:`score`.
+    """
+    from metasft.data.scoring import correct_leniently
+
+    return correct_leniently(text, str(_read(row, "answer")), lambda form: score(form, row).correct)
+
+
 def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
     """Accuracy (a fraction) of always giving the most frequent gold answer, in the form asked for.
 
@@ -630,9 +643,35 @@ def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
     rows = list(rows)
     if not rows:
         raise ValueError("the majority baseline needs at least one row: the test set is empty")
-    counts = Counter(str(_read(row, "answer")) for row in rows)
-    constant = min(counts, key=lambda answer: (-counts[answer], answer))
+    constant = _most_frequent_answer(rows)
     return sum(score(_stating(constant, row), row).correct for row in rows) / len(rows)
+
+
+def constant_per_form(
+    pool: Sequence[Mapping[str, Any] | Example], rows: Sequence[Mapping[str, Any] | Example]
+) -> float:
+    """Accuracy (a fraction) on ``rows`` of a policy that sees which form of answer is asked for, and nothing else.
+
+    It gives the most frequent answer of ``pool`` among examples of the same ``data_source``, which all ask for one
+    form (a family of problems, a benchmark); the most frequent of all where the pool has none of that.
+
+    Args:
+        pool: may be empty, which gets nothing right.
+        rows: at least one.
+    """
+    by_form: dict[str, list[Mapping[str, Any] | Example]] = defaultdict(list)
+    for example in pool:
+        by_form[_read(example, "data_source")].append(example)
+    constants = {form: _most_frequent_answer(examples) for form, examples in by_form.items()}
+    rest = _most_frequent_answer(pool)
+    answers = [constants.get(_read(row, "data_source"), rest) for row in rows]
+    right = [score(_stating(answer, row), row).correct for answer, row in zip(answers, rows, strict=True)]
+    return sum(right) / len(right)
+
+
+def _most_frequent_answer(rows: Iterable[Mapping[str, Any] | Example]) -> str:
+    counts = Counter(str(_read(row, "answer")) for row in rows)
+    return min(counts, key=lambda answer: (-counts[answer], answer), default="")
 
 
 def _stating(answer: str, row: Mapping[str, Any] | Example) -> str:

@@ -13,6 +13,11 @@ A data row names its scorer in ``extra_info["scorer"]``, with what else the scor
 
 All but the last two also accept a last line ``Answer: <answer>``. ``formatted`` tells whether the form asked for was
 there: what a scorer finds by looking further counts as correct, not as formatted.
+
+Lenient scoring, whatever the scorer, asks whether the answer is there when its form does not count. The answer is the
+first line of the text that is not empty, as it stands or without a lead-in such as "The answer is", quotes, emphasis,
+and whatever follows its first sentence. It is right where the scorer accepts it, also when stated as "Answer: ...", or
+where it is the gold answer but for case and white space. What is right by the scorer itself is right leniently too.
 """
 
 from __future__ import annotations
@@ -55,6 +60,33 @@ def judge(text: str, gold: str, info: Mapping[str, Any]) -> Score:
             f"extra_info names the scorer {info['scorer']!r}, which does not exist: choose from {', '.join(SCORERS)}"
         )
     return scorer(text, gold, info)
+
+
+_LEAD_IN = re.compile(
+    r"(?:so,?\s+|therefore,?\s+)?"
+    r"(?:(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|output|result|label|response)|it|this)"
+    r"(?:\s+(?:is|would be)\b\s*:?|\s*(?::|=|->|→))\s*",
+    re.IGNORECASE,
+)
+_NEXT_SENTENCE = re.compile(r"(?<=[^\s.])[.!?](?:\s.*)?$")
+
+
+def correct_leniently(text: str, gold: str, correct: Callable[[str], bool]) -> bool:
+    """Whether a text holds the right answer, form aside: see the top of this module.
+
+    Args:
+        correct: the strict verdict on a text.
+    """
+    line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    if not line or len(line) > MAX_SCORED_CHARS:
+        return correct(text)
+    bare = unwrap(_LEAD_IN.sub("", unwrap(line), count=1))
+    answers = dict.fromkeys((line, bare, unwrap(_NEXT_SENTENCE.sub("", bare))))
+    return (
+        any(normalised(answer) == normalised(unwrap(gold)) for answer in answers)
+        or correct(text)
+        or any(correct(form) for answer in answers for form in (answer, f"Answer: {answer}"))
+    )
 
 
 def _check_info(info: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, report_error
-from metasft.evaluation.evaluate import DTYPES, MODEL_TYPES, EvaluationConfig, evaluate
+from metasft.evaluation.evaluate import evaluate
+from metasft.evaluation.protocol import DTYPES, FOLDERS, MODEL_TYPES, EvaluationConfig
 from metasft.reporting.tables import results_text
 
 
@@ -18,11 +19,17 @@ def parser(description: str | None = None) -> ArgumentParser:
     add("--model-type", required=True, choices=MODEL_TYPES, help="what it is; names the result files")
     add("--output-dir", required=True, type=Path, help="folder for the result files")
     add(
+        "--split",
+        choices=FOLDERS,
+        default=default["split"],
+        help="tasks of DATA_DIR/meta_test, or of DATA_DIR/meta_valid by their role (default: %(default)s)",
+    )
+    add(
         "--eval-tasks",
         nargs="+",
         default=(),
         metavar="TASK",
-        help="tasks (default: all in DATA_DIR/meta_test); those of meta_train are tested in-domain",
+        help="tasks of the split (default: all); those of meta_train are tested in-domain",
     )
     add(
         "--n-shots",
@@ -68,13 +75,19 @@ def parser(description: str | None = None) -> ArgumentParser:
     add(
         "--search-adaptation",
         action="store_true",
-        help="choose optimizer and learning rate on held-out items of the training tasks; the same grid for every type",
+        help="choose optimizer and learning rate for every shot count, from one grid, on the tasks of --split search; "
+        "where there are none, on held-out items of the training tasks",
+    )
+    add(
+        "--adaptation-settings",
+        metavar="FILE",
+        help="the <model-type>_search.json of another evaluation: adapt with what it chose for every shot count",
     )
     add(
         "--search-limit",
         type=int,
         default=default["search_limit"],
-        help="held-out items per training task in that search (default: %(default)s)",
+        help="test items per task of that search (default: %(default)s)",
     )
     add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
     add(

@@ -7,33 +7,24 @@ The protocol is in :mod:`metasft.evaluation.protocol`. This module plans, checks
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from metasft.config.prompts import Prompts
 from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
 from metasft.evaluation.protocol import (
-    DTYPES,
-    MODEL_TYPES,
     Cell,
     EvaluationConfig,
     TestTask,
     plan_cells,
+    read_search_tasks,
     read_test_tasks,
-    read_training_tasks,
     shot_indices,
 )
 from metasft.evaluation.store import ResultStore
 from metasft.files.atomic import sole_user, write_json
 from metasft.files.untrusted import reason, sha256_of
 from metasft.reporting.statistics import summarise_cells
-
-__all__ = [
-    "DTYPES",
-    "MODEL_TYPES",
-    "EvaluationConfig",
-    "evaluate",
-]
 
 
 def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
@@ -51,12 +42,12 @@ def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, An
     config.check()
     tasks = read_test_tasks(config)
     # Flags come first: with a rate given there is nothing to search for.
-    searching = config.search_adaptation and config.adaptation_lr is None
-    training_tasks = _training_tasks(config) if searching else []
+    searching = config.search_adaptation and config.adaptation_lr is None and config.adapted_shots
+    search_tasks = read_search_tasks(config) if searching else []
     source = find_model_source(config)
-    _check_scoring([*tasks, *training_tasks])
+    _check_scoring([*tasks, *search_tasks])
     with sole_user(config.output_dir, name=f".{config.model_type}.lock", setting="--output-dir"):
-        return _evaluate(config, tasks, training_tasks, source)
+        return _evaluate(config, tasks, search_tasks, source)
 
 
 def _check_scoring(tasks: Sequence[TestTask]) -> None:
@@ -74,31 +65,31 @@ def _check_scoring(tasks: Sequence[TestTask]) -> None:
 
 
 def _evaluate(
-    config: EvaluationConfig, tasks: Sequence[TestTask], training_tasks: Sequence[TestTask], source: ModelSource
+    config: EvaluationConfig, tasks: Sequence[TestTask], search_tasks: Sequence[TestTask], source: ModelSource
 ) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
     from metasft.evaluation.checks import check_before_loading
     from metasft.evaluation.open_model import open_model
+    from metasft.evaluation.search import read_search
 
-    searching = bool(training_tasks)
+    searched = None if config.adaptation_settings is None else read_search(Path(config.adaptation_settings), config)
     opened = open_model(config, source)
     by_name = {task.name: task for task in tasks}
     largest = plan_cells(list(by_name), [config.largest_n], config.n_runs)  # the shots of smaller N are among its
     prompts = check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
     settings = _settings(config, tasks, source, opened, prompts)
     loaded = _LoadedOnce(config, opened)
-    if searching:
-        chosen = _search(config, settings, training_tasks, loaded)
-        settings |= _adaptation_settings(chosen)
-        if loaded.model is not None:
-            loaded.model.use(chosen)
-        loaded.opened = replace(opened, adaptation=chosen)
+    if search_tasks:
+        searched = read_search(_search(config, settings, search_tasks, loaded), config)
+    adaptations, settings["search"] = searched or (dict.fromkeys(config.adapted_shots, opened.adaptation), None)
+    # Without shots nothing is adapted: one more cell of the first group.
+    adaptations = {0: next(iter(adaptations.values()), opened.adaptation), **adaptations}
     results: dict[str, dict[str, dict[str, Any]]] = {}
     stores = []
     if not config.speed_only:
         cells = plan_cells([task.name for task in tasks], config.n_shots, config.n_runs)
         stores.append(ResultStore(config.output_dir, config.model_type))
-        grid = {**settings, "n_shots": sorted(config.n_shots)}
-        results = _run(config, tasks, grid, stores[-1], cells, loaded, by="n_shots")
+        grid = {**settings, **_adaptation_settings(adaptations, config.n_shots), "n_shots": sorted(config.n_shots)}
+        results = _run(config, tasks, grid, stores[-1], cells, loaded, adaptations, by="n_shots")
     if config.speed_steps:
         cells = [
             Cell(task.name, config.speed_shots, run, step)
@@ -107,8 +98,13 @@ def _evaluate(
             for run in range(config.n_runs)
         ]
         stores.append(ResultStore(config.output_dir, config.model_type, "speed"))
-        curve = {**settings, "n_shots": [config.speed_shots], "adaptation_steps": sorted(config.speed_steps)}
-        _run(config, tasks, curve, stores[-1], cells, loaded, by="step")
+        curve = {
+            **settings,
+            **_adaptation_settings(adaptations, [config.speed_shots]),
+            "n_shots": [config.speed_shots],
+            "adaptation_steps": sorted(config.speed_steps),
+        }
+        _run(config, tasks, curve, stores[-1], cells, loaded, adaptations, by="step")
     return results, stores
 
 
@@ -133,6 +129,7 @@ def _run(
     store: ResultStore,
     planned: Sequence[Cell],
     loaded: _LoadedOnce,
+    adaptations: Mapping[int, Adaptation],
     *,
     by: str,
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -142,16 +139,17 @@ def _run(
     store.open(settings, overwrite=config.overwrite)
     by_name = {task.name: task for task in tasks}
     if any(cell not in store.cells for cell in planned):
-        _run_missing(config, by_name, settings, store, planned, loaded.get())
+        _run_missing(config, by_name, settings, store, planned, loaded.get(), adaptations)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
-        baseline = majority_baseline(task.test)
+        trivial = settings["trivial_baseline"][task.name]["accuracy"]
+        baselines = {"majority_baseline": majority_baseline(task.test), "trivial_baseline": trivial}
         own = [cell for cell in planned if cell.task == task.name]
         results[task.name] = {}
         for value in sorted({getattr(cell, by) for cell in own}):
             cells = [cell for cell in own if getattr(cell, by) == value]
             results[task.name][str(value)] = summarise_cells(
-                [store.cells[cell] for cell in cells], [store.predictions[cell] for cell in cells], baseline
+                [store.cells[cell] for cell in cells], [store.predictions[cell] for cell in cells], baselines
             )
     write_json(store.results_path, results)
     return results
@@ -164,17 +162,20 @@ def _run_missing(
     store: ResultStore,
     planned: Sequence[Cell],
     model: Any,
+    adaptations: Mapping[int, Adaptation],
 ) -> None:
     from tqdm import tqdm
 
     from metasft.evaluation.few_shot_model import Job
 
     missing = [cell for cell in planned if cell not in store.cells]
-    # Cells that differ in the step alone are points of one adaptation.
-    adaptations = list(dict.fromkeys(cell._replace(step=None) for cell in missing))
+    # Cells that differ in the step alone are points of one adaptation; those of one optimizer and rate go together.
+    groups: dict[Adaptation, dict[Cell, Job]] = {}
+    for cell in missing:
+        job = Job(cell.task, _shots_of(tasks[cell.task], cell, config), cell.run)
+        groups.setdefault(adaptations[cell.n_shots], {})[cell._replace(step=None)] = job
     steps = sorted({cell.step for cell in missing if cell.step is not None}) or None
     model.prepare(tasks.values(), needed_shots(config, missing, tasks))
-    jobs = [Job(cell.task, _shots_of(tasks[cell.task], cell, config), cell.run) for cell in adaptations]
     model.runner.tokens = type(model.runner.tokens)()
 
     def measured() -> dict[str, Any]:
@@ -188,40 +189,48 @@ def _run_missing(
 
     write_json(store.settings_path, measured())
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="evaluating", unit="cell") as progress:
-        for number, step, outcome in model.run_jobs(jobs, test_after=steps):
-            cell = adaptations[number]._replace(step=None if steps is None else step)
-            if cell in store.cells:  # measured before an interruption; the trajectory passes through it again
-                continue
-            after = "" if cell.step is None else f", after {cell.step} steps"
-            progress.set_postfix_str(f"{cell.task}, {cell.n_shots} shots, run {cell.run}{after}")
-            store.add(*_record(tasks[cell.task], cell, jobs[number].shots, outcome))
-            progress.update()
+        for adaptation, jobs in groups.items():
+            model.use(adaptation)
+            cells = list(jobs)
+            for number, step, outcome in model.run_jobs(list(jobs.values()), test_after=steps):
+                shots = jobs[cells[number]].shots
+                cell = cells[number]._replace(step=None if steps is None else step)
+                if cell in store.cells:  # measured before an interruption; the trajectory passes through it again
+                    continue
+                after = "" if cell.step is None else f", after {cell.step} steps"
+                progress.set_postfix_str(f"{cell.task}, {cell.n_shots} shots, run {cell.run}{after}")
+                store.add(*_record(tasks[cell.task], cell, shots, outcome))
+                progress.update()
     write_json(store.settings_path, measured())
-
-
-def _training_tasks(config: EvaluationConfig) -> list[TestTask]:
-    from metasft.evaluation.search import SEARCH_SHOTS
-
-    return read_training_tasks(config, shots=SEARCH_SHOTS, limit=config.search_limit)
 
 
 def _search(
     config: EvaluationConfig, settings: Mapping[str, Any], tasks: Sequence[TestTask], loaded: _LoadedOnce
-) -> Adaptation:
-    """The searched adaptation, from the output folder where an equal search is there already."""
-    from metasft.evaluation.search import SEARCH_GRID, choose, means, read_search, search, search_settings
+) -> Path:
+    """Search the adaptation, as far as an equal search is not in the output folder already; returns its file."""
+    from metasft.evaluation.search import choose, search, search_settings, write_search
 
     path = config.output_dir / f"{config.model_type}_search.json"
     own = search_settings(config, settings, tasks)
     if config.overwrite:
         path.unlink(missing_ok=True)
-    losses = read_search(path, own)
-    if len(losses) < len(SEARCH_GRID):
-        losses = search(loaded.get(), tasks, own, path)
-    chosen = choose(losses, config.adaptation_optimizer)
-    choice = {"optimizer": chosen.optimizer, "lr": chosen.lr}
-    write_json(path, {"settings": own, "losses": losses, "mean": means(losses), "choice": choice})
-    return chosen
+    losses = search(loaded.get, tasks, own, path)
+    write_search(path, own, losses, {n: choose(by, config.adaptation_optimizer) for n, by in losses.items()})
+    return path
+
+
+def trivial_baseline(task: TestTask) -> dict[str, Any]:
+    """``name`` and ``accuracy`` of the best solver that understands nothing.
+
+    Those that the manifest has, which were measured on all test items; else the best constant per form of answer, as
+    the shot pool shows it, on the test items in use.
+    """
+    from metasft.data.embedded_tasks import constant_per_form
+
+    if task.trivial:
+        name = max(task.trivial, key=task.trivial.__getitem__)
+        return {"name": name, "accuracy": task.trivial[name]}
+    return {"name": "constant per form", "accuracy": constant_per_form(task.pool, task.test)}
 
 
 def _shots_of(task: TestTask, cell: Cell, config: EvaluationConfig) -> list[int]:
@@ -242,13 +251,15 @@ def _record(
     task: TestTask, cell: Cell, shots: Sequence[int], outcome: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(record of the cell, one prediction per test item)."""
-    from metasft.data.embedded_tasks import score
+    from metasft.data.embedded_tasks import score, score_leniently
 
     place = {"task": cell.task, "n_shots": cell.n_shots, "run": cell.run}
     if cell.step is not None:
         place["step"] = cell.step
     predictions = []
-    for row, output in zip(task.test, outcome.outputs, strict=True):
+    for row, output, truncated, nll, tokens in zip(
+        task.test, outcome.outputs, outcome.truncated, outcome.nll, outcome.tokens, strict=True
+    ):
         verdict = score(output, row)
         predictions.append(
             {
@@ -259,7 +270,11 @@ def _record(
                 "output": output,
                 "extracted": verdict.extracted,
                 "correct": verdict.correct,
+                "correct_lenient": verdict.correct or score_leniently(output, row),
                 "formatted": verdict.formatted,
+                "truncated": truncated,
+                "loss": nll / tokens,
+                "tokens": tokens,
             }
         )
     record = {
@@ -275,11 +290,16 @@ def _record(
     return record, predictions
 
 
-def _adaptation_settings(adaptation: Adaptation) -> dict[str, Any]:
+def _adaptation_settings(adaptations: Mapping[int, Adaptation], n_shots: Sequence[int]) -> dict[str, Any]:
+    """Optimizer and rate; null, and by shot count beside it, where they differ between shot counts."""
+    used = {n: adaptations[n] for n in sorted(n_shots) if n} or {0: adaptations[0]}
+    optimizers, rates, origins = (set(values) for values in zip(*used.values(), strict=True))
+    by_shots = {str(n): f"{one.optimizer} {one.lr:g}" for n, one in used.items()}
     return {
-        "adaptation_optimizer": adaptation.optimizer,
-        "adaptation_lr": adaptation.lr,
-        "adaptation_origin": adaptation.origin,
+        "adaptation_optimizer": optimizers.pop() if len(optimizers) == 1 else None,
+        "adaptation_lr": rates.pop() if len(rates) == 1 else None,
+        "adaptation_origin": origins.pop(),
+        **({"adaptation_by_shots": by_shots} if len(set(used.values())) > 1 else {}),
     }
 
 
@@ -297,14 +317,15 @@ def _settings(
         "adapts": "nothing: the shots are in the prompt" if config.shots_in_prompt else opened.adapts,
         "protocol": "in_context" if config.shots_in_prompt else "adaptation",
         "adaptation_steps": 0 if config.shots_in_prompt else config.adaptation_steps,
-        **_adaptation_settings(opened.adaptation),
         "adaptation_batch_size": config.adaptation_batch_size,
+        "split": config.split,
         "eval_tasks": [task.name for task in tasks],
         "domain": {task.name: task.domain for task in tasks},
         "n_runs": config.n_runs,
         "seed": config.seed,
         "limit": config.limit,
         "n_test": {task.name: len(task.test) for task in tasks},
+        "trivial_baseline": {task.name: trivial_baseline(task) for task in tasks},
         "shot_pool": {task.name: len(task.pool) for task in tasks},
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "decoding": "greedy",

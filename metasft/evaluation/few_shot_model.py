@@ -48,15 +48,24 @@ class Outcome:
 
     Attributes:
         outputs: generated text per test item; empty where only the loss was asked for.
-        loss: nats per response token over the whole test set, measured with the adapted parameters.
+        truncated: of every output, whether it reached ``--max-new-tokens`` without an end.
+        nll: nats over the response tokens of every test item, measured with the adapted parameters.
+        tokens: how many response tokens that are.
         support_losses: mean response loss of each update step's batch, before that step; empty without shots.
         adapt_seconds: wall time of the update steps; of cells adapted together, each one's equal share.
     """
 
     outputs: list[str]
-    loss: float
+    truncated: list[bool]
+    nll: list[float]
+    tokens: list[int]
     support_losses: list[float]
     adapt_seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per response token over the whole test set."""
+        return sum(self.nll) / sum(self.tokens)
 
 
 class FewShotModel:
@@ -85,7 +94,7 @@ class FewShotModel:
         model = model.to(self.device).eval()
         autocast = all_parameters and config.dtype == "bfloat16"
         self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
-        stop = model.generation_config.eos_token_id
+        self._stop = set(model.generation_config.eos_token_id)
         samples = tuple(
             self.tokenizer(f"Which number comes after {number}? Answer with one word.")["input_ids"]
             for number in ("seven", "twenty-nine")
@@ -110,7 +119,7 @@ class FewShotModel:
             "batch_size": config.batch_size,
         }
         if unpacked is None:
-            self.runner: PackedRunner | PaddedRunner = PackedRunner(**common, stop=set(stop), share=not self._dropout)
+            self.runner: PackedRunner | PaddedRunner = PackedRunner(**common, stop=self._stop, share=not self._dropout)
         else:
             logger.warning("packed rows are not used: %s", unpacked)
             self.runner = PaddedRunner(**common, pad=self.tokenizer.pad_token_id)
@@ -265,9 +274,21 @@ class FewShotModel:
                 measured = {slot: [float(loss) for loss in losses[slot]] for slot in losses}  # waits for the device
                 seconds += time.perf_counter() - started
                 share = seconds / max(1, len(streams))
-                for number, outputs, loss in self._test(adaptation, jobs, slots, generate):
+                for number, tested in self._test(adaptation, jobs, slots, generate):
                     spent = share if number in streams else 0.0
-                    yield number, done, Outcome(outputs, loss, measured[number], spent)
+                    ids = [item.output for item in tested] if generate else []
+                    yield (
+                        number,
+                        done,
+                        Outcome(
+                            outputs=self.tokenizer.batch_decode(ids, skip_special_tokens=True),
+                            truncated=[self._stop.isdisjoint(output) for output in ids],
+                            nll=[item.nll for item in tested],
+                            tokens=[item.tokens for item in tested],
+                            support_losses=measured[number],
+                            adapt_seconds=spent,
+                        ),
+                    )
             adaptation.zero_grad()
 
     def _draw(self, job: Job, stream: ShuffledStream) -> list[Example]:
@@ -276,8 +297,8 @@ class FewShotModel:
 
     def _test(
         self, adaptation: Any, jobs: Sequence[Job], slots: Sequence[int], generate: bool
-    ) -> Iterator[tuple[int, list[str], float]]:
-        """(number of the job, texts, loss) of every job, as soon as its items are through."""
+    ) -> Iterator[tuple[int, list[Tested]]]:
+        """(number of the job, its items in their order) of every job, as soon as its items are through."""
         rows: list[tuple[int, TestItem]] = []
         place: list[tuple[int, int]] = []  # row -> (number of the job, number of the item)
         results: list[dict[int, Tested]] = [{} for _ in jobs]
@@ -292,10 +313,7 @@ class FewShotModel:
             done = results[job_number]
             done[number] = tested
             if len(done) == len(self._tests[jobs[job_number].task]):
-                whole = [done[number] for number in sorted(done)]
-                loss = sum(item.nll for item in whole) / sum(item.tokens for item in whole)
-                texts = self.tokenizer.batch_decode([item.output for item in whole], skip_special_tokens=True)
-                yield job_number, texts if generate else [], loss
+                yield job_number, [done[number] for number in sorted(done)]
 
 
 def _longest_context(model: Any) -> int:

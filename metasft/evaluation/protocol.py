@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from pydantic import Field, create_model
 
 from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.schema import Count, Schema, Unique, rule, validated
+from metasft.config.schema import Count, Line, Record, Schema, Share, Unique, read_checked, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
 from metasft.data.task_sets import check_turns
 from metasft.files.atomic import check_place
@@ -36,6 +36,8 @@ DEFAULT_LORA_ALPHA = 32.0
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_LR_LORA = 1e-3
 DEFAULT_LR_ALL = 1e-5
+FOLDERS = {"test": "meta_test", "valid": "meta_valid", "search": "meta_valid"}
+"""Split -> the folder of its tasks; those of meta_valid are told apart by their role in the manifest."""
 _SUPPORT, _TEST = "_support.parquet", "_test.parquet"
 _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
@@ -56,7 +58,8 @@ class EvaluationConfig:
     model_path: Annotated[str, _told("model or checkpoint, see find_model_source")]
     model_type: Annotated[ModelType, _told("what it is; names the result files")]
     output_dir: Annotated[Path, _told("folder for the result files")]
-    eval_tasks: Annotated[tuple[str, ...], Unique, _told("unseen or in-domain tasks; empty = every unseen one")] = ()
+    split: Annotated[Literal["test", "valid", "search"], _told("where the unseen tasks come from")] = "test"
+    eval_tasks: Annotated[tuple[str, ...], Unique, _told("of the split, or in-domain; empty = the whole split")] = ()
     n_shots: Annotated[tuple[Count, ...], Unique, _told("such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
     base_model: Annotated[str | None, _told("model under an adapter; null = what the checkpoint records")] = None
     data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
@@ -83,8 +86,11 @@ class EvaluationConfig:
     lora_alpha: Annotated[float | None, _told("scale of the fresh LoRA; null = 32", gt=0)] = None
     cells_per_batch: Annotated[int | None, _told("adaptations done and tested together; null = automatic", ge=1)] = None
     shots_in_prompt: Annotated[bool, _told("the shots are earlier turns, nothing is adapted")] = False
-    search_adaptation: Annotated[bool, _told("choose optimizer and rate on held-out items of training tasks")] = False
-    search_limit: Annotated[int, _told("held-out items per training task in that search", ge=1)] = 16
+    search_adaptation: Annotated[bool, _told("choose optimizer and rate for every shot count, on other tasks")] = False
+    search_limit: Annotated[int, _told("test items per task of that search", ge=1)] = 16
+    adaptation_settings: Annotated[str | None, _told("the _search.json of another evaluation, whose choice to use")] = (
+        None
+    )
     speed_steps: Annotated[
         tuple[Annotated[int, Field(ge=0, le=100_000)], ...],
         Unique,
@@ -109,21 +115,32 @@ class EvaluationConfig:
         if self.chat_template_kwargs is not None:
             chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.shots_in_prompt:
-            for flag in ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "speed_steps"):
-                if getattr(self, flag):
-                    raise ValueError(
-                        f"--{flag.replace('_', '-')} and --shots-in-prompt exclude each other: nothing is adapted on "
-                        "shots there"
-                    )
+            flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
+            self._exclude("shots_in_prompt", flags, "nothing is adapted on shots there")
+        if self.adaptation_settings is not None:
+            flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation")
+            self._exclude("adaptation_settings", flags, "the file says what to adapt with")
+        if self.split == "search":
+            self._exclude("split search", ("search_adaptation",), "it would choose on the tasks it reports on")
         if self.speed_only and not self.speed_steps:
             raise ValueError("--speed-only needs --speed-steps: give the update steps to measure after, such as 0 5 10")
         check_place(self.output_dir, "--output-dir")
 
+    def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
+        for flag in flags:
+            if getattr(self, flag):
+                raise ValueError(f"--{flag} and --{setting} exclude each other: {why}".replace("_", "-"))
+
+    @property
+    def adapted_shots(self) -> tuple[int, ...]:
+        """The shot counts above 0 of every part of the evaluation, in ascending order."""
+        grid = () if self.speed_only else self.n_shots
+        return tuple(sorted({*grid, *((self.speed_shots,) if self.speed_steps else ())} - {0}))
+
     @property
     def largest_n(self) -> int:
         """The largest number of shots that any part of the evaluation takes."""
-        grid = () if self.speed_only else self.n_shots
-        return max((*grid, *((self.speed_shots,) if self.speed_steps else ())))
+        return max(self.adapted_shots, default=0)
 
 
 @cache
@@ -142,11 +159,12 @@ class TestTask:
 
     Attributes:
         name: task name.
-        domain: ``unseen`` (from meta_test) or ``in_domain`` (from meta_train: the pool is what meta-training adapted
+        domain: ``unseen`` (from the split) or ``in_domain`` (from meta_train: the pool is what meta-training adapted
             on, the test items are what it never saw).
         pool_path, test_path: the parquet files.
         pool: all rows of the shot pool.
         test: the test rows in use, at most ``limit``.
+        trivial: solver that understands nothing -> its accuracy on all test rows, where the manifest says so.
     """
 
     __test__ = False  # pytest would take it for a test class
@@ -157,6 +175,7 @@ class TestTask:
     test_path: Path
     pool: list[dict[str, Any]]
     test: list[dict[str, Any]]
+    trivial: Mapping[str, float] | None = None
 
 
 def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
@@ -166,14 +185,17 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
         ValueError: a task or file is missing or unusable, the pool is smaller than the largest N, or a test item occurs
             in the pool or has the example_id of another.
     """
-    unseen, known = (config.data_dir / folder for folder in ("meta_test", "meta_train"))
+    unseen, known = (config.data_dir / folder for folder in (FOLDERS[config.split], "meta_train"))
     remedy = "make the data with `python prepare_math_science_data.py`, or give --data-dir"
     if not unseen.is_dir():
-        raise ValueError(f"--data-dir is {config.data_dir}, which holds no meta_test folder: {remedy}")
-    found = {name: ("unseen", unseen) for name in _tasks_in(unseen)}
-    if not found:
-        raise ValueError(f"{unseen} holds no <task>{_TEST}: {remedy}")
-    default = list(found)
+        raise ValueError(
+            f"--data-dir is {config.data_dir}, which holds no {unseen.name} folder, the tasks of --split "
+            f"{config.split}: {remedy}"
+        )
+    default = split_tasks(config.data_dir, config.split)
+    if not default:
+        raise ValueError(f"{unseen} holds no <task>{_TEST} of --split {config.split}: {remedy}")
+    found = {name: ("unseen", unseen) for name in default}
     for name in _tasks_in(known):
         found.setdefault(name, ("in_domain", known))
     missing = [task for task in config.eval_tasks if task not in found]
@@ -181,26 +203,68 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
         trained = [name for name, (domain, _) in found.items() if domain == "in_domain"]
         also = f", and {known} has {', '.join(trained)}" if trained else ""
         names = ", ".join(map(printable, missing))
-        raise ValueError(f"--eval-tasks names {names}, but {unseen} has {', '.join(default)}{also}: choose from those")
+        raise ValueError(
+            f"--eval-tasks names {names}, but --split {config.split} in {unseen} has {', '.join(default)}{also}: "
+            "choose from those"
+        )
     return [
         _read_task(*found[task], task, config.largest_n, config.limit) for task in config.eval_tasks or tuple(default)
     ]
 
 
-def read_training_tasks(config: EvaluationConfig, *, shots: int, limit: int) -> list[TestTask]:
-    """The tasks of ``data_dir/meta_train`` with held-out items, but for those under evaluation.
+def split_tasks(data_dir: Path, split: str) -> list[str]:
+    """Names of the tasks of a split, in alphabetical order; none where the data have no such tasks.
+
+    A task of meta_valid without a role in the manifest belongs to ``valid``.
 
     Raises:
-        ValueError: there is none, or a file is unusable.
+        ValueError: manifest.json cannot be read.
     """
-    folder = config.data_dir / "meta_train"
-    names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
+    names = _tasks_in(data_dir / FOLDERS[split])
+    if split == "test":
+        return names
+    about = _manifest_tasks(data_dir)
+    return [name for name in names if about.get(name, {}).get("role", "valid") == split]
+
+
+class _Described(Record):
+    role: Line = "valid"
+    trivial: Annotated[dict[Line, Share], Field(min_length=1)] | None = None
+
+
+class _Manifest(Record):
+    tasks: dict[str, _Described] = Field({})
+
+
+def _manifest_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """Task -> what the manifest says about it; nothing where there is no manifest."""
+    path = data_dir / "manifest.json"
+    if not path.is_file():
+        return {}
+    script = "prepare_math_science_data.py"
+    return read_checked(path, _Manifest, writer=script, remedy="prepare the data again").get("tasks", {})
+
+
+def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
+    """What ``--search-adaptation`` chooses on, ``search_limit`` test items each.
+
+    The tasks of ``--split search``, which no method trains on, where the data have them; else the training tasks with
+    held-out items, but for those under evaluation.
+
+    Raises:
+        ValueError: there are neither, or a file is unusable.
+    """
+    domain, folder = "unseen", config.data_dir / FOLDERS["search"]
+    names = split_tasks(config.data_dir, "search")
+    if not names:
+        domain, folder = "in_domain", config.data_dir / "meta_train"
+        names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
     if not names:
         raise ValueError(
-            f"--search-adaptation needs training tasks that are not under evaluation, and {folder} holds no other "
-            f"<task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
+            f"--search-adaptation needs search tasks in meta_valid, or training tasks that are not under evaluation, "
+            f"and {folder} holds no other <task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
         )
-    return [_read_task("in_domain", folder, name, shots, limit) for name in names]
+    return [_read_task(domain, folder, name, config.largest_n, config.search_limit) for name in names]
 
 
 def _tasks_in(folder: Path) -> list[str]:
@@ -231,7 +295,8 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
                 f"{len(shared)} test items of {test_path} occur in {pool_path.name} too ({column} "
                 f"{sorted(map(str, shared))[0]!r}): shots must not be test items, prepare the data again"
             )
-    return TestTask(name, domain, pool_path, test_path, pool, test)
+    trivial = _manifest_tasks(folder.parent).get(name, {}).get("trivial")
+    return TestTask(name, domain, pool_path, test_path, pool, test, trivial)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,9 @@ _NOT_COMPARED = ("versions", "trained_parameters", "cells_per_batch", "one_at_a_
 class _Prediction(Place):
     step: Count | None = None
     correct: bool
+    correct_lenient: bool
     formatted: bool
+    truncated: bool
 
 
 class _Cell(Place):

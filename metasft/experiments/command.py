@@ -13,7 +13,7 @@ from pathlib import Path
 from metasft.cli.errors import ArgumentParser, report_error
 from metasft.experiments.plan import Plan, make_plan, shell_line
 from metasft.experiments.runner import run_all
-from metasft.experiments.store import ExperimentStore, command_of, finished_searches, known_runs, locked
+from metasft.experiments.store import ExperimentStore, finished_searches, known_runs, locked
 from metasft.experiments.suites import ROOT, check_seeds, read_scale, read_suites
 from metasft.files.atomic import check_place
 from metasft.files.paths import user_path
@@ -119,7 +119,7 @@ def _chosen_arms(names: Sequence[str] | None, plan: Plan) -> list[str]:
 
 
 def _print_searches(plan: Plan, selected: Sequence[str]) -> None:
-    needed = {plan.runs[name].searched_by for name in selected} | set(selected)
+    needed = {need for name in selected for need in plan.runs[name].needs} | set(selected)
     for model_type, search in plan.searches.items():
         if search.run in needed:
             because = f" ({search.reason})" if search.reason else ""
@@ -133,7 +133,7 @@ def _print_commands(plan: Plan, selected: Sequence[str]) -> None:
     if not any(plan.runs[name].resources.gpus for name in selected):
         print("export CUDA_VISIBLE_DEVICES=")
     for name in selected:
-        print(f"\n# {name}\n{shell_line(command_of(plan, name))}")
+        print(f"\n# {name}\n{shell_line(plan.runs[name].command)}")
 
 
 def _summary(store: ExperimentStore, selected: Sequence[str]) -> int:

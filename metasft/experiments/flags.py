@@ -13,7 +13,7 @@ from metasft.config.schema import hint
 from metasft.evaluation.protocol import EvaluationConfig
 from metasft.experiments.suites import Scale
 
-_SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed")
+_SET_BY_RUNNER = ("model_type", "model_path", "base_model", "data_dir", "output_dir", "seed", "adaptation_settings")
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -38,12 +38,12 @@ class PreparedData(NamedTuple):
 
     Attributes:
         support: training task -> examples in its support set.
-        shots: unseen task -> examples in its shot pool.
+        shots: split (``test``, ``valid``, ``search``) -> task -> examples in its shot pool.
         where: names the settings behind it, for messages.
     """
 
     support: Mapping[str, int]
-    shots: Mapping[str, int]
+    shots: Mapping[str, Mapping[str, int]]
     where: str
 
     def check_training_tasks(self, tasks: Sequence[str], key: str, samples: int = 0) -> None:
@@ -62,8 +62,11 @@ class PreparedData(NamedTuple):
 
     def check_evaluation(self, config: EvaluationConfig) -> None:
         """Raise ValueError for a task that will not be there, or whose pool has fewer examples than shots are drawn."""
-        pools = {**self.support, **self.shots}
-        for task in config.eval_tasks or self.shots:
+        own = self.shots.get(config.split, {})
+        if not own:
+            raise ValueError(f"evaluate.split is {config.split}, and {self.where} has no tasks of it: choose another")
+        pools = {**self.support, **own}
+        for task in config.eval_tasks or own:
             if task not in pools:
                 raise ValueError(
                     f"evaluate.eval_tasks names {task}, which is no task of {self.where}: choose from "
@@ -97,10 +100,11 @@ def check_data(scale: Scale) -> PreparedData:
         resolve_source(arguments)
         if arguments.source != "reasoning_gym":
             selection = select(arguments)
-            support = {name: selection.sizes[name].support for name in selection.suite.train}
-            return PreparedData(
-                support, {name: selection.sizes[name].support for name in selection.suite.unseen}, where
-            )
+            pools = {
+                role: {name: selection.sizes[name].support for name in tasks}
+                for role, tasks in selection.suite.roles.items()
+            }
+            return PreparedData(pools.pop("train"), {"test": pools.pop("unseen"), **pools}, where)
         settings = script.check_settings(arguments)
     except SystemExit:
         reason = said.getvalue().strip().removeprefix("error: ").removesuffix(" (see --help)")
@@ -109,9 +113,8 @@ def check_data(scale: Scale) -> PreparedData:
         raise ValueError(f"{where}: {error}") from error
     train = [name for name in settings["tasks"] if name in TRAIN_TASKS]
     unseen = [name for name in settings["tasks"] if name not in TRAIN_TASKS]
-    return PreparedData(
-        dict.fromkeys(train, settings["support_samples"]), dict.fromkeys(unseen, settings["shot_pool"]), where
-    )
+    pools = dict.fromkeys(unseen, settings["shot_pool"])
+    return PreparedData(dict.fromkeys(train, settings["support_samples"]), {"test": pools}, where)
 
 
 # ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------
@@ -123,7 +126,11 @@ def evaluation_command(settings: Mapping[str, Any]) -> list[str]:
 
 def evaluation_results(settings: Mapping[str, Any]) -> list[str]:
     """The files that the evaluation leaves when it has finished."""
-    kinds = {"results": not settings.get("speed_only"), "speed": bool(settings.get("speed_steps"))}
+    kinds = {
+        "results": not settings.get("speed_only"),
+        "speed": bool(settings.get("speed_steps")),
+        "search": bool(settings.get("search_adaptation")) and settings.get("adaptation_lr") is None,
+    }
     return [f"{settings['output_dir']}/{settings['model_type']}_{kind}.json" for kind, there in kinds.items() if there]
 
 
@@ -140,8 +147,12 @@ def _check_known(values: Mapping[str, Any], known: Sequence[str], where: str) ->
             raise ValueError(f"{where} has the key {key}, which is not known there; {hint(key, known)}")
 
 
-def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> None:
-    """Raise ValueError for flags that ``evaluate_few_shot.py`` would not accept, or that do not fit the data."""
+def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) -> EvaluationConfig:
+    """The evaluation that the flags ask for.
+
+    Raises:
+        ValueError: ``evaluate_few_shot.py`` would not accept a flag, or it does not fit the data.
+    """
     values = {key: value for key, value in settings.items() if value is not None}
     for field in fields(EvaluationConfig):
         if "tuple" in field.type and field.name in values:
@@ -155,3 +166,4 @@ def check_evaluation(settings: Mapping[str, Any], arm: str, data: PreparedData) 
         data.check_evaluation(config)
     except ValueError as error:
         raise ValueError(f"arm {arm}: {error}") from error
+    return config

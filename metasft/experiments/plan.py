@@ -33,7 +33,7 @@ from metasft.experiments.flags import (
     evaluation_command,
     evaluation_results,
 )
-from metasft.experiments.search import Search, choose_searches, placeholders
+from metasft.experiments.search import Search, choose_searches
 from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
 
 CONFIG_DIR = "data/math_science_meta"
@@ -55,7 +55,6 @@ class Run:
         kind: ``model``, ``data``, ``train`` or ``evaluate``.
         command: words of the command line, run in the repository root.
         needs: names of the runs that must have finished.
-        searched_by: the evaluation whose choice takes the place of placeholders in ``command``; None: there are none.
         results: files without which it has not finished, relative to the repository root or absolute.
         summary: what ``run_summary.json`` says beside the measured costs, for a trainer that writes none; else None.
     """
@@ -65,7 +64,6 @@ class Run:
     command: tuple[str, ...]
     resources: Resources
     needs: tuple[str, ...] = ()
-    searched_by: str | None = None
     arm: str | None = None
     seed: int | None = None
     task: str | None = None
@@ -384,7 +382,7 @@ class _Planner:
             settings["base_model"] = self.model
         if self.scale.speed is not None and arm.name in self.scale.speed.arms:
             settings |= {"speed_steps": self.scale.speed.steps, "speed_shots": self.scale.speed.shots}
-        check_evaluation(settings, arm.name, self.prepared)
+        evaluation = check_evaluation(settings, arm.name, self.prepared)
         needs = self._needs if train is None else (train,)
         of = {**of, "results": evaluation_results(settings)}
         search = self.searches.get(arm.model_type)
@@ -397,16 +395,21 @@ class _Planner:
             )
         for key in ("adaptation_optimizer", "adaptation_lr"):
             settings.pop(key, None)
-        searching = evaluation_command(
-            {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate.search.limit}
-        )
+        if evaluation.speed_steps and evaluation.speed_shots not in evaluation.n_shots:
+            raise ValueError(
+                f"arm {arm.name}: speed.shots is {evaluation.speed_shots}, for which evaluate.search chooses nothing: "
+                "add it to evaluate.all.n_shots"
+            )
+        with_search = {**settings, "search_adaptation": True, "search_limit": self.scale.evaluate.search.limit}
+        searching = evaluation_command(with_search)
         if search.run in (name, self.known.get(identity(searching, self.folder(name)))):
+            of["results"] = evaluation_results(with_search)
             shared = self._add(name, "evaluate", searching, "evaluate", needs=needs, **of)
             self.searches[arm.model_type] = search._replace(run=shared)
             return shared
-        command = evaluation_command({**settings, **placeholders(search.run)})
-        needs = (*needs, search.run)
-        return self._add(name, "evaluate", command, "evaluate", needs=needs, searched_by=search.run, **of)
+        chosen = f"{self.folder(search.run)}/{arm.model_type}_search.json"
+        command = evaluation_command({**settings, "adaptation_settings": chosen})
+        return self._add(name, "evaluate", command, "evaluate", needs=(*needs, search.run), **of)
 
     def _prompts(self, arm: Arm, config: Mapping[str, Any]) -> dict[str, str]:
         """Flags for prompts as in training, where the model does not record them: a base model gets those of the

@@ -71,11 +71,6 @@ def _schedule(
                     postponed.add(name)
                 elif all(state == "finished" for state in needed.values()):
                     waiting.remove(name)
-                    if not store.has_choice(name):
-                        error = f"{store.plan.runs[name].searched_by} finished, but left no optimizer and rate behind"
-                        store.update(name, state="failed", error=error, finished=now())
-                        progress.ended(name)
-                        continue
                     store.update(name)
                     resources = store.plan.runs[name].resources
                     options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "name": name}

@@ -1,20 +1,16 @@
-"""One search of the adaptation per model type: which evaluation searches, and how the others come to its choice.
+"""One search of the adaptation per model type: which evaluation searches, for the others to adapt as it chose.
 
-A scale with ``evaluate.search`` has optimizer and learning rate of the adaptation chosen on held-out items of the
-training tasks (``evaluate_few_shot.py --search-adaptation``), once per model type and output folder: every arm of the
-type is adapted alike. The evaluations that follow are planned with placeholders, filled in when they start.
+A scale with ``evaluate.search`` has optimizer and learning rate of the adaptation chosen for every shot count
+(``evaluate_few_shot.py --search-adaptation``), once per model type and output folder: every arm of the type is adapted
+alike, with ``--adaptation-settings`` of the file that the search leaves.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from metasft.experiments.suites import Arm, Scale
-
-CHOICE_FILE = "{model_type}_search.json"
 
 
 class Search(NamedTuple):
@@ -63,26 +59,3 @@ def choose_searches(arms: Sequence[Arm], scale: Scale, finished: Mapping[str, st
             reason = "" if arm.name == wanted else f"{wanted}, which the scale names, is in none of these suites"
             searches[model_type] = Search(run, arm.name, reason)
     return searches
-
-
-def placeholders(run: str) -> dict[str, str]:
-    """Flags of an evaluation that takes over what ``run`` chooses."""
-    return {"adaptation_optimizer": f"<optimizer of {run}>", "adaptation_lr": f"<learning rate of {run}>"}
-
-
-def fill_in(command: Sequence[str], run: str, choice: Mapping[str, Any]) -> tuple[str, ...]:
-    """The command with what ``run`` chose."""
-    named = placeholders(run)
-    values = {named["adaptation_optimizer"]: choice["optimizer"], named["adaptation_lr"]: str(choice["lr"])}
-    return tuple(values.get(word, word) for word in command)
-
-
-def read_choice(folder: Path) -> dict[str, Any] | None:
-    """``optimizer`` and ``lr`` that the evaluation in this folder chose; None: it has not, or not searched."""
-    for path in folder.glob(CHOICE_FILE.format(model_type="*")):
-        try:
-            choice = json.loads(path.read_text(encoding="utf-8"))["choice"]
-            return {"optimizer": str(choice["optimizer"]), "lr": float(choice["lr"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None

@@ -16,7 +16,6 @@ from typing import Any
 from metasft.config.records import EXPERIMENTS_FILE, FORMAT, read_experiments, read_record, write_record
 from metasft.experiments.plan import Plan, identity
 from metasft.experiments.provenance import provenance
-from metasft.experiments.search import fill_in, read_choice
 from metasft.experiments.suites import META_LEARNERS, ROOT
 from metasft.files.atomic import locked, remove, remove_leftovers, write_json
 
@@ -78,7 +77,7 @@ class ExperimentStore:
             if name not in self.plan.runs
         }
         found = {name: read_record(self.run_folder(name)) or dict(_NEW) for name in self.plan.runs}
-        changed = [n for n, r in found.items() if "command" in r and tuple(r["command"]) != command_of(self.plan, n)]
+        changed = [n for n, r in found.items() if "command" in r and tuple(r["command"]) != self.plan.runs[n].command]
         kept = [name for name in changed if not self._starts_over(name, found[name], retry_failed)]
         if kept:
             raise ValueError(self._other_commands(kept, found))
@@ -107,7 +106,7 @@ class ExperimentStore:
     def _other_commands(self, names: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> str:
         said = []
         for name in names:
-            there, here = _settings(found[name]["command"]), _settings(command_of(self.plan, name))
+            there, here = _settings(found[name]["command"]), _settings(self.plan.runs[name].command)
             old, new = (
                 " ".join(setting for setting in one if setting not in other) or "nothing else"
                 for one, other in ((there, here), (here, there))
@@ -120,15 +119,6 @@ class ExperimentStore:
             "another --output-dir"
         )
 
-    def has_choice(self, name: str) -> bool:
-        """Take over, into the record of an evaluation, what the one that it waits for chose; False: that chose nothing.
-
-        True as well for a run that has nothing to take over.
-        """
-        command = command_of(self.plan, name)
-        self.records[name]["command"] = list(command)
-        return self.plan.runs[name].searched_by is None or command != self.plan.runs[name].command
-
     def _what(self, name: str) -> dict[str, Any]:
         run = self.plan.runs[name]
         return {
@@ -136,8 +126,7 @@ class ExperimentStore:
             "arm": run.arm,
             "seed": run.seed,
             "task": run.task,
-            "command": list(command_of(self.plan, name)),
-            "planned_command": list(run.command),
+            "command": list(run.command),
             "needs": list(run.needs),
             "environment": dict(self.plan.scale.environment),
             "gpus": run.resources.gpus,
@@ -288,7 +277,7 @@ def known_runs(output: Path) -> dict[tuple[str, ...], str]:
         ValueError: ``experiments.json`` there is not readable, or not what the runner writes.
     """
     runs = (read_experiments(ROOT / output, whole=True).get("runs") or {}).items()
-    return {identity(run.get("planned_command", run["command"]), output / "runs" / name): name for name, run in runs}
+    return {identity(run["command"], output / "runs" / name): name for name, run in runs}
 
 
 def finished_searches(output: Path) -> dict[str, str]:
@@ -302,22 +291,5 @@ def finished_searches(output: Path) -> dict[str, str]:
     """
     folder = ROOT / output
     searches = read_experiments(folder, whole=True).get("searches") or {}
-    return {model_type: run for model_type, run in searches.items() if _choice_of(folder / "runs" / run) is not None}
-
-
-def command_of(plan: Plan, name: str) -> tuple[str, ...]:
-    """A run's command, with the choice of the search that it waits for where that has finished."""
-    run = plan.runs[name]
-    if run.searched_by is None:
-        return run.command
-    searching = plan.runs.get(run.searched_by)
-    choice = _choice_of(ROOT / plan.output / "runs" / run.searched_by, None if searching is None else searching.command)
-    return run.command if choice is None else fill_in(run.command, run.searched_by, choice)
-
-
-def _choice_of(folder: Path, command: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """What a finished evaluation chose; None as well where another command than ``command`` made it."""
-    record = read_record(folder)
-    if record is None or record["state"] != "finished":
-        return None
-    return read_choice(folder) if command is None or list(command) == record["command"] else None
+    records = {model_type: read_record(folder / "runs" / run) for model_type, run in searches.items()}
+    return {key: searches[key] for key, record in records.items() if record and record["state"] == "finished"}

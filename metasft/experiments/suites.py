@@ -130,7 +130,7 @@ class Resources(Schema):
 
 
 class Search(Schema):
-    limit: Positive = Field(description="the held-out items per training task, for example 8")
+    limit: Positive = Field(description="the test items per task of the search, for example 8")
     arms: dict[ModelType, str] = Field(
         description="model type -> the arm whose first evaluation searches optimizer and rate for all arms of the type"
     )

@@ -38,7 +38,10 @@ COMPARISON_FIGURE = "comparison_meta_lora_vs_fomaml.png"
 FORMAT = 2
 METHOD_NAMES = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT"}
 _TRAINING = ("inner/support_loss_first", "inner/support_loss_last", "meta/query_loss_after", "meta/adaptation_gain")
-_ADAPTATION = ("adapts", "adaptation_steps", "adaptation_optimizer", "adaptation_lr", "adaptation_batch_size")
+_ADAPTATION = (
+    *("adapts", "adaptation_steps", "adaptation_optimizer", "adaptation_lr", "adaptation_batch_size"),
+    "adaptation_by_shots",
+)
 _PROVENANCE = ("commit", "dirty", "device", "cores", "python", "versions", "data_sha256")
 Document = dict[str, Any]
 

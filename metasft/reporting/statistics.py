@@ -214,26 +214,34 @@ def _seed_correlation(correct: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def summarise_cells(
-    cells: Sequence[Mapping[str, Any]], predictions: Sequence[Sequence[Mapping[str, Any]]], baseline: float
+    cells: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, float],
 ) -> dict[str, Any]:
     """One entry of an evaluation's results: all runs of one task and N.
 
     Args:
         cells: one record per run.
         predictions: the predictions of each run, in the order of the test items.
-        baseline: accuracy of always giving the most frequent answer.
+        baselines: accuracies without a model, by the keys that they get in the entry.
     """
+
+    def share(key: str) -> float:
+        return float(np.mean([[p[key] for p in run] for run in predictions]))
+
     correct = np.array([[p["correct"] for p in run] for run in predictions], dtype=float)
     per_run = correct.mean(axis=1)
     return {
         "accuracy_mean": float(correct.mean()),
+        "accuracy_lenient": share("correct_lenient"),
         "accuracy_std": float(per_run.std(ddof=1)) if len(per_run) > 1 else 0.0,
         "ci95": list(accuracy_interval(correct)),
         "n_runs": len(cells),
         "n_test": correct.shape[1],
         "loss_mean": float(np.mean([cell["loss"] for cell in cells])),
-        "format_accuracy": float(np.mean([[p["formatted"] for p in run] for run in predictions])),
-        "majority_baseline": baseline,
+        "format_accuracy": share("formatted"),
+        "truncated_share": share("truncated"),
+        **baselines,
         "adapt_steps": cells[0]["adapt_steps"],
         "adapt_seconds": float(np.mean([cell["adapt_seconds"] for cell in cells])),
     }

@@ -129,6 +129,7 @@ def results_text(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         "format": lambda row: f"{row[2]['format_accuracy']:.1%}",
         "loss": lambda row: f"{row[2]['loss_mean']:.3f}",
         "majority": lambda row: f"{row[2]['majority_baseline']:.1%}",
+        "trivial": lambda row: f"{row[2]['trivial_baseline']:.1%}",
     }
     rows = [(task, shots, entry) for task, by_shots in results.items() for shots, entry in by_shots.items()]
     return _table("", rows, columns).frame.to_string(index=False)
@@ -315,11 +316,17 @@ def adaptations(arms: Sequence[Arm]) -> Table:
     def of(*keys: str) -> Callable[[Arm], str]:
         return lambda arm: " ".join(str(arm["adaptation"][key]) for key in keys if arm["adaptation"][key] is not None)
 
+    def optimizer_and_rate(arm: Arm) -> str:
+        by_shots = arm["adaptation"].get("adaptation_by_shots")
+        if by_shots:
+            return ", ".join(f"{shots} shots: {choice}" for shots, choice in by_shots.items())
+        return of("adaptation_optimizer", "adaptation_lr")(arm)
+
     columns = {
         "Arm": _name,
         "Adapts": lambda arm: arm["adaptation"]["adapts"] or ("not recorded" if arm["seeds"] else arm["status"]),
         "Update steps above 0 shots": of("adaptation_steps"),
-        "Optimizer, rate": of("adaptation_optimizer", "adaptation_lr"),
+        "Optimizer, rate": optimizer_and_rate,
         "Shots per step": of("adaptation_batch_size"),
         "Samples": lambda arm: arm["samples_per_task"],
         "Seeds": lambda arm: ", ".join(map(str, arm["seeds"])),

@@ -9,15 +9,22 @@ import subprocess
 import sys
 
 import pytest
-from few_shot_data import ADAPTATION, save_random_adapter, write_training_tasks, write_unseen_tasks
+from few_shot_data import (
+    ADAPTATION,
+    save_random_adapter,
+    write_training_tasks,
+    write_unseen_tasks,
+    write_validation_tasks,
+)
 from script_runner import ROOT, must_run, run_script, script_environment
 
 KEYS = {
-    "accuracy_mean", "accuracy_std", "ci95", "n_runs", "n_test",
-    "loss_mean", "format_accuracy", "majority_baseline", "adapt_steps", "adapt_seconds",
+    "accuracy_mean", "accuracy_lenient", "truncated_share", "accuracy_std", "ci95", "n_runs", "n_test",
+    "loss_mean", "format_accuracy", "majority_baseline", "trivial_baseline", "adapt_steps", "adapt_seconds",
 }  # fmt: skip
 PREDICTION_KEYS = {
     "task", "n_shots", "run", "example_id", "prompt", "gold", "output", "extracted", "correct", "formatted",
+    "correct_lenient", "truncated", "loss", "tokens",
 }  # fmt: skip
 
 
@@ -88,11 +95,44 @@ def test_the_searched_rate_is_the_one_that_adapts(whole_run):
     folder, _, _ = whole_run
     found, settings = read(folder / "meta_lora_search.json"), read(folder / "meta_lora_settings.json")
     assert found["settings"]["tasks"] == ["easy"]  # harder is under evaluation
-    assert len(found["losses"]) == len(found["settings"]["grid"])
-    best = min((loss, name) for name, loss in found["mean"].items() if loss is not None)[1]
-    assert best == f"{found['choice']['optimizer']} {found['choice']['lr']:g}"
-    names = ("adaptation_optimizer", "adaptation_lr", "adaptation_origin")
-    assert [settings[name] for name in names] == [*found["choice"].values(), "search on training tasks"]
+    assert list(found["choice"]) == list(found["losses"]) == ["2", "5"]
+    chosen = {}
+    for shots, choice in found["choice"].items():
+        assert len(found["losses"][shots]) == len(found["settings"]["grid"])
+        best = min((loss, name) for name, loss in found["mean"][shots].items() if loss is not None)[1]
+        chosen[shots] = f"{choice['optimizer']} {choice['lr']:g}"
+        assert chosen[shots] == best
+    assert settings["adaptation_origin"] == "search on training tasks"
+    assert (settings["search"]["choice"], settings["search"]["trials_per_shot_count"]) == (found["choice"], 7)
+    if len(set(chosen.values())) > 1:
+        assert settings["adaptation_by_shots"] == chosen
+    else:
+        assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == chosen["2"]
+
+
+def test_a_choice_on_search_tasks_serves_another_evaluation(adapter, tiny_model, tmp_path, capsys):
+    """Reported on validation tasks, searched on those of the other role, and adapted alike by an arm that follows."""
+    data = write_validation_tasks(tmp_path / "data", {"one": "search", "two": "valid", "three": "valid"})
+
+    def arguments(name, *more):
+        common = flags("meta_lora", adapter, data, tmp_path / name, "--split", "valid", *more)
+        at = common.index("--eval-tasks")
+        return *common[:at], *common[at + 3 :]
+
+    assert in_process(*arguments("first", "--search-adaptation", "--search-limit", "2")) == 0
+    chosen = tmp_path / "first" / "meta_lora_search.json"
+    assert in_process(*arguments("second", "--adaptation-settings", chosen)) == 0
+    first, second = (read(tmp_path / name / "meta_lora_settings.json") for name in ("first", "second"))
+    assert (first["split"], first["eval_tasks"], first["search"]["tasks"]) == ("valid", ["three", "two"], ["one"])
+    assert first["adaptation_origin"] == "search on search tasks"
+    assert {k: v for k, v in first.items() if k != "tokens"} == {k: v for k, v in second.items() if k != "tokens"}
+    results = [without_times(read(tmp_path / name / "meta_lora_results.json")) for name in ("first", "second")]
+    assert results[0] == results[1]
+    capsys.readouterr()
+    assert in_process(*arguments("first", "--split", "search", "--adaptation-settings", chosen)) == 2
+    assert "other settings (split: 'valid' there, 'search' now)" in capsys.readouterr().err
+    assert in_process(*arguments("third", "--adaptation-settings", tmp_path / "none.json")) == 2
+    assert "none.json" in capsys.readouterr().err
 
 
 def test_training_tasks_are_tested_in_domain(whole_run):
@@ -189,7 +229,16 @@ def test_results_can_be_recomputed_from_the_predictions(run):
         for shots, entry in by_shots.items():
             chosen = [p for p in predictions if (p["task"], str(p["n_shots"])) == (task, shots)]
             assert entry["accuracy_mean"] == pytest.approx(sum(p["correct"] for p in chosen) / len(chosen))
-            assert entry["format_accuracy"] == pytest.approx(sum(p["formatted"] for p in chosen) / len(chosen))
+            shares = {
+                "format_accuracy": "formatted",
+                "accuracy_lenient": "correct_lenient",
+                "truncated_share": "truncated",
+            }
+            for share, key in shares.items():
+                assert entry[share] == pytest.approx(sum(p[key] for p in chosen) / len(chosen))
+            runs = [[p for p in chosen if p["run"] == run] for run in range(entry["n_runs"])]
+            losses = [sum(p["loss"] * p["tokens"] for p in run) / sum(p["tokens"] for p in run) for run in runs]
+            assert entry["loss_mean"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_shots_are_nested_and_never_test_items(run):
@@ -242,8 +291,10 @@ def test_an_interrupted_evaluation_continues(run, adapter, data_dir, tmp_path):
     cells, again = read_lines(folder / "meta_lora_cells.jsonl"), read_lines(tmp_path / "meta_lora_cells.jsonl")
     assert again[:3] == cells[:3]
     assert [c["adapt_seconds"] for c in again[3:]] != [c["adapt_seconds"] for c in cells[3:]]
-    assert read_lines(tmp_path / "meta_lora_predictions.jsonl") == read_lines(folder / "meta_lora_predictions.jsonl")
     # The cells of the second run were batched otherwise: their losses agree up to rounding.
+    ours, whole = (read_lines(place / "meta_lora_predictions.jsonl") for place in (tmp_path, folder))
+    losses = [[line.pop("loss") for line in lines] for lines in (ours, whole)]
+    assert ours == whole and losses[0] == pytest.approx(losses[1], rel=1e-5)
     ours, whole = (read(place / "meta_lora_results.json") for place in (tmp_path, folder))
     for task, by_shots in whole.items():
         for shots, entry in by_shots.items():

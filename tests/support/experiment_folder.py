@@ -342,7 +342,15 @@ def write_cells(
     for place, answers, loss in cells:
         names = items or [f"{place['task']}-{i}" for i in range(len(answers))]
         of_cell = [
-            {**place, "example_id": name, "correct": bool(answer), "formatted": i > 0, "output": "a\u2028b"}
+            {
+                **place,
+                "example_id": name,
+                "correct": bool(answer),
+                "correct_lenient": bool(answer),
+                "formatted": i > 0,
+                "truncated": False,
+                "output": "a\u2028b",
+            }
             for i, (name, answer) in enumerate(zip(names, answers, strict=True))
         ]
         line = {
@@ -358,7 +366,9 @@ def write_cells(
         grouped.setdefault(place["task"], {}).setdefault(str(place[by]), []).append((line, of_cell))
     results = {
         task: {
-            n: summarise_cells([line for line, _ in pairs], [answers for _, answers in pairs], majority)
+            n: summarise_cells(
+                [line for line, _ in pairs], [answers for _, answers in pairs], {"majority_baseline": majority}
+            )
             for n, pairs in by_value.items()
         }
         for task, by_value in grouped.items()

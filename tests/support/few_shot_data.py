@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -34,23 +35,34 @@ def sum_rows(task: str, numbers: range) -> list[dict]:
     return rows
 
 
-def write_unseen_tasks(folder: Path, *, tasks: tuple[str, ...] = ("calculus", "logic"), pool: int = 12, test: int = 6):
+def write_unseen_tasks(
+    folder: Path,
+    *,
+    tasks: tuple[str, ...] = ("calculus", "logic"),
+    pool: int = 12,
+    test: int = 6,
+    side: str = "meta_test",
+):
     """A data folder with shot pools and test sets. Returns ``folder``."""
-    (folder / "meta_test").mkdir(parents=True)
+    (folder / side).mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        pd.DataFrame(sum_rows(task, range(pool))).to_parquet(folder / "meta_test" / f"{task}_support.parquet")
+        pd.DataFrame(sum_rows(task, range(pool))).to_parquet(folder / side / f"{task}_support.parquet")
         rows = sum_rows(task, range(100, 100 + test))
-        pd.DataFrame(rows).to_parquet(folder / "meta_test" / f"{task}_test.parquet")
+        pd.DataFrame(rows).to_parquet(folder / side / f"{task}_test.parquet")
     return folder
 
 
 def write_training_tasks(folder: Path, *, tasks: tuple[str, ...] = ("easy", "harder"), pool: int = 30, test: int = 6):
     """Training tasks with held-out test items in a data folder. Returns ``folder``."""
-    (folder / "meta_train").mkdir(exist_ok=True)
-    for task in tasks:
-        pd.DataFrame(sum_rows(task, range(pool))).to_parquet(folder / "meta_train" / f"{task}_support.parquet")
-        rows = sum_rows(task, range(100, 100 + test))
-        pd.DataFrame(rows).to_parquet(folder / "meta_train" / f"{task}_test.parquet")
+    return write_unseen_tasks(folder, tasks=tasks, pool=pool, test=test, side="meta_train")
+
+
+def write_validation_tasks(folder: Path, roles: dict[str, str], **described):
+    """Validation tasks (name -> role) in a data folder, and the manifest. Returns ``folder``."""
+    write_unseen_tasks(folder, tasks=tuple(roles), side="meta_valid")
+    tasks = {name: {"role": role} for name, role in roles.items()}
+    tasks |= {name: {**tasks.get(name, {}), **about} for name, about in described.items()}
+    (folder / "manifest.json").write_text(json.dumps({"files": {}, "tasks": tasks}))
     return folder
 
 

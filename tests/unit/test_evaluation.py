@@ -118,7 +118,7 @@ def test_output_dir_that_is_a_file(config, tmp_path):
 def test_unknown_task_and_missing_data(config, tmp_path):
     with pytest.raises(ValueError, match=r"--eval-tasks names algebra, but .* has calculus, logic"):
         read_test_tasks(dataclasses.replace(config, eval_tasks=("algebra",)))
-    with pytest.raises(ValueError, match="holds no meta_test folder: make the data"):
+    with pytest.raises(ValueError, match="holds no meta_test folder, the tasks of --split test: make the data"):
         read_test_tasks(dataclasses.replace(config, data_dir=tmp_path))
     (tmp_path / "meta_test").mkdir()
     with pytest.raises(ValueError, match=r"holds no <task>_test.parquet"):
@@ -276,7 +276,8 @@ def record(task, n_shots, run, n_test=2):
 
 def lines(task, n_shots, run, n_test=2):
     place = {"task": task, "n_shots": n_shots, "run": run}
-    return [{**place, "output": f"é {item}", "correct": True, "formatted": False} for item in range(n_test)]
+    verdict = {"correct": True, "correct_lenient": True, "formatted": False, "truncated": False}
+    return [{**place, "output": f"é {item}", **verdict} for item in range(n_test)]
 
 
 def test_store_continues_and_drops_what_an_interruption_cut_off(tmp_path):

@@ -47,6 +47,8 @@ def assert_same(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         assert one.outputs == other.outputs
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.truncated == other.truncated and one.tokens == other.tokens
+        assert one.nll == pytest.approx(other.nll, rel=1e-3)
         assert one.support_losses == pytest.approx(other.support_losses, rel=1e-3)
 
 
@@ -84,6 +86,22 @@ def load_padded(config):
         model, tasks = load(config)
     assert isinstance(model.runner, PaddedRunner)
     return model, tasks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_output_that_ends_is_not_truncated(config, padded, monkeypatch):
+    model, _ = load_padded(config) if padded else load(config)
+    job, ids = Job("logic", [], 0), []
+    monkeypatch.setattr(model.tokenizer, "batch_decode", lambda outputs, **_: ids.extend(outputs) or map(str, outputs))
+    (outcome,) = outcomes(model, [job])
+    assert all(outcome.truncated)
+    # A token that some of the outputs have now ends them.
+    end = next(token for token in ids[0] if not all(token in output for output in ids))
+    model._stop.add(end)
+    model.model.generation_config.eos_token_id.append(end)
+    expected = [end not in output for output in ids]
+    assert outcomes(model, [job])[0].truncated == expected
+    assert len(set(expected)) == 2
 
 
 def test_small_budgets_change_nothing(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -13,13 +14,15 @@ from few_shot_data import (
     save_random_adapter,
     write_training_tasks,
     write_unseen_tasks,
+    write_validation_tasks,
 )
 
+from metasft.data.embedded_tasks import constant_per_form, majority_baseline
 from metasft.evaluation import search as few_shot_search
-from metasft.evaluation.evaluate import evaluate
+from metasft.evaluation.evaluate import evaluate, trivial_baseline
 from metasft.evaluation.few_shot_model import Job
-from metasft.evaluation.protocol import EvaluationConfig, in_context, read_test_tasks, read_training_tasks, shot_indices
-from metasft.evaluation.search import SEARCH_GRID, choose, read_search, search
+from metasft.evaluation.protocol import EvaluationConfig, in_context, read_search_tasks, read_test_tasks, shot_indices
+from metasft.evaluation.search import SEARCH_GRID, choose, read_losses, read_search, search
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,8 @@ def test_training_tasks_can_be_named_and_are_not_taken_unasked(config):
     assert task.domain == "in_domain"
     assert [path.parent.name for path in (task.pool_path, task.test_path)] == ["meta_train", "meta_train"]
     with pytest.raises(
-        ValueError, match=r"names algebra, but .* has calculus, logic, and .*meta_train has easy, harder"
+        ValueError,
+        match=r"names algebra, but --split test in .* has calculus, logic, and .*meta_train has easy, harder",
     ):
         read_test_tasks(dataclasses.replace(config, eval_tasks=("algebra",)))
 
@@ -59,68 +63,129 @@ def test_defaults_keep_to_the_protocol():
     assert min(default["n_shots"]) == 0
 
 
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_told_apart_by_their_roles(config, tmp_path):
+    data = write_validation_tasks(tmp_path / "data", {"one": "search", "two": "valid", "three": "valid"})
+
+    def tasks(split, **changes):
+        read = read_test_tasks(dataclasses.replace(config, data_dir=data, split=split, **changes))
+        return [(task.name, task.domain, task.test_path.parent.name) for task in read]
+
+    assert tasks("search") == [("one", "unseen", "meta_valid")]
+    assert tasks("valid") == [("three", "unseen", "meta_valid"), ("two", "unseen", "meta_valid")]
+    assert tasks("valid", eval_tasks=("two",)) == [("two", "unseen", "meta_valid")]
+    with pytest.raises(ValueError, match=r"--eval-tasks names one, but --split valid in .*meta_valid has three, two"):
+        tasks("valid", eval_tasks=("one",))
+    with pytest.raises(ValueError, match="holds no meta_test folder, the tasks of --split test"):
+        tasks("test")
+    (data / "manifest.json").unlink()  # no roles: all of them are there to report on
+    assert [name for name, *_ in tasks("valid")] == ["one", "three", "two"]
+    with pytest.raises(ValueError, match=r"meta_valid holds no <task>_test.parquet of --split search"):
+        tasks("search")
+    (data / "manifest.json").write_text('{"tasks": {"one": {"role": 1}}}')
+    with pytest.raises(ValueError, match=r"manifest.json is not what prepare_math_science_data.py writes \(tasks.one"):
+        tasks("valid")
+
+
+# ---- trivial baselines ----------------------------------------------------------------------------------------------
+
+
+def test_the_trivial_baseline_is_the_manifests_best_or_a_constant_per_form(config, tmp_path):
+    trivial = {"constant": 0.25, "pattern": 0.5, "copy": 0.0}
+    data = write_validation_tasks(tmp_path / "data", {"one": "valid", "two": "valid"}, one={"trivial": trivial})
+    described, plain = read_test_tasks(dataclasses.replace(config, data_dir=data, split="valid"))
+    best = {"name": "pattern", "accuracy": 0.5}
+    constant = {"name": "constant per form", "accuracy": constant_per_form(plain.pool, plain.test)}
+    assert [trivial_baseline(task) for task in (described, plain)] == [best, constant]
+    small = dataclasses.replace(config, data_dir=data, split="valid", n_shots=(0,), limit=2, search_adaptation=True)
+    results, _ = evaluate(small)
+    settings = json.loads((small.output_dir / "base_settings.json").read_text())
+    assert (
+        settings["trivial_baseline"]["one"] == best and settings["trivial_baseline"]["two"]["name"] in constant.values()
+    )
+    assert (settings["split"], settings["domain"]) == ("valid", {"one": "unseen", "two": "unseen"})
+    assert results["one"]["0"]["trivial_baseline"] == 0.5
+    with pytest.raises(ValueError, match=r"other settings \(split: 'valid' there, 'test' now\)"):
+        evaluate(dataclasses.replace(small, data_dir=config.data_dir, split="test", eval_tasks=("calculus", "logic")))
+
+
+def test_a_constant_per_form_is_the_most_frequent_answer_of_the_pool():
+    def rows(source, *answers):
+        return [{"data_source": source, "answer": answer, "extra_info": "{}"} for answer in answers]
+
+    pool = rows("yes_or_no", "yes", "yes", "no", "yes") + rows("sums", "4", "7", "4")
+    test = rows("yes_or_no", "yes", "no") + rows("sums", "7", "4") + rows("other", "yes", "4")
+    assert constant_per_form(pool, test) == 0.5
+    assert constant_per_form([], test) == 0
+    assert majority_baseline(test) == pytest.approx(2 / 6)
+
+
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 
 def test_the_search_never_sees_a_task_under_evaluation(config, tmp_path):
-    named = [task.name for task in read_training_tasks(config, shots=25, limit=3)]
-    assert named == ["easy", "harder"]
-    evaluated = dataclasses.replace(config, eval_tasks=("easy", "logic"))
-    (task,) = read_training_tasks(evaluated, shots=25, limit=3)
+    small = dataclasses.replace(config, search_limit=3)
+    assert [task.name for task in read_search_tasks(small)] == ["easy", "harder"]
+    (task,) = read_search_tasks(dataclasses.replace(small, eval_tasks=("easy", "logic")))
     assert (task.name, len(task.test), len(task.pool)) == ("harder", 3, 30)
-    with pytest.raises(ValueError, match="--search-adaptation needs training tasks that are not under evaluation"):
-        read_training_tasks(dataclasses.replace(config, eval_tasks=("easy", "harder")), shots=25, limit=3)
+    with pytest.raises(ValueError, match="--search-adaptation needs search tasks in meta_valid, or training tasks"):
+        read_search_tasks(dataclasses.replace(config, eval_tasks=("easy", "harder")))
+    # Tasks that nothing is trained on come first, where there are any.
+    data = write_validation_tasks(write_training_tasks(tmp_path / "data"), {"one": "search", "two": "valid"})
+    (task,) = read_search_tasks(dataclasses.replace(config, data_dir=data))
+    assert (task.name, task.domain) == ("one", "unseen")
 
 
 def searched(config, tmp_path, settings=None):
-    model, _ = load(config)
-    tasks = read_training_tasks(config, shots=25, limit=3)
+    model, tasks = load(config)[0], read_search_tasks(dataclasses.replace(config, search_limit=3))
     path = tmp_path / "search.json"
-    return model, tasks, search(model, tasks, settings or {"seed": 1}, path), path
+    return tasks, search(lambda: model, tasks, settings or {"seed": 1, "n_shots": [2, 5]}, path), path
 
 
 def test_the_search_measures_what_separate_adaptations_give(config, tmp_path, monkeypatch):
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
-    _, tasks, losses, path = searched(config, tmp_path)
-    assert list(losses) == ["sgd 0.5", "adamw 0.01"]
-    for name, by_task in losses.items():
+    tasks, losses, path = searched(config, tmp_path)
+    assert {n: list(by) for n, by in losses.items()} == {n: ["sgd 0.5", "adamw 0.01"] for n in ("2", "5")}
+    for name in losses["2"]:
         optimizer, lr = name.split()
         changed = dataclasses.replace(
             config, adaptation_optimizer=optimizer, adaptation_lr=float(lr), eval_tasks=("easy", "harder"), limit=3,
-            n_shots=(25,),
         )  # fmt: skip
         model, _ = load(changed)
-        for task in tasks:
-            shots = shot_indices(30, 25, seed=1, task=task.name, run=0)
+        for task, n in itertools.product(tasks, (2, 5)):
+            shots = shot_indices(30, n, seed=1, task=task.name, run=0)
             expected = model.adapt_and_test(task.name, shots, run=0).loss
-            assert by_task[task.name] == pytest.approx(expected, rel=1e-4)
+            assert losses[str(n)][name][task.name] == pytest.approx(expected, rel=1e-4)
     written = json.loads(path.read_text())
-    assert written["mean"]["sgd 0.5"] == pytest.approx(sum(losses["sgd 0.5"].values()) / 2)
+    assert written["mean"]["5"]["sgd 0.5"] == pytest.approx(sum(losses["5"]["sgd 0.5"].values()) / 2)
 
 
 def test_a_search_continues_and_other_settings_start_again(config, tmp_path, monkeypatch):
+    settings = {"seed": 1, "n_shots": [2]}
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5),))
-    _, _, first, path = searched(config, tmp_path)
+    _, first, path = searched(config, tmp_path, settings)
     monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
-    model, tasks = load(config)[0], read_training_tasks(config, shots=25, limit=3)
+    model, tasks = load(config)[0], read_search_tasks(config)
     ran = []
     monkeypatch.setattr(model, "use", lambda adaptation: ran.append(adaptation[:2]))
-    both = search(model, tasks, {"seed": 1}, path)
+    both = search(lambda: model, tasks, settings, path)
     assert ran == [("adamw", 0.01)]  # the other one was there
-    assert both["sgd 0.5"] == first["sgd 0.5"]
-    assert read_search(path, {"seed": 1}) == both
-    assert read_search(path, {"seed": 2}) == {}
+    assert both["2"]["sgd 0.5"] == first["2"]["sgd 0.5"]
+    assert search(None, tasks, settings, path) == read_losses(path, settings) == both
+    assert read_losses(path, {**settings, "seed": 2}) == {}
     path.write_text("no JSON")
-    assert read_search(path, {"seed": 1}) == {}
+    assert read_losses(path, settings) == {}
 
 
 def test_the_choice_is_the_lowest_mean_that_is_finite():
     losses = {few_shot_search.candidate_name(*candidate): {"a": 3.0, "b": 3.0} for candidate in SEARCH_GRID}
     losses["sgd 0.5"] = {"a": 0.1, "b": None}  # diverged on one task
     losses["sgd 0.05"] = {"a": 1.0, "b": 2.0}
-    losses["adamw 0.001"] = {"a": 2.0, "b": 1.2}
-    assert choose(losses, None)[:2] == ("sgd", 0.05)
-    assert choose(losses, "adamw")[:2] == ("adamw", 0.001)
+    losses["adamw 0.003"] = {"a": 2.0, "b": 1.2}
+    assert choose(losses, None) == {"optimizer": "sgd", "lr": 0.05, "at_grid_edge": False}
+    assert choose(losses, "adamw") == {"optimizer": "adamw", "lr": 3e-3, "at_grid_edge": True}
     with pytest.raises(ValueError, match="found no optimizer and rate with a finite loss"):
         choose({name: {"a": None} for name in losses}, None)
 
@@ -143,10 +208,53 @@ def test_flags_come_before_the_search(config, monkeypatch):
                 evaluate(dataclasses.replace(changed, search_adaptation=False))
         evaluate(changed)
         settings = json.loads((changed.output_dir / "base_settings.json").read_text())
-        found = json.loads((changed.output_dir / "base_search.json").read_text())
-        allowed = [name for name in found["mean"] if optimizer in (None, name.split()[0])]
-        best = min(allowed, key=lambda name: found["mean"][name])
+        mean = json.loads((changed.output_dir / "base_search.json").read_text())["mean"]["2"]
+        best = min((name for name in mean if optimizer in (None, name.split()[0])), key=mean.get)
         assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == best
+
+
+def write_choice(path, choice, **settings):
+    known = {"adaptation_steps": 4, "adaptation_batch_size": 4, "searched_on": "search tasks", "tasks": ["one"]}
+    settings = {**known, "n_test": {"one": 6}, "grid": [["sgd", 0.1]], **settings}
+    chosen = {n: {"optimizer": optimizer, "lr": lr, "at_grid_edge": True} for n, (optimizer, lr) in choice.items()}
+    path.write_text(json.dumps({"settings": settings, "choice": chosen}))
+    return str(path)
+
+
+def test_every_shot_count_is_adapted_as_was_chosen_for_it(config, tmp_path):
+    """The losses are those of two evaluations, one for each choice."""
+    chosen = {"2": ("sgd", 0.5), "5": ("adamw", 0.01)}
+    both = dataclasses.replace(
+        config, adaptation_lr=None, adaptation_settings=write_choice(tmp_path / "search.json", chosen)
+    )
+    results, _ = evaluate(both)
+    settings = json.loads((both.output_dir / "base_settings.json").read_text())
+    assert settings["adaptation_by_shots"] == {"2": "sgd 0.5", "5": "adamw 0.01"}
+    assert (settings["adaptation_optimizer"], settings["adaptation_lr"]) == (None, None)
+    assert (settings["adaptation_origin"], settings["search"]["tasks"]) == ("search on search tasks", ["one"])
+    for n, (optimizer, lr) in chosen.items():
+        alone = dataclasses.replace(
+            config, adaptation_optimizer=optimizer, adaptation_lr=lr, n_shots=(0, int(n)), output_dir=tmp_path / n
+        )
+        expected, _ = evaluate(alone)
+        for task, by_shots in expected.items():
+            for shots, entry in by_shots.items():
+                assert results[task][shots]["loss_mean"] == pytest.approx(entry["loss_mean"], rel=1e-5)
+
+
+def test_the_choice_of_another_search_has_to_fit(config, tmp_path):
+    def check(choice, message, **settings):
+        path = write_choice(tmp_path / "search.json", choice, **settings)
+        with pytest.raises(ValueError, match=message):
+            read_search(tmp_path / "search.json", dataclasses.replace(config, adaptation_settings=path))
+
+    sgd = ("sgd", 0.5)
+    check({"2": sgd}, "search.json has chosen for 2 shots, not for 5: search with all of --n-shots")
+    check({"2": sgd, "5": sgd}, "searched with --adaptation-steps 9, and --adaptation-steps is 4", adaptation_steps=9)
+    check({"2": sgd, "5": ("sgd", -1)}, r"search.json is not what .*choice.5.lr=-1 must be above 0\): search again")
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(ValueError, match=r"search\.json"):
+        read_search(tmp_path / "search.json", config)
 
 
 # ---- shots in the prompt --------------------------------------------------------------------------------------------
@@ -218,6 +326,14 @@ def test_prompts_longer_than_the_model_reads_are_named(config, monkeypatch):
     "changes, message",
     [
         ({"shots_in_prompt": True}, "--adaptation-lr and --shots-in-prompt exclude each other"),
+        (
+            {"adaptation_settings": "f"},
+            "--adaptation-lr and --adaptation-settings exclude each other: the file says",
+        ),
+        (
+            {"split": "search", "search_adaptation": True},
+            "--search-adaptation and --split search exclude each other: it would choose on the tasks",
+        ),
         (
             {"shots_in_prompt": True, "adaptation_lr": None, "search_adaptation": True},
             "--search-adaptation and --shots",

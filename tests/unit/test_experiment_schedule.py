@@ -7,7 +7,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from experiment_files import BASE, META_LORA, MIXED, SEARCH, SEARCHED, flag, opened
+from experiment_files import BASE, META_LORA, MIXED, SEARCH, SEARCHED, opened
 
 from metasft.config.records import read_record, write_record
 from metasft.experiments import command
@@ -37,9 +37,6 @@ class FakeRay:
             record = {**self.store.records[name], "state": outcome, "seconds": 1.0, "attempts": 1}
             record["error"] = None if outcome == "finished" else f"it {outcome}"
             write_record(self.store.run_folder(name), record)
-            if outcome == "finished" and "--search-adaptation" in record["command"]:
-                choice = {"choice": {"optimizer": "sgd", "lr": 0.25}}
-                (self.store.run_folder(name) / "meta_lora_search.json").write_text(json.dumps(choice))
         return name
 
     def wait(self, references, timeout):
@@ -67,7 +64,6 @@ def test_runs_start_when_what_they_need_has_finished(tmp_path):
     assert sorted(order) == sorted(store.plan.runs)
     for name, run in store.plan.runs.items():
         assert all(order.index(need) < order.index(name) for need in run.needs)
-    assert flag(store.records["evaluate-a-seed1"]["command"], "--adaptation-lr") == "0.25"
     assert scheduled(opened(tmp_path, SEARCHED, SEARCH)) == []
 
 
@@ -145,18 +141,6 @@ def test_a_process_that_could_not_say_why_it_ended_is_a_failure(tmp_path):
     scheduled(store, {"train-a-seed1": "Traceback: out of files", "train-f-seed1": ""})
     assert store.records["train-a-seed1"]["error"] == "Traceback: out of files"
     assert store.records["train-f-seed1"]["error"] == "its process ended with exit code 1 before it could say why"
-
-
-def test_nothing_takes_over_from_a_search_that_left_no_choice(tmp_path):
-    store = opened(tmp_path, SEARCHED, {"evaluate/search": {"limit": 2, "arms": {"meta_lora": "b"}}})
-    ray_order = scheduled(store, {"evaluate-b-seed1": "no file"})
-    assert store.records["evaluate-a-seed1"]["state"] == "skipped"
-    store.update("evaluate-b-seed1", state="finished")
-    store.update("evaluate-a-seed1", state="waiting", error=None)
-    assert scheduled(store) == [] and "evaluate-a-seed1" not in ray_order
-    assert (
-        store.records["evaluate-a-seed1"]["error"] == "evaluate-b-seed1 finished, but left no optimizer and rate behind"
-    )
 
 
 def test_a_second_ctrl_c_ends_running_trainings_at_once(tmp_path, capsys):

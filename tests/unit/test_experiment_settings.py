@@ -90,7 +90,7 @@ WRONG_SCALES = [
     ({"environment": ["X"]}, "environment=.* must be a mapping"),
     ({"speed": {"arms": ["a"], "steps": [0]}}, "speed.shots is missing"),
     ({"speed": {"arms": "a", "steps": [0], "shots": 2}}, "speed.arms='a' must be a list"),
-    ({"evaluate/search": {"arms": {}}}, "evaluate.search.limit is not set; give the held-out items"),
+    ({"evaluate/search": {"arms": {}}}, "evaluate.search.limit is not set; give the test items"),
     ({"evaluate/search": {"limit": 2, "arms": {"loar": "a"}}}, "evaluate.search.arms has the key 'loar'"),
     ({"evaluate/search": {"limit": 2, "arms": {"lora": 3}}}, "evaluate.search.arms.lora=3 must be text"),
     (
@@ -203,6 +203,7 @@ IMPOSSIBLE_SCALES = [
     ({"evaluate/all/n_shots": []}, "arm a: --n-shots=.* must have at least 1"),
     ({"evaluate/all/n_shots": [0, 7]}, "arm a: 7 shots of calculus are asked for, but data .* makes a pool of 6"),
     ({"evaluate/all/eval_tasks": ["calculos"]}, "arm a: evaluate.eval_tasks names calculos, which is no task of data"),
+    ({"evaluate/all/split": "valid"}, "arm a: evaluate.split is valid, and data of .* has no tasks of it: choose"),
     ({"evaluate/all/data_dir": "x"}, "evaluate.all of the scale small has the key data_dir, which is not known there"),
     ({"evaluate/all/seed": 3}, "evaluate.all of the scale small has the key seed, which is not known there"),
     ({"speed": {"arms": ["a"], "steps": [0, -1], "shots": 2}}, "arm a: --speed-steps=-1 must be at least 0"),

@@ -11,8 +11,7 @@ from experiment_files import ARMS, BASE, META_LORA, SEARCH, SEARCHED, SLOWER, fl
 
 import run_experiments
 from metasft.config.records import read_experiments, read_record, write_record
-from metasft.experiments.search import fill_in, read_choice
-from metasft.experiments.store import command_of, locked
+from metasft.experiments.store import locked
 from metasft.files.atomic import PARTIAL
 
 
@@ -255,70 +254,46 @@ def test_the_named_arm_searches_and_the_others_of_its_type_wait_for_it(tmp_path)
     searching = [name for name, run in plan.runs.items() if "--search-adaptation" in run.command]
     assert searching == ["evaluate-b-seed4", "evaluate-f-seed4"]
     assert flag(plan.runs["evaluate-b-seed4"].command, "--search-limit") == "2"
-    assert "--adaptation-lr" not in plan.runs["evaluate-b-seed4"].command
+    chosen = str(tmp_path / "out" / "runs" / "evaluate-b-seed4" / "meta_lora_search.json")
+    assert chosen in plan.runs["evaluate-b-seed4"].results
     for name in ("evaluate-a-seed4", "evaluate-a-seed5", "evaluate-b-seed5"):
         run = plan.runs[name]
-        assert run.searched_by == "evaluate-b-seed4" and run.needs[-1] == "evaluate-b-seed4"
-        assert flag(run.command, "--adaptation-lr") == "<learning rate of evaluate-b-seed4>"
+        assert run.needs[-1] == "evaluate-b-seed4" and flag(run.command, "--adaptation-settings") == chosen
+        assert "--adaptation-lr" not in run.command
     assert plan.searches["fomaml"].reason == "elsewhere, which the scale names, is in none of these suites"
     # A type that the scale does not search for keeps the scale's own settings.
     assert flag(plan.runs["evaluate-base-seed4"].command, "--adaptation-lr") == "0.001"
     assert {"train-a-seed5", "train-b-seed4", "evaluate-b-seed4"} <= set(plan.needed_by(["a"]))
 
 
-def finish_search(store, name, choice):
-    store.update(name, state="finished", attempts=1)
-    (store.run_folder(name) / "meta_lora_search.json").write_text(json.dumps({"choice": choice}))
+def test_a_speed_curve_has_shots_that_the_search_chooses_for(tmp_path):
+    speed = {"arms": ["a"], "steps": [0, 1], "shots": 2}
+    assert plan_of(tmp_path, SEARCHED, {**SEARCH, "speed": speed})
+    with pytest.raises(ValueError, match=r"arm a: speed.shots is 3, for which evaluate.search chooses nothing: add it"):
+        plan_of(tmp_path, SEARCHED, {**SEARCH, "speed": {**speed, "shots": 3}})
 
 
-def test_what_the_search_chose_is_filled_in_when_the_next_evaluation_starts(tmp_path):
+def test_a_finished_search_serves_arms_that_come_later(tmp_path):
     store = opened(tmp_path, SEARCHED, SEARCH)
     store.save()
-    waiting = store.plan.runs["evaluate-a-seed1"]
-    assert not store.has_choice("evaluate-a-seed1") and command_of(store.plan, waiting.name) == waiting.command
-    finish_search(store, "evaluate-b-seed1", {"optimizer": "sgd", "lr": 0.25})
-    assert store.has_choice("evaluate-a-seed1") and store.has_choice("evaluate-base-seed1")
-    command = store.records["evaluate-a-seed1"]["command"]
-    assert (flag(command, "--adaptation-optimizer"), flag(command, "--adaptation-lr")) == ("sgd", "0.25")
-    assert command == list(fill_in(waiting.command, "evaluate-b-seed1", {"optimizer": "sgd", "lr": 0.25}))
-    store.update("evaluate-a-seed1", state="finished", attempts=1)
-    # Started again, nothing has changed; an arm that comes later takes over the choice without searching.
+    for name in ("evaluate-b-seed1", "evaluate-a-seed1"):
+        store.update(name, state="finished", attempts=1)
     assert opened(tmp_path, SEARCHED, SEARCH).records["evaluate-a-seed1"]["state"] == "finished"
     later = opened(tmp_path, {"c": {**META_LORA, "overrides": {"meta.inner_lr": 0.5}}}, SEARCH, name="later")
-    assert "--search-adaptation" not in later.plan.runs["evaluate-c-seed1"].command
-    assert flag(command_of(later.plan, "evaluate-c-seed1"), "--adaptation-lr") == "0.25"
+    command = later.plan.runs["evaluate-c-seed1"].command
+    assert "--search-adaptation" not in command
+    assert flag(command, "--adaptation-settings").endswith("runs/evaluate-b-seed1/meta_lora_search.json")
     assert later.plan.searches["meta_lora"].reason == "has searched in this output folder already"
 
 
-def test_dry_run_shows_what_an_earlier_search_chose(tmp_path, capsys):
-    store = opened(tmp_path, SEARCHED, SEARCH)
-    store.save()
+def test_dry_run_shows_which_search_an_arm_waits_for(tmp_path, capsys):
+    opened(tmp_path, SEARCHED, SEARCH).save()
     files = ["--suite", tmp_path / "try.yaml", "--scale", tmp_path / "small.yaml", "--output-dir", tmp_path / "out"]
-    command = [*map(str, files), "--dry-run", "--arms", "a"]
-    assert run_experiments.main(command) == 0
+    assert run_experiments.main([*map(str, files), "--dry-run", "--arms", "a"]) == 0
     printed = capsys.readouterr().out
-    assert "--adaptation-lr '<learning rate of evaluate-b-seed1>'" in printed
+    assert "evaluate-b-seed1/meta_lora_search.json" in printed
     assert "# adaptation of every meta_lora arm: optimizer and rate that evaluate-b-seed1 finds" in printed
     assert "fomaml" not in printed and "evaluate-base" not in printed
-    finish_search(store, "evaluate-b-seed1", {"optimizer": "sgd", "lr": 0.25})
-    assert run_experiments.main(command) == 0
-    assert "--adaptation-optimizer sgd --adaptation-lr 0.25" in capsys.readouterr().out
-
-
-def test_a_search_of_other_settings_chooses_nothing(tmp_path):
-    store = opened(tmp_path, SEARCHED, SEARCH)
-    store.save()
-    finish_search(store, "evaluate-b-seed1", {"optimizer": "sgd", "lr": 0.25})
-    store.update("evaluate-b-seed1", command=["something", "else"])
-    assert not store.has_choice("evaluate-a-seed1")
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{}", '{"choice": {"optimizer": "sgd"}}', '{"choice": {"optimizer": "sgd", "lr": "x"}}']
-)
-def test_a_choice_that_cannot_be_read_is_none(content, tmp_path):
-    (tmp_path / "meta_lora_search.json").write_text(content)
-    assert read_choice(tmp_path) is None
 
 
 def test_one_search_does_not_serve_lora_and_all_parameters(tmp_path):

@@ -117,6 +117,46 @@ def test_outputs_written_by_hand(case):
     assert [output for output in wrong if judge(output, gold, info).correct] == []
 
 
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_what_is_right_is_right_leniently_too(case):
+    gold, info, right, _ = HAND_MADE[case]
+    row = {"data_source": "x", "answer": gold, "extra_info": {"scorer": case.split(",")[0], **info}}
+    assert [output for output in right if not tasks.score_leniently(output, row)] == []
+
+
+LENIENT = {
+    # scorer: gold, further info, outputs that are right leniently alone, outputs that are wrong all the same
+    "bare": ("4 9 2", {},
+     ["4 9 2\n\nInput: 3 1 7", "Answer: 4 9 2", "The output is 4 9 2.", "So the answer is: **4 9 2**",
+      "Output: 4 9 2. I sorted them."],
+     ["", "4 9 2 7", "4 9", "The numbers are sorted.\n4 9 2", "It is 4 9 3.", "Input: 4 9 2"]),
+    "bare, a label": ("blip", {"choices": ["blip", "krim"]},
+     ["Label: BLIP", "blip\nblip", "It is blip!", "This is **blip**"], ["krim or blip", "krim\nblip", "blips"]),
+    "bare, a word": ("cat", {}, ["Cat", "the answer is CAT"], ["the cat", "dog cat", "cat dog"]),
+    "exact_match": ("Thank you.", {}, ["thank you", "Response: Thank you.\nBye."], ["No. Thank you."]),
+    "boxed": ("12", {}, ["12", "12.\nBecause", "So the result is $12$"], ["13", "12 or 13"]),
+    "boolean": ("True", {}, ["It is true.", "Yes. Since 4 is even"], ["It is not true"]),
+    "text": ("Lima", {}, ["lima", "Lima. It lies in Peru"], ["Lima, Peru"]),
+    "choice": ("B", {"choices": PLANETS}, ["It is Venus.", "Output: (b)"], ["A", "It is Mars"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LENIENT)
+def test_lenient_scoring_looks_at_the_first_line_and_past_its_form(case):
+    gold, info, right, wrong = LENIENT[case]
+    row = {"data_source": "x", "answer": gold, "extra_info": {"scorer": case.split(",")[0], **info}}
+    assert [output for output in right if tasks.score(output, row).correct] == []
+    assert [output for output in right if not tasks.score_leniently(output, row)] == []
+    assert [output for output in wrong if tasks.score_leniently(output, row)] == []
+
+
+def test_lenient_scoring_of_verified_families():
+    (example,) = tasks.generate_examples("number_theory", 1, seed=3)
+    assert not tasks.score(example.answer, example).correct
+    assert tasks.score_leniently(f"{example.answer}\nand so on", example)
+    assert not tasks.score_leniently("", example) and not tasks.score_leniently("no idea", example)
+
+
 def test_every_scorer_has_outputs_written_by_hand():
     assert {case.split(",")[0] for case in HAND_MADE} == set(scoring.SCORERS)
 

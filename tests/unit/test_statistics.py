@@ -64,26 +64,28 @@ def test_intervals_of_accuracies_cover_the_truth(seeds, items):
 
 def test_summary_of_a_cell_by_hand():
     def predictions(correct):
-        return [{"correct": value, "formatted": True} for value in correct]
+        more = {"formatted": True, "correct_lenient": True, "truncated": False}
+        return [{"correct": value, **more} for value in correct]
 
     cells = [
         {"loss": 1.0, "adapt_steps": 10, "adapt_seconds": 2.0},
         {"loss": 2.0, "adapt_steps": 10, "adapt_seconds": 4.0},
     ]
     runs = [predictions([True, False, False, False]), predictions([True, True, True, False])]
-    runs[0][1]["formatted"] = False
-    entry = summarise_cells(cells, runs, 0.25)
+    runs[0][1] |= {"formatted": False, "truncated": True}
+    entry = summarise_cells(cells, runs, {"majority_baseline": 0.25})
     assert list(entry) == [
-        "accuracy_mean", "accuracy_std", "ci95", "n_runs", "n_test",
-        "loss_mean", "format_accuracy", "majority_baseline", "adapt_steps", "adapt_seconds",
+        "accuracy_mean", "accuracy_lenient", "accuracy_std", "ci95", "n_runs", "n_test", "loss_mean",
+        "format_accuracy", "truncated_share", "majority_baseline", "adapt_steps", "adapt_seconds",
     ]  # fmt: skip
     assert entry["accuracy_mean"] == 0.5
     assert entry["accuracy_std"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
     assert (entry["n_runs"], entry["n_test"], entry["loss_mean"]) == (2, 4, 1.5)
     assert (entry["format_accuracy"], entry["majority_baseline"]) == (0.875, 0.25)
+    assert (entry["accuracy_lenient"], entry["truncated_share"]) == (1.0, 0.125)
     assert (entry["adapt_steps"], entry["adapt_seconds"]) == (10, 3.0)
     assert entry["ci95"][0] < 0.5 < entry["ci95"][1]
-    assert summarise_cells(cells[:1], runs[:1], 0.25)["accuracy_std"] == 0.0
+    assert summarise_cells(cells[:1], runs[:1], {})["accuracy_std"] == 0.0
     json.dumps(entry)  # plain numbers only
 
 
