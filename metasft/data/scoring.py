@@ -15,8 +15,8 @@ All but the last two also accept a last line ``Answer: <answer>``. ``formatted``
 there: what a scorer finds by looking further counts as correct, not as formatted.
 
 Lenient scoring, whatever the scorer, asks whether the answer is there when its form does not count. The answer is the
-first line of the text that is not empty, as it stands or without a lead-in such as "The answer is", quotes, emphasis,
-and whatever follows its first sentence. It is right where the scorer accepts it, also when stated as "Answer: ...", or
+first line of the text that is not empty, or what follows a lead-in such as "The answer is" in it, up to the end of that
+sentence, without quotes and emphasis. It is right where the scorer accepts it, also when stated as "Answer: ...", or
 where it is the gold answer but for case and white space. What is right by the scorer itself is right leniently too.
 """
 
@@ -63,9 +63,7 @@ def judge(text: str, gold: str, info: Mapping[str, Any]) -> Score:
 
 
 _LEAD_IN = re.compile(
-    r"(?:so,?\s+|therefore,?\s+)?"
-    r"(?:(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|output|result|label|response)|it|this)"
-    r"(?:\s+(?:is|would be)\b\s*:?|\s*(?::|=|->|→))\s*",
+    r"\b(?:answer|output|result|label|response|it|this)(?:\s+(?:is|would be)\b\s*:?|\s*(?::|=|->|→))\s*",
     re.IGNORECASE,
 )
 _NEXT_SENTENCE = re.compile(r"(?<=[^\s.])[.!?](?:\s.*)?$")
@@ -80,7 +78,8 @@ def correct_leniently(text: str, gold: str, correct: Callable[[str], bool]) -> b
     line = next((line.strip() for line in text.split("\n") if line.strip()), "")
     if not line or len(line) > MAX_SCORED_CHARS:
         return correct(text)
-    bare = unwrap(_LEAD_IN.sub("", unwrap(line), count=1))
+    lead_in = _LEAD_IN.search(line)
+    bare = unwrap(line[lead_in.end() :] if lead_in else line)
     answers = dict.fromkeys((line, bare, unwrap(_NEXT_SENTENCE.sub("", bare))))
     return (
         any(normalised(answer) == normalised(unwrap(gold)) for answer in answers)

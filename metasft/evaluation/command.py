@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, report_error
@@ -12,7 +12,6 @@ from metasft.reporting.tables import results_text
 
 
 def parser(description: str | None = None) -> ArgumentParser:
-    default = {field.name: field.default for field in fields(EvaluationConfig)}
     command = ArgumentParser(description=description)
     add = command.add_argument
     add("--model-path", required=True, help="model folder, adapter (.pt or PEFT folder) or veRL checkpoint folder")
@@ -21,31 +20,21 @@ def parser(description: str | None = None) -> ArgumentParser:
     add(
         "--split",
         choices=FOLDERS,
-        default=default["split"],
         help="tasks of DATA_DIR/meta_test, or of DATA_DIR/meta_valid by their role (default: %(default)s)",
     )
     add(
         "--eval-tasks",
         nargs="+",
-        default=(),
         metavar="TASK",
         help="tasks of the split (default: all); those of meta_train are tested in-domain",
     )
-    add(
-        "--n-shots",
-        nargs="+",
-        type=int,
-        default=default["n_shots"],
-        metavar="N",
-        help="shot counts (default: 0 5 10 25 50)",
-    )
+    add("--n-shots", nargs="+", type=int, metavar="N", help="shot counts (default: 0 5 10 25 50)")
     add("--base-model", help="model under an adapter (default: what the checkpoint records)")
-    add("--data-dir", type=Path, default=default["data_dir"], help="data folder (default: %(default)s)")
-    add("--n-runs", type=int, default=default["n_runs"], help="shot sets per task and N (default: %(default)s)")
+    add("--data-dir", type=Path, help="data folder (default: %(default)s)")
+    add("--n-runs", type=int, help="shot sets per task and N (default: %(default)s)")
     add(
         "--adaptation-steps",
         type=int,
-        default=default["adaptation_steps"],
         help="update steps of one adaptation, the same for every N (default: %(default)s)",
     )
     add(
@@ -57,15 +46,9 @@ def parser(description: str | None = None) -> ArgumentParser:
     add(
         "--adaptation-batch-size",
         type=int,
-        default=default["adaptation_batch_size"],
         help="examples per update step, N if there are fewer (default: %(default)s)",
     )
-    add(
-        "--batch-size",
-        type=int,
-        default=default["batch_size"],
-        help="rows generated together, over all cells of a batch (default: %(default)s)",
-    )
+    add("--batch-size", type=int, help="rows generated together, over all cells of a batch (default: %(default)s)")
     add(
         "--cells-per-batch",
         type=int,
@@ -83,36 +66,23 @@ def parser(description: str | None = None) -> ArgumentParser:
         metavar="FILE",
         help="the <model-type>_search.json of another evaluation: adapt with what it chose for every shot count",
     )
-    add(
-        "--search-limit",
-        type=int,
-        default=default["search_limit"],
-        help="test items per task of that search (default: %(default)s)",
-    )
+    add("--search-limit", type=int, help="test items per task of that search (default: %(default)s)")
     add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
     add(
         "--speed-steps",
         nargs="+",
         type=int,
-        default=(),
         metavar="S",
         help="also measure after S update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)",
     )
-    add(
-        "--speed-shots",
-        type=int,
-        default=default["speed_shots"],
-        help="shots of the speed curve (default: %(default)s)",
-    )
+    add("--speed-shots", type=int, help="shots of the speed curve (default: %(default)s)")
     add("--speed-only", action="store_true", help="measure the speed curve alone")
-    add("--max-new-tokens", type=int, default=default["max_new_tokens"], help="per answer (default: %(default)s)")
+    add("--max-new-tokens", type=int, help="per answer (default: %(default)s)")
     add("--limit", type=int, help="use the first LIMIT test items of each task (default: all)")
-    add("--seed", type=int, default=default["seed"], help="of shots and fresh LoRA weights (default: %(default)s)")
-    add("--device", default=default["device"], help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default=default["dtype"], help="of frozen weights (default: %(default)s)")
-    add(
-        "--max-length", type=int, default=default["max_length"], help="longest example in tokens (default: %(default)s)"
-    )
+    add("--seed", type=int, help="of shots and fresh LoRA weights (default: %(default)s)")
+    add("--device", help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of frozen weights (default: %(default)s)")
+    add("--max-length", type=int, help="longest example in tokens (default: %(default)s)")
     add(
         "--chat-template",
         metavar="FILE",
@@ -126,6 +96,7 @@ def parser(description: str | None = None) -> ArgumentParser:
     add("--lora-rank", type=int, help="rank of the fresh LoRA that --model-type base adapts (default: 16)")
     add("--lora-alpha", type=float, help="scale of that LoRA (default: 32)")
     add("--overwrite", action="store_true", help="drop earlier results of this model type in the output folder")
+    command.set_defaults(**{f.name: f.default for f in fields(EvaluationConfig) if f.default is not MISSING})
     return command
 
 

@@ -128,10 +128,11 @@ LENIENT = {
     # scorer: gold, further info, outputs that are right leniently alone, outputs that are wrong all the same
     "bare": ("4 9 2", {},
      ["4 9 2\n\nInput: 3 1 7", "Answer: 4 9 2", "The output is 4 9 2.", "So the answer is: **4 9 2**",
-      "Output: 4 9 2. I sorted them."],
+      "Output: 4 9 2. I sorted them.", "I think that the answer is 4 9 2!"],
      ["", "4 9 2 7", "4 9", "The numbers are sorted.\n4 9 2", "It is 4 9 3.", "Input: 4 9 2"]),
     "bare, a label": ("blip", {"choices": ["blip", "krim"]},
-     ["Label: BLIP", "blip\nblip", "It is blip!", "This is **blip**"], ["krim or blip", "krim\nblip", "blips"]),
+     ["Label: BLIP", "blip\nblip", "It is blip!", "This is **blip**"],
+     ["krim or blip", "krim\nblip", "blips", "It is krim, or it is blip", "limit is blip"]),
     "bare, a word": ("cat", {}, ["Cat", "the answer is CAT"], ["the cat", "dog cat", "cat dog"]),
     "exact_match": ("Thank you.", {}, ["thank you", "Response: Thank you.\nBye."], ["No. Thank you."]),
     "boxed": ("12", {}, ["12", "12.\nBecause", "So the result is $12$"], ["13", "12 or 13"]),
