@@ -15,9 +15,10 @@ import io
 import itertools
 import json
 import math
+import random
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +179,44 @@ def _dataset_class(family: str) -> tuple[type, type]:
                 return sorted(super()._get_monomials(rng), key=str)
 
         dataset_class = OrderedMonomials
+    elif family in ("ransom_note", "isomorphic_strings"):
+
+        class OrderedLetters(dataset_class):
+            def __init__(self, config):
+                super().__init__(config)
+                self.letters = _SortedSet(self.letters)
+
+        dataset_class = OrderedLetters
+    elif family == "word_ladder":
+
+        class OrderedNeighbours(dataset_class):
+            def _get_neighbors(self, word, word_set):
+                return sorted(super()._get_neighbors(word, word_set))
+
+        dataset_class = OrderedNeighbours
+    elif family == "list_functions":
+
+        class Seeded(dataset_class):
+            def __getitem__(self, idx):
+                state = random.getstate()
+                random.seed(self.seed + idx)  # it draws some numbers from the global generator
+                try:
+                    return super().__getitem__(idx)
+                finally:
+                    random.setstate(state)
+
+        dataset_class = Seeded
     return dataset_class, config_class
+
+
+class _SortedSet(set[str]):
+    """One that is gone through in order, which does not change with the process's hash seed."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__()))
+
+    def __sub__(self, other: Set[Any]) -> _SortedSet:
+        return _SortedSet(super().__sub__(other))
 
 
 def _family_stream(family: str, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:

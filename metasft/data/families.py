@@ -277,6 +277,7 @@ FAMILIES: dict[str, Family] = {
         configs=({"max_word_len": 5, "min_words": 1, "max_words": 2, "max_corruption_level": 0.3},),
         strip=r"^Your task is.*?Now, ",
         accept=lambda entry: len(entry["answer"]) >= 3,
+        close=lambda answer, gold: _same_text(answer.lower(), gold.lower()),
     ),
     "number_filtering": Family(configs=({"max_numbers": 5, "max_decimals": 0, "min_value": 0.0, "max_value": 99.0},)),
     "number_sorting": Family(
@@ -398,9 +399,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "tsumego": Family(configs=({"min_board_size": 5, "max_board_size": 5, "max_stones": 5},)),
     # ---- graphs -----------------------------------------------------------------------------------------------------
-    "course_schedule": Family(
-        configs=({"min_num_courses": 3, "max_num_courses": 5, "max_cycle_length": 3},), labels=("True", "False")
-    ),
     "family_relationships": Family(configs=({"max_family_size": 5},)),
     "largest_island": Family(
         configs=(
@@ -460,11 +458,6 @@ FAMILIES: dict[str, Family] = {
         configs=({"min_num_statements": 3, "max_num_statements": 4},), strip=r"\s*Reply only with a name\."
     ),
     "number_sequence": Family(configs=({"max_terms": 6, "max_complexity": 2},)),
-    "rectangle_count": Family(
-        configs=({"width": 10, "height": 10, "max_rectangles": 3},),
-        strip=r"Your output should be.*?your turn\.\s*",
-        whole_answer=r"\d+",
-    ),
 }
 
 # Families whose verifier hands the answer to sympy, which evaluates it as code.

@@ -1,10 +1,11 @@
 """Families of our own in the form of reasoning-gym: easy calculus and small deductions.
 
-One right answer each, compared up to white space (and in sentences up to case).
+One right answer each, compared up to case and white space.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -102,9 +103,13 @@ def _dataset(draw: Callable[[Random], tuple[str, str]]) -> type[ProceduralDatase
             return {"question": question, "answer": answer, "metadata": {}}
 
         def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-            return float("".join((answer or "").lower().split()) == "".join(entry["answer"].lower().split()))
+            return float(_normalised(answer or "") == _normalised(entry["answer"]))
 
     return OwnFamily
+
+
+def _normalised(answer: str) -> str:
+    return re.sub(r"\s*(\*+)\s*", r"\1", " ".join(answer.lower().split()))
 
 
 DATASETS = {

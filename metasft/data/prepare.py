@@ -52,7 +52,7 @@ def split_train_task(examples: Sequence[Example], settings: dict[str, Any]) -> d
 
 
 def split_test_task(examples: Sequence[Example], settings: dict[str, Any]) -> dict[str, list[Example]]:
-    """Cut a validation or unseen task's examples into shot pool (``support``) and ``test``, in ``fixed_order``, test first."""
+    """Cut a validation or unseen task's examples into ``test`` and shot pool (``support``), in ``fixed_order``."""
     ordered = fixed_order(examples)
     return {"support": ordered[settings["test_samples"] :], "test": ordered[: settings["test_samples"]]}
 
@@ -137,12 +137,13 @@ def _describe_embedded(settings: dict[str, Any], files: dict[str, list[Example]]
             name: {
                 "role": task_source.role(name),
                 "families": dict(sorted(counts[name].items())),
+                "trivial": groups.trivial(name, files),
             }
             for name in settings["tasks"]
         },
         "notes": [
-            "theorem_proving = formal deduction puzzles (who tells the truth, syllogisms, logic circuits, statements about "
-            "small numbers), not proofs",
+            "theorem_proving = formal deduction puzzles (who tells the truth, syllogisms, logic circuits, and easier "
+            "ones), not proofs",
             "monomial_derivative, slope_at_point, slope_sign, constant_integral, number_statements, if_then and "
             "counterexample are families of the project's own",
             "families take turns; coin_flip has about 260 distinct questions, dice makes up the difference",

@@ -1,4 +1,4 @@
-"""The embedded tasks and single reasoning-gym families as a source, which a suite can mix with benchmarks and own data."""
+"""The embedded tasks, and families of reasoning-gym, as a source: a suite can mix them with benchmarks and own data."""
 
 from __future__ import annotations
 
