@@ -467,7 +467,8 @@ def _reasoning_gym_correct(answer: str, gold: str, extra_info: Mapping[str, Any]
         return False  # the gold answer too: some verifiers evaluate it, and files may be anybody's
     if settings.thousands:
         answer = answer.replace(",", "")
-    if family in EXPRESSION_FAMILIES and not _is_harmless_expression(answer):
+    evaluated = (answer, gold, str(extra_info["metadata"].get("integrand", 0))) if family in EXPRESSION_FAMILIES else ()
+    if not all(map(_is_harmless_expression, evaluated)):
         return False
     if settings.rows:
         answer, gold = ("\n".join(text.split(" / ")) for text in (answer, gold))

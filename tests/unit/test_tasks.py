@@ -193,6 +193,14 @@ def test_hostile_answers_are_wrong_quickly_and_never_run(answer, by_family, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("family", ["polynomial_multiplication", "simple_integration"])
+def test_formulas_of_a_data_file_are_never_run(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "__import__('pathlib').Path('scored').touch()"
+    assert not score("Answer: x", reasoning_gym_row(family, code, integrand=code, variable="x")).correct
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unevaluated_integral_is_no_answer():
     """Its derivative is the integrand, so the family's own verifier accepts it."""
     row = reasoning_gym_row("simple_integration", "x**2 + C", integrand="2*x", variable="x")
