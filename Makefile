@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: venv model quickstart test test-all bench architectures rules lint clean
+.PHONY: venv model quickstart test test-all bench architectures rules reasoning lint clean
 
 venv: $(STAMP)
 
@@ -47,6 +47,10 @@ architectures: $(STAMP)
 # docs/rules.md: every hidden rule, and what trivial solvers get right; seconds.
 rules: $(STAMP)
 	$(BIN)/python -m metasft.data.rules.table docs/rules.md
+
+# docs/reasoning.md: the tasks that are one reasoning-gym family each, likewise; half a minute.
+reasoning: $(STAMP)
+	$(BIN)/python -m metasft.data.reasoning.table docs/reasoning.md
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check

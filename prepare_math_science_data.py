@@ -2,12 +2,12 @@
 
     python prepare_math_science_data.py --output-dir ./data/math_science_meta --support-ratio 0.15 --query-ratio 0.25
 
-writes, from the verifiable problem generators of reasoning-gym (nothing is downloaded):
+writes, from verifiable problem generators, most of them of reasoning-gym (nothing is downloaded):
 
     meta_train/<task>_support.parquet  <task>_query.parquet  <task>_test.parquet    tasks for meta-training
     meta_train/<task>_full.parquet                                                  with --full-samples
     meta_test/<task>_support.parquet   <task>_test.parquet                          unseen tasks: shot pool, test set
-    meta_valid/<task>_support.parquet  <task>_test.parquet                          validation tasks of a suite, if any
+    meta_valid/<task>_support.parquet  <task>_test.parquet                          validation tasks: likewise
     manifest.json                                                                   source, settings, SHA-256 of files
 
 and, in the output folder, configs for the standard-LoRA baselines: ``meta_train/<task>_train.yaml`` and
@@ -18,11 +18,12 @@ give the same bytes.
 
 Public benchmarks and own data make the same files (docs/sources.md):
 
-    python prepare_math_science_data.py --suite guide --dry-run        what would be fetched from the hub
+    python prepare_math_science_data.py --suite guide_public --dry-run what would be fetched from the hub
     python prepare_math_science_data.py --benchmark bbh --local-dir ~/datasets
     python prepare_math_science_data.py --source local --mapping my_tasks.yaml
 
-The hidden rules (docs/rules.md) need no network: ``--suite rules``.
+The hidden rules (docs/rules.md) and the reasoning tasks (docs/reasoning.md) need no network: ``--suite rules``,
+``--suite reasoning``. ``--suite guide`` names what the command makes without flags.
 """
 
 import sys

@@ -45,7 +45,10 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     add("--skip-existing", action="store_true", help="do nothing where these flags' files exist unchanged")
     group = parser.add_argument_group("public benchmarks and own data; their sizes come from the suite unless given")
     add = group.add_argument
-    add("--suite", help=f"tasks from the hub: {', '.join(shipped_suites())}, or the path of a YAML file")
+    add(
+        "--suite",
+        help=f"guide: the embedded tasks, the default; {', '.join(shipped_suites())}; or the path of a YAML file",
+    )
     add("--benchmark", choices=commands.BENCHMARKS, help="the suite of one benchmark")
     add("--local-dir", type=Path, help="folder with copies of the datasets, <owner>/<name>/..., instead of the hub")
     add("--revision", nargs="+", metavar="REPOSITORY=COMMIT", help="revisions to use instead of the pinned ones")

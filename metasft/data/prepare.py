@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.data import answers, baselines
+from metasft.data import answers, baselines, families, trivial
 from metasft.data import embedded_tasks as task_source
 from metasft.data.baselines import make_baseline_configs
 from metasft.data.embedded_tasks import Example
+from metasft.data.reasoning import groups
 from metasft.data.rules import source as rules
 from metasft.data.sources import commands
-from metasft.data.sources.build import Built, build
+from metasft.data.sources.build import FOLDERS, Built, build
 from metasft.files.atomic import check_place, sole_user
 from metasft.files.untrusted import read_json, sha256_of
 
@@ -51,7 +52,7 @@ def split_train_task(examples: Sequence[Example], settings: dict[str, Any]) -> d
 
 
 def split_test_task(examples: Sequence[Example], settings: dict[str, Any]) -> dict[str, list[Example]]:
-    """Cut an unseen task's examples into shot pool (``support``) and ``test``, in ``fixed_order``, test first."""
+    """Cut a validation or unseen task's examples into ``test`` and shot pool (``support``), in ``fixed_order``."""
     ordered = fixed_order(examples)
     return {"support": ordered[settings["test_samples"] :], "test": ordered[: settings["test_samples"]]}
 
@@ -68,16 +69,15 @@ def make_splits(settings: dict[str, Any]) -> dict[str, list[Example]]:
     if settings["full_samples"] is not None:
         train_count += settings["full_samples"] - settings["support_samples"] - settings["query_samples"]
     test_count = settings["test_samples"] + settings["shot_pool"]
-    counts = {name: train_count if name in task_source.TRAIN_TASKS else test_count for name in settings["tasks"]}
+    roles = {name: task_source.role(name) for name in settings["tasks"]}
+    counts = {name: train_count if role == "train" else test_count for name, role in roles.items()}
     files: dict[str, list[Example]] = {}
     with tqdm(total=sum(counts.values()), unit="example", disable=None) as bar:
         for name, count in counts.items():
             bar.set_description(name)
             examples = task_source.generate_examples(name, count, settings["seed"], progress=bar.update)
-            if name in task_source.TRAIN_TASKS:
-                folder, parts = "meta_train", split_train_task(examples, settings)
-            else:
-                folder, parts = "meta_test", split_test_task(examples, settings)
+            cut = split_train_task if roles[name] == "train" else split_test_task
+            folder, parts = FOLDERS[roles[name]], cut(examples, settings)
             files.update({f"{folder}/{name}_{part}.parquet": members for part, members in parts.items()})
     _check_disjoint(files)
     return files
@@ -113,12 +113,14 @@ def write_parquet(examples: Sequence[Example], path: Path) -> None:
 def code_sha256(source: str) -> str:
     """SHA-256 over the code that makes the data: with other code the same flags may mean other files."""
     paths = [Path(task_source.__file__), Path(__file__), Path(baselines.__file__), baselines.TEMPLATE]
+    paths += [Path(families.__file__), Path(families.__file__).with_name("own_families.py")]
     if source == "reasoning_gym":
         paths.append(Path(answers.__file__))
     else:
         folder = Path(commands.__file__).parent
         paths += [folder.parent / "answers.py", folder.parent / "scoring.py", *sorted(folder.glob("*.py"))]
-        paths += sorted(Path(rules.__file__).parent.glob("*.py"))
+        paths += [Path(trivial.__file__), *sorted(Path(rules.__file__).parent.glob("*.py"))]
+        paths += sorted(Path(groups.__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -133,18 +135,22 @@ def _describe_embedded(settings: dict[str, Any], files: dict[str, list[Example]]
         "source": {"name": "reasoning-gym", "version": task_source.package_version(), "licence": "Apache-2.0"},
         "tasks": {
             name: {
-                "role": "train" if name in task_source.TRAIN_TASKS else "unseen",
+                "role": task_source.role(name),
                 "families": dict(sorted(counts[name].items())),
+                "trivial": groups.trivial(name, files),
             }
             for name in settings["tasks"]
         },
         "notes": [
-            "theorem_proving = formal deduction puzzles (who tells the truth, syllogisms, logic circuits), not proofs",
+            "theorem_proving = formal deduction puzzles (who tells the truth, syllogisms, logic circuits, and easier "
+            "ones), not proofs",
+            "monomial_derivative, slope_at_point, slope_sign, constant_integral, number_statements, if_then and "
+            "counterexample are families of the project's own",
             "families take turns; coin_flip has about 260 distinct questions, dice makes up the difference",
             "every question occurs once: duplicates, also in other words where the problem is the same, are dropped",
             "training tasks: the examples are ordered by SHA-256 of example_id and cut into query, support, test; for "
             "another support ratio the query set is the same and the smaller support set is the head of the larger",
-            "unseen tasks: the same order, cut into test and support (the shot pool)",
+            "validation and unseen tasks: the same order, cut into test and support (the shot pool)",
             "<task>_full = support + query + further examples; it shares none with any other file",
         ],
     }
@@ -229,8 +235,9 @@ def make_suite(selection: commands.Selection) -> Built:
         built = build(
             suite, selection.sizes, selection.access, known, seed=selection.settings["seed"], progress=progress
         )
-    for name, description in rules.describe(suite, built.files).items():
-        built.tasks[name] |= description
+    for describe in (rules.describe, groups.describe):
+        for name, description in describe(suite, built.files).items():
+            built.tasks[name] |= description
     return built
 
 

@@ -87,7 +87,7 @@ def check_data(scale: Scale) -> PreparedData:
     """
     # The script's own checks, so that there is one truth about its flags.
     from metasft.data import command as script
-    from metasft.data.embedded_tasks import TRAIN_TASKS
+    from metasft.data.embedded_tasks import TEST_TASKS, TRAIN_TASKS, VALID_TASKS
     from metasft.data.sources.commands import resolve_source, select
 
     where = f"data of the scale {scale.name}"
@@ -112,9 +112,11 @@ def check_data(scale: Scale) -> PreparedData:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     train = [name for name in settings["tasks"] if name in TRAIN_TASKS]
-    unseen = [name for name in settings["tasks"] if name not in TRAIN_TASKS]
-    pools = dict.fromkeys(unseen, settings["shot_pool"])
-    return PreparedData(dict.fromkeys(train, settings["support_samples"]), {"test": pools}, where)
+    pools = {
+        split: {name: settings["shot_pool"] for name in settings["tasks"] if name in tasks}
+        for split, tasks in (("test", TEST_TASKS), ("valid", VALID_TASKS))
+    }
+    return PreparedData(dict.fromkeys(train, settings["support_samples"]), pools, where)
 
 
 # ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------

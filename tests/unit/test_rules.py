@@ -12,10 +12,10 @@ from script_runner import ROOT
 from metasft.data import command as prepare_data
 from metasft.data.rules import table
 from metasft.data.rules.rule import KINDS, OPENING, all_items, all_rules
-from metasft.data.rules.trivial import Trivial, trivial_accuracies
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.duplicates import normalised_question
 from metasft.data.sources.suite import ROLES, read_suite
+from metasft.data.trivial import Trivial, trivial_accuracies
 
 RULES = all_rules()
 GROUPS = {rule.group: rule.kind for rule in RULES.values()}

@@ -22,6 +22,7 @@ from metasft.data.sources.duplicates import Questions, normalised_question
 from metasft.data.sources.source import Item
 from metasft.data.sources.suite import SUITES_DIR, read_suite, shipped_suites, suite_from
 
+GUIDE = "guide_public"
 SMALL = ["--samples-per-task", "30", "--test-samples", "10", "--shot-pool", "8"]
 
 
@@ -72,8 +73,8 @@ def test_shipped_suites_are_sound(name):
     assert not needing or f"--accept-licence {' '.join(reversed(needing))}" in text
 
 
-def test_the_default_suite_mirrors_the_embedded_tasks():
-    suite = read_suite("guide", SOURCES)
+def test_the_default_suite_of_the_hub_mirrors_the_embedded_tasks():
+    suite = read_suite(GUIDE, SOURCES)
     assert list(suite.train) == list(tasks.TRAIN_TASKS)
     assert list(suite.unseen) == list(tasks.TEST_TASKS)
     assert 10 <= len(read_suite("math_science", SOURCES).tasks) <= 20
@@ -115,7 +116,7 @@ def test_wrong_suites(case):
 
 
 def test_suites_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"--suite is poetry, which is no file and none of bbh, guide"):
+    with pytest.raises(ValueError, match=r"--suite is poetry, which is no file and none of bbh, guide_public"):
         read_suite("poetry", SOURCES)
     path = tmp_path / "broken.yaml"
     for text, message in (("a: [", "not readable YAML"), ("- a\n", "holds no mapping")):
@@ -128,7 +129,7 @@ def test_suites_that_cannot_be_read(tmp_path):
 
 
 def test_the_guides_suite(run_here, copies, tmp_path, capsys):
-    assert run_here("--suite", "guide", *SMALL, "--local-dir", copies, "--output-dir", "data/x") == 0
+    assert run_here("--suite", GUIDE, *SMALL, "--local-dir", copies, "--output-dir", "data/x") == 0
     assert "data/x/meta_train/algebra_query.parquet: 8 samples" in capsys.readouterr().out
     frames = frames_of(tmp_path / "data/x")
     expected = {
@@ -151,7 +152,7 @@ def test_the_guides_suite(run_here, copies, tmp_path, capsys):
     assert all("-train-" in i for i in frames["meta_train/algebra_support.parquet"]["example_id"])
 
     manifest = manifest_of(tmp_path / "data/x")
-    assert manifest["source"]["suite"] == "guide"
+    assert manifest["source"]["suite"] == GUIDE
     math = manifest["sources"]["math"]
     assert math["repository"] == "EleutherAI/hendrycks_math" and math["licence"] == "MIT"
     assert math["revision"] == SOURCES["math"].revision and any("taken down" in c for c in math["caveats"])
@@ -164,7 +165,7 @@ def test_the_guides_suite(run_here, copies, tmp_path, capsys):
 
 
 def test_the_recorded_command_makes_the_same_bytes(run_here, copies, tmp_path, capsys):
-    flags = ("--suite", "guide", *SMALL, "--local-dir", copies, "--output-dir", "one", "--tasks", "algebra", "calculus")
+    flags = ("--suite", GUIDE, *SMALL, "--local-dir", copies, "--output-dir", "one", "--tasks", "algebra", "calculus")
     assert run_here(*flags) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
     command = manifest_of(tmp_path / "one")["command"].split()
@@ -187,7 +188,7 @@ def test_the_recorded_command_makes_the_same_bytes(run_here, copies, tmp_path, c
 def test_support_ratios_are_comparable(run_here, copies, tmp_path):
     ids = {}
     for ratio in ("0.15", "0.45"):
-        assert run_here("--suite", "guide", "--tasks", "algebra", "theorem_proving", *SMALL, "--support-ratio", ratio,
+        assert run_here("--suite", GUIDE, "--tasks", "algebra", "theorem_proving", *SMALL, "--support-ratio", ratio,
                         "--local-dir", copies, "--output-dir", ratio) == 0  # fmt: skip
         ids[ratio] = {name: list(f["example_id"]) for name, f in frames_of(tmp_path / ratio).items()}
     small, large = ids["0.15"], ids["0.45"]
@@ -198,7 +199,7 @@ def test_support_ratios_are_comparable(run_here, copies, tmp_path):
 
 
 def test_full_samples(run_here, copies, tmp_path):
-    assert run_here("--suite", "guide", "--tasks", "algebra", *SMALL, "--full-samples", 20, "--local-dir", copies,
+    assert run_here("--suite", GUIDE, "--tasks", "algebra", *SMALL, "--full-samples", 20, "--local-dir", copies,
                     "--output-dir", "x") == 0  # fmt: skip
     frames = frames_of(tmp_path / "x/meta_train")
     full = set(frames["algebra_full.parquet"]["example_id"])
@@ -227,7 +228,7 @@ def test_training_examples_that_resemble_test_items_are_kept_out(copies, tmp_pat
     with (root / "HuggingFaceH4/MATH-500/test.jsonl").open("a") as stream:
         stream.write(json.dumps({**benchmark, "problem": rows[5]["problem"] + " either."}) + "\n")
 
-    assert run_here("--suite", "guide", "--tasks", "algebra", *SMALL, "--local-dir", root, "--output-dir", "x") == 0
+    assert run_here("--suite", GUIDE, "--tasks", "algebra", *SMALL, "--local-dir", root, "--output-dir", "x") == 0
     contamination = manifest_of(tmp_path / "x")["tasks"]["algebra"]["contamination"]
     assert sum(contamination.values()) == 2
     assert contamination["math_500 (near)"] == 1
@@ -273,10 +274,11 @@ def test_no_translation_of_a_test_item_is_trained_on(run_here, copies, tmp_path)
 
 
 def test_too_few_examples(run_here, copies, capsys):
-    assert run_here("--suite", "guide", "--tasks", "algebra", "--samples-per-task", 60, "--local-dir", copies) == 2
+    assert run_here("--suite", GUIDE, "--tasks", "algebra", "--samples-per-task", 60, "--local-dir", copies) == 2
     error = capsys.readouterr().err
     assert re.search(
-        r"task 'algebra' of suite guide has 30 test items, 36 are needed \(70 read.*lower --samples-per-task", error
+        r"task 'algebra' of suite guide_public has 30 test items, 36 are needed \(70 read.*lower --samples-per-task",
+        error,
     )
     assert len(error.strip().splitlines()) == 1
 
@@ -354,17 +356,17 @@ def test_levels_select_examples(run_here, copies, tmp_path):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = {
-    "suite of the embedded source": (["--source", "reasoning_gym", "--suite", "guide"],
+    "suite of the embedded source": (["--source", "reasoning_gym", "--suite", GUIDE],
      "--suite means nothing with --source reasoning_gym"),
-    "two suites": (["--suite", "guide", "--benchmark", "bbh"], "--suite is guide and --benchmark is bbh"),
-    "task of another suite": (["--suite", "guide", "--tasks", "physics"],
-     "'physics', which is no task of suite guide"),
-    "no folder": (["--suite", "guide", "--local-dir", "nowhere"], "--local-dir is nowhere"),
-    "revision without commit": (["--suite", "guide", "--revision", "openai/gsm8k"], "--revision is 'openai/gsm8k'"),
-    "revision of nothing": (["--suite", "guide", "--revision", "a/b=c"],
+    "two suites": (["--suite", GUIDE, "--benchmark", "bbh"], "--suite is guide_public and --benchmark is"),
+    "task of another suite": (["--suite", GUIDE, "--tasks", "physics"],
+     "'physics', which is no task of suite guide_public"),
+    "no folder": (["--suite", GUIDE, "--local-dir", "nowhere"], "--local-dir is nowhere"),
+    "revision without commit": (["--suite", GUIDE, "--revision", "openai/gsm8k"], "--revision is 'openai/gsm8k'"),
+    "revision of nothing": (["--suite", GUIDE, "--revision", "a/b=c"],
      "--revision names a/b, which is not fetched here"),
     "licence": (["--suite", "science"], "give --accept-licence sciq"),
-    "needless consent": (["--suite", "guide", "--accept-licence", "gsm8k"], "'gsm8k', which needs no consent"),
+    "needless consent": (["--suite", GUIDE, "--accept-licence", "gsm8k"], "'gsm8k', which needs no consent"),
     "no mapping": (["--source", "local"], "there is no --mapping"),
     "mapping of the hub": (["--source", "hub", "--mapping", "x.yaml"], "--mapping means nothing with --source hub"),
     "dry run of the embedded source": (["--dry-run"], "--dry-run means nothing with --source reasoning_gym"),
@@ -381,7 +383,7 @@ def test_wrong_flags(case, run_here, tmp_path, capsys):
 
 
 def test_dry_run_of_a_copy(run_here, copies, tmp_path, capsys):
-    assert run_here("--suite", "guide", "--local-dir", copies, "--dry-run") == 0
+    assert run_here("--suite", GUIDE, "--local-dir", copies, "--dry-run") == 0
     out = capsys.readouterr().out
     assert f"EleutherAI/hendrycks_math at revision {SOURCES['math'].revision}, licence MIT" in out
     assert re.search(r"algebra/train-00000-of-00001.parquet: [\d.]+ kB", out)

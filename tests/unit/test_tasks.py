@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from metasft.data import embedded_tasks as tasks
+from metasft.data import prepare
 from metasft.data.embedded_tasks import (
     Example,
     extract_answer,
@@ -192,6 +193,14 @@ def test_hostile_answers_are_wrong_quickly_and_never_run(answer, by_family, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("family", ["polynomial_multiplication", "simple_integration"])
+def test_formulas_of_a_data_file_are_never_run(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "__import__('pathlib').Path('scored').touch()"
+    assert not score("Answer: x", reasoning_gym_row(family, code, integrand=code, variable="x")).correct
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unevaluated_integral_is_no_answer():
     """Its derivative is the integrand, so the family's own verifier accepts it."""
     row = reasoning_gym_row("simple_integration", "x**2 + C", integrand="2*x", variable="x")
@@ -303,6 +312,49 @@ HAND_MADE = {
     "circuit_logic": (reasoning_gym_row("circuit_logic", "1"),
      ["1"],
      ["0", "10", "01", "True", "A", "OUT = 0", "1 V", "high", "-1", r"\neg 0", "0 or 1"]),
+    "monomial_derivative": (reasoning_gym_row("monomial_derivative", "12*x**3"),
+     ["12*x**3", "12 * x ** 3", "12*X**3"],
+     ["12*x", "12x^3", "12*x**4", "3*4*x**3", "-12*x**3", "12*x**3 + C", "12", "x**3", "12*x*3", "2*x**3", r"12x^{3}"]),
+    "slope_at_point": (reasoning_gym_row("slope_at_point", "24"),
+     ["24", "24."],
+     ["-24", "2 4", "23", "24*x", "24.0", "x = 24", "240", "24/1", "twenty-four", "2", "4", "24 m"]),
+    "slope_sign": (reasoning_gym_row("slope_sign", "increasing"),
+     ["increasing", "Increasing", "INCREASING", "increasing."],
+     ["decreasing", "neither", "increasing or decreasing", "not increasing", "up", "+", "positive", "increase",
+      "it is"]),
+    "constant_integral": (reasoning_gym_row("constant_integral", "18"),
+     ["18", "18."],
+     ["-18", "18 + C", "18x", "2*9", "18.5", "81", "1", "180", "eighteen", "18 cm", "9"]),
+    "number_statements": (reasoning_gym_row("number_statements", "True"),
+     ["True", "true", "TRUE"],
+     ["False", "Yes", "1", "T", "true and false", "not True", "True or False", "correct", "both", "neither", "No"]),
+    "if_then": (reasoning_gym_row("if_then", "Ben does not dance"),
+     ["Ben does not dance", "ben does not dance", "Ben does not dance."],
+     ["Ben dances", "Ben", "Anna does not dance", "Ben does not sing", "Ben does not dance or sing", "Yes", "nothing",
+      "not dance", "Ben doesn't dance", "Anna sings", "Ben does dance"]),
+    "counterexample": (reasoning_gym_row("counterexample", "25"),
+     ["25"],
+     ["52", "25, 30", "30", "-25", "25 and 30", "None", "the third", "2", "5", "250", "twenty-five"]),
+    "number_sequence": (reasoning_gym_row("number_sequence", "-38"),
+     ["-38"],
+     ["38", "-38, -46", "-37", "- 38", "-380", "-3", "8", "-38.5", "x = -38", "?", "minus 38"]),
+    "number_sorting": (reasoning_gym_row("number_sorting", "['2.0', '7.0', '44.0']", direction="ascending"),
+     ["['2.0', '7.0', '44.0']", "['2', '7', '44']", "[2.0, 7.0, 44.0]", '["2.0", "7.0", "44.0"]'],
+     ["['44.0', '7.0', '2.0']", "2, 7, 44", "['2.0', '7.0']", "['2.5', '7.0', '44.0']",
+      "['2.0', '7.0', '44.0', '50.0']", "[]", "[2.0, 7.0, 44.0", "['2.0' '7.0' '44.0']",
+      "sorted", "['a', 'b', 'c']", "['7.0', '2.0', '44.0']"]),
+    "number_filtering": (reasoning_gym_row("number_filtering", "['16', '20']"),
+     ["['16', '20']"],
+     ["['20', '16']", "['16']", "[]", "16, 20", "['16', '20', '73']", "['73']", "['16' '20']", "16", "[16; 20]", "20",
+      "['1', '20']"]),
+    "calendar_arithmetic": (reasoning_gym_row("calendar_arithmetic", "Thursday",
+     task="weekday_of_date_from_first_date"),
+     ["Thursday", " Thursday "],
+     ["Friday", "thursday", "Thu", "4", "Thursday or Friday", "January", "THURSDAY", "on Thursday", "Thursdays",
+      "day 4", "Thurs"]),
+    "time_intervals": (reasoning_gym_row("time_intervals", "01:07", task_type="time"),
+     ["01:07"],
+     ["01:08", "1 hour", "67", "01:06", "10:07", "01:07:30", "-01:07", "00:67", "1:70", "01-07", "7 days"]),
     "LaTeX": ({"data_source": "some/contest", "answer": r"\frac{1}{2}", "extra_info": "{}"},
      [r"\frac{1}{2}", "1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", r"\frac{2}{4}", r"\tfrac{1}{2}"],
      ["2", "half", r"\frac{2}{1}", r"\frac{1}{3}", "-1/2", "0.05", r"\frac{1}{2} or \frac{1}{3}", r"\sqrt{2}", "50",
@@ -399,5 +451,18 @@ def test_majority_baseline_by_hand():
 def test_majority_baseline_is_high_on_yes_no_questions():
     examples = generate_examples("theorem_proving", 90, seed=1)
     yes_no = [e for e in examples if e.extra_info["family"] == "syllogism"]
-    assert 0.5 <= majority_baseline(yes_no) <= 0.9
-    assert majority_baseline(yes_no) == pd.Series([e.answer for e in yes_no]).value_counts(normalize=True).max()
+    assert len(yes_no) == 15 and majority_baseline(yes_no) == 8 / 15
+
+
+@pytest.mark.parametrize("task", [*tasks.VALID_TASKS, *tasks.TEST_TASKS])
+def test_no_constant_answers_most_questions_of_a_family(task):
+    """Of the default test set: labels are in turns, but a hash decides what is in it."""
+    test = prepare.fixed_order(generate_examples(task, 300, seed=1))[:200]
+    for family in tasks.all_tasks()[task]:
+        of_family = [e for e in test if e.extra_info["family"] == family]
+        assert len(of_family) > 20 and majority_baseline(of_family) <= 0.6, family
+
+
+def test_validation_families_are_in_no_other_task():
+    assert len(FAMILIES) == len(set(FAMILIES))
+    assert {tasks.role(task) for task in tasks.VALID_TASKS} == {"valid"}

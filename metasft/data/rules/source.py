@@ -8,10 +8,10 @@ from typing import Any
 
 from metasft.data.embedded_tasks import Example
 from metasft.data.rules.rule import ITEMS, OPENING, all_items, all_rules
-from metasft.data.rules.trivial import trivial_accuracies
 from metasft.data.sources.column_layouts import prompt_text
 from metasft.data.sources.source import Item, Source
 from metasft.data.sources.suite import Suite
+from metasft.data.trivial import trivial_accuracies
 
 NAME = "rules"
 

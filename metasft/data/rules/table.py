@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
-from metasft.data.command import parse_arguments
-from metasft.data.prepare import make_suite
+from metasft.data import pages
+from metasft.data.pages import SIDES
 from metasft.data.rules.rule import KINDS, OPENING, all_items, all_rules
 from metasft.data.sources.build import Built
-from metasft.data.sources.commands import resolve_source, select
+from metasft.data.sources.suite import ROLES
 
-SIDES = {
-    "train": "training",
-    "search": "validation, for searches",
-    "valid": "validation, to report on",
-    "unseen": "held out",
-}
-FOLDERS = {"train": "meta_train/", "search": "meta_valid/", "valid": "meta_valid/", "unseen": "meta_test/"}
+prepared = functools.partial(pages.prepared, "rules")
 
 _INTRODUCTION = """\
 # The hidden rules
@@ -32,8 +27,6 @@ The user turn is the input alone, and the response the answer alone.
 python prepare_math_science_data.py --suite rules --output-dir data/rules
 ```
 
-| side | tasks | groups | folder |
-|---|---|---|---|
 {sides}
 
 A group is rules that share an idea, and lies on one side; groups of validation and held-out tasks have two rules each.
@@ -44,31 +37,22 @@ Right is the whole answer, up to white space; a label also up to case (scorer `b
 where it is one of the task's labels, or has as many words, numbers and signs as the right one.
 
 The last four columns are accuracies in percent on the test items, of solvers that understand nothing but have seen the
-whole support set or shot pool (`metasft/data/rules/trivial.py`): the most frequent answer (constant), the input (copy),
+whole support set or shot pool (`metasft/data/trivial.py`): the most frequent answer (constant), the input (copy),
 its part at the best position (part), the most frequent answer to inputs of the same pattern of words, numbers and signs
 (pattern). None is above 60. `manifest.json` has them for every task, beside its kind and group.
 """
 
 
-def prepared(*flags: str) -> Built:
-    """What ``prepare_math_science_data.py --suite rules`` would write, with further flags."""
-    arguments = parse_arguments(["--suite", "rules", *flags])
-    resolve_source(arguments)
-    return make_suite(select(arguments))
-
-
 def page(built: Built) -> str:
     """docs/rules.md for the whole suite."""
     rules = all_rules()
-    sides = []
-    for role, side in SIDES.items():
-        groups = [task["group"] for task in built.tasks.values() if task["role"] == role]
-        sides.append(f"| {side} | {len(groups)} | {len(set(groups))} | `{FOLDERS[role]}` |")
+    tasks = built.tasks.values()
+    groups = {role: [task["group"] for task in tasks if task["role"] == role] for role in ROLES}
     introduction = _INTRODUCTION.format(
         rules=len(rules),
         groups=len({rule.group for rule in rules.values()}),
         opening=OPENING,
-        sides="\n".join(sides),
+        sides=pages.sides_table(groups),
     )
     return introduction + "".join(_table(kind, built) for kind in KINDS)
 
@@ -83,8 +67,7 @@ def _table(kind: str, built: Built) -> str:
         task, item = built.tasks[rule.name], all_items(1)[rule.name][0]
         example = f"`{item.text}` → `{item.answer}`"
         cells = [rule.group, rule.name, SIDES[task["role"]], rule.description, example]
-        cells += [f"{100 * accuracy:.0f}" for accuracy in task["trivial"].values()]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        lines.append(pages.row([*cells, *pages.percents(task["trivial"])]))
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,9 @@ from metasft.data.sources.reading import locate_source, open_source, read_items
 from metasft.data.sources.source import Item, Source
 from metasft.data.sources.suite import Suite, SuiteTask
 
+FOLDERS = {"train": "meta_train", "search": "meta_valid", "valid": "meta_valid", "unseen": "meta_test"}
+"""Role -> folder of its tasks' files."""
+
 
 class TaskSizes(NamedTuple):
     """Examples per file of one task; but for training tasks the support set is the shot pool, without a query set."""
@@ -309,8 +312,7 @@ class _Builder:
     def _files(self, name: str, members: list[Candidate], tests: list[Candidate]) -> dict[str, list[Example]]:
         sizes = self.sizes[name]
         if name not in self.suite.train:
-            folder = "meta_test" if name in self.suite.unseen else "meta_valid"
-            parts = {folder: {"support": members, "test": tests}}
+            parts = {FOLDERS[self.suite.role(name)]: {"support": members, "test": tests}}
         else:
             # The query set first: it stays the same, and the support set only grows, when more support is asked for.
             query, support = members[: sizes.query], members[sizes.query : sizes.query + sizes.support]

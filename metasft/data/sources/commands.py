@@ -20,7 +20,9 @@ from metasft.data.sources.suite import SIZES, Suite, read_suite
 
 SOURCES = ("reasoning_gym", "hub", "local")
 BENCHMARKS = ("bbh", "multilingual")
-DEFAULT_SUITE = "guide"
+EMBEDDED_SUITE = "guide"
+"""What --source reasoning_gym, the default, makes; its tasks are no YAML file."""
+DEFAULT_SUITE = "guide_public"
 MOST_EXAMPLES = 10_000_000
 """Of one task; more is a typing error."""
 
@@ -39,9 +41,13 @@ class Selection:
 def resolve_source(arguments: argparse.Namespace) -> None:
     """Set ``source`` where it follows from the other flags, and the sizes that reasoning-gym takes by default.
 
+    ``--suite guide`` is another name for the default: the flag is removed, so that the manifest is the same.
+
     Raises:
         ValueError: flags that do not go together.
     """
+    if arguments.suite == EMBEDDED_SUITE and arguments.source in (None, "reasoning_gym") and not arguments.benchmark:
+        arguments.source, arguments.suite = "reasoning_gym", None
     implied = "hub" if arguments.suite or arguments.benchmark else "local" if arguments.mapping else None
     if arguments.source is None:
         arguments.source = implied or "reasoning_gym"

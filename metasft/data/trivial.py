@@ -1,4 +1,4 @@
-"""Accuracies of solvers that understand nothing: what a rule has to be above to show that it was learned."""
+"""Accuracies of solvers that understand nothing: what a task has to be above to show that it was learned."""
 
 from __future__ import annotations
 
