@@ -50,7 +50,7 @@ def watched(untied_model, task_dir, tmp_path_factory):
         for name, (script, config, overrides) in CASES.items()
     ]
     (out / "cases.json").write_text(json.dumps(cases))
-    must_run(ROOT / "tests/support/watched_device.py", out / "cases.json", out)
+    must_run(ROOT / "tests/support/watched_device.py", out / "cases.json", out, fresh=True)  # before veRL is imported
     return out
 
 

@@ -72,7 +72,11 @@ RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
     1: ("-checkpointed", "-offloaded", "-no_gain"),
     2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
-    4: ("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
+    4: (
+        *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
+        *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
+        *("reptile-group1-packed", "reptile-group4-checkpointed_padded"),
+    ),
 }
 """World size -> endings of the names of layouts that only the slow tier runs."""
 

@@ -104,6 +104,7 @@ def test_single_task_runs_leave_one_checkpoint_per_task(single):
         check_run(single / f"std_lora_{task}")
 
 
+@pytest.mark.slow
 def test_mixed_run_leaves_its_checkpoint(mixed):
     check_run(mixed)
 
@@ -147,6 +148,7 @@ def test_the_run_folder_and_its_last_step_evaluate_alike(single, work, tiny_mode
     assert from_run["2"]["loss_mean"] != from_run["0"]["loss_mean"]
 
 
+@pytest.mark.slow
 def test_the_mixed_run_evaluates_too(mixed, work, tiny_model, tmp_path):
     ours = evaluate(mixed, work, tiny_model, tmp_path / "mixed")
     assert ours["0"]["loss_mean"] > 0

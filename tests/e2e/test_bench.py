@@ -13,6 +13,7 @@ def bench(tiny_model, task_dir, tmp_path):
     return ("benchmarks/bench.py", *QUICK, "--model", tiny_model, "--task-dir", task_dir, "--output", tmp_path / "p.md")
 
 
+@pytest.mark.slow
 def test_a_quick_run_checks_gradients_and_writes_both_files(bench, tmp_path):
     must_run(*bench, "--sections", "inner_step")
     entry = json.loads((tmp_path / "p.json").read_text())["inner_step"]["cpu"]["fp32"]
