@@ -397,7 +397,7 @@ def test_shards_of_one_model_are_not_compared_with_each_other(make_run):
 # ---- exact resume ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name if name == "meta_lora_dropout" else slow(name) for name in RUNS])
+@pytest.mark.parametrize("name", [slow(name) for name in RUNS])
 def test_several_resumes_equal_an_uninterrupted_run(name, make_run, uninterrupted):
     """Stopped three times, twice behind a meta-step that is no save step; every stream, moment and mask goes on."""
     straight = uninterrupted(name)

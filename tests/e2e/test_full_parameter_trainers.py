@@ -78,6 +78,7 @@ def test_summary_names_the_export_and_its_bytes(fomaml):
     assert summary["checkpoint_bytes"] == sum(file.stat().st_size for file in files)
 
 
+@pytest.mark.slow
 def test_one_process_and_resumed_two_process_runs_agree(fomaml, tiny_model, task_dir, tmp_path):
     """Four ranks = one rank to rounding; two ranks, stopped and resumed = two ranks uninterrupted, bit for bit."""
     one = tmp_path / "one"
