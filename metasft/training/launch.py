@@ -180,9 +180,12 @@ def _check_shared(folder: Path) -> None:
         )
 
 
-def _appears(file: Path, seconds: float = 10) -> bool:
+SHARED_FOLDER_SECONDS = 10.0
+
+
+def _appears(file: Path) -> bool:
     """Whether a file is there; on a network file system that may take a moment."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
     while not file.exists():
         if time.monotonic() > deadline:
             return False

@@ -115,6 +115,8 @@ REAL = [
     ("experiments", "", ("suite.yaml", "arms.a.method='magic'"), suite_with_a_wrong_method),
     ("experiments", "", ("experiments.json", "../evil", "move it away"), record_of_another_place),
 ]
+AFRESH = {(REAL[0][0], REAL[0][1]), *((program, more) for program, more, *_ in REAL if more.startswith("--"))}
+"""Started by a new Python; the others, of the same scripts, in forks."""
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_a_script_as_a_user_runs_it(program, more, words, spoiler, folder, recor
     processes = spoiler if isinstance(spoiler, int) else None
     before = spoil(folder, None if processes else spoiler)
     arguments = [*arguments_of(program), *more.split()]
-    fresh = processes is not None or program not in ("fomaml", "reptile")  # which start as META-LORA does
+    fresh = processes is not None or (program, more) in AFRESH
     finished = run_script(ROOT / SCRIPTS[program], *arguments, processes=processes, cwd=folder, fresh=fresh)
     said = finished.stderr
     if processes:  # torchrun leaves with 1, and says how its ranks did

@@ -109,6 +109,7 @@ def test_mixed_run_leaves_its_checkpoint(mixed):
     check_run(mixed)
 
 
+@pytest.mark.slow
 def test_adapters_of_the_standard_lora_arms_train_in_fp32_as_those_of_meta_lora_do(work, tiny_model):
     """veRL casts adapters to the dtype of the base, and Adam's moments follow."""
     arms = {scale: read_scale(scale).train.lora for scale in ("cpu", "gpu")}

@@ -44,6 +44,7 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
         fill_disk(full["what"])
     if apart and apart["rank"] == int(os.environ["RANK"]):
         os.chdir(apart["folder"])
+        launch.SHARED_FOLDER_SECONDS = 1
     with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
         config = compose(config_name, overrides=list(overrides))
     launch.run(config, cls)
