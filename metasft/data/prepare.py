@@ -137,7 +137,7 @@ def _describe_embedded(settings: dict[str, Any], files: dict[str, list[Example]]
             name: {
                 "role": task_source.role(name),
                 "families": dict(sorted(counts[name].items())),
-                "trivial": groups.trivial(name, files),
+                "trivial": trivial.of_task(name, files, groups.pairs),
             }
             for name in settings["tasks"]
         },

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from metasft.data.answers import shape
+from metasft.data.embedded_tasks import Example
 
 
 class Trivial(NamedTuple):
@@ -51,6 +52,22 @@ def trivial_accuracies(pool: Sequence[Pair], test: Sequence[Pair]) -> Trivial:
         part=_accuracy(part, test),
         pattern=_accuracy(lambda text: of_pattern.get(shape(text), constant), test),
     )
+
+
+def of_task(
+    task: str, files: Mapping[str, Sequence[Example]], pairs: Callable[[Sequence[Example]], Sequence[Pair]]
+) -> dict[str, float]:
+    """Solver -> accuracy on a task's test items, for solvers that have seen its support set or shot pool.
+
+    Args:
+        files: relative name -> examples, as they are prepared.
+        pairs: inputs and answers of examples.
+    """
+    pool, test = (
+        pairs(next(members for path, members in files.items() if path.endswith(f"/{task}_{part}.parquet")))
+        for part in ("support", "test")
+    )
+    return trivial_accuracies(pool, test)._asdict()
 
 
 def _most_frequent(answers: Iterable[str]) -> str:

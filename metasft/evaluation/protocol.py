@@ -192,7 +192,8 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
             f"--data-dir is {config.data_dir}, which holds no {unseen.name} folder, the tasks of --split "
             f"{config.split}: {remedy}"
         )
-    default = split_tasks(config.data_dir, config.split)
+    about = _manifest_tasks(config.data_dir)
+    default = _split_tasks(config.data_dir, config.split, about)
     if not default:
         raise ValueError(f"{unseen} holds no <task>{_TEST} of --split {config.split}: {remedy}")
     found = {name: ("unseen", unseen) for name in default}
@@ -208,22 +209,22 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
             "choose from those"
         )
     return [
-        _read_task(*found[task], task, config.largest_n, config.limit) for task in config.eval_tasks or tuple(default)
+        _read_task(*found[task], task, config.largest_n, config.limit, about.get(task, {}).get("trivial"))
+        for task in config.eval_tasks or tuple(default)
     ]
 
 
-def split_tasks(data_dir: Path, split: str) -> list[str]:
+def _split_tasks(data_dir: Path, split: str, about: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Names of the tasks of a split, in alphabetical order; none where the data have no such tasks.
 
     A task of meta_valid without a role in the manifest belongs to ``valid``.
 
-    Raises:
-        ValueError: manifest.json cannot be read.
+    Args:
+        about: of :func:`_manifest_tasks`.
     """
     names = _tasks_in(data_dir / FOLDERS[split])
     if split == "test":
         return names
-    about = _manifest_tasks(data_dir)
     return [name for name in names if about.get(name, {}).get("role", "valid") == split]
 
 
@@ -255,7 +256,7 @@ def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
         ValueError: there are neither, or a file is unusable.
     """
     domain, folder = "unseen", config.data_dir / FOLDERS["search"]
-    names = split_tasks(config.data_dir, "search")
+    names = _split_tasks(config.data_dir, "search", _manifest_tasks(config.data_dir))
     if not names:
         domain, folder = "in_domain", config.data_dir / "meta_train"
         names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
@@ -271,7 +272,14 @@ def _tasks_in(folder: Path) -> list[str]:
     return sorted(file.name.removesuffix(_TEST) for file in folder.glob(f"*{_TEST}"))
 
 
-def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | None) -> TestTask:
+def _read_task(
+    domain: str,
+    folder: Path,
+    name: str,
+    shots: int,
+    limit: int | None,
+    trivial: Mapping[str, float] | None = None,
+) -> TestTask:
     pool_path, test_path = folder / f"{name}{_SUPPORT}", folder / f"{name}{_TEST}"
     pool = _read_rows(pool_path)
     test = _read_rows(test_path)[:limit]
@@ -295,7 +303,6 @@ def _read_task(domain: str, folder: Path, name: str, shots: int, limit: int | No
                 f"{len(shared)} test items of {test_path} occur in {pool_path.name} too ({column} "
                 f"{sorted(map(str, shared))[0]!r}): shots must not be test items, prepare the data again"
             )
-    trivial = _manifest_tasks(folder.parent).get(name, {}).get("trivial")
     return TestTask(name, domain, pool_path, test_path, pool, test, trivial)
 
 

@@ -501,21 +501,25 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def query_backward(self, records: Sequence[EpisodeRecord]) -> None:
         """Backward of the query losses at whatever parameters are loaded."""
-        losses = self.engine.loss_and_backward(self._query_batch(records, records), len(records))
-        for record, loss in zip(records, losses.unbind(), strict=True):
+        for record, loss in zip(records, self._query_losses(records, backward=True), strict=True):
             record.query_loss_after = loss
 
     def measure_before(self, records: Sequence[EpisodeRecord]) -> None:
         """Query losses at theta, for the adaptation gain."""
-        losses = self.engine.loss_only(self._query_batch(records), len(records))
-        for record, loss in zip(records, losses.unbind(), strict=True):
+        for record, loss in zip(records, self._query_losses(records, backward=False), strict=True):
             record.query_loss_before = loss
 
     def measure_after(self, records: Sequence[EpisodeRecord]) -> None:
         """Query losses at the adapted parameters, for algorithms that take no gradient there."""
-        losses = self.engine.loss_only(self._query_batch(records), len(records))
-        for record, loss in zip(records, losses.unbind(), strict=True):
+        for record, loss in zip(records, self._query_losses(records, backward=False), strict=True):
             record.query_loss_after = loss
+
+    def _query_losses(self, records: Sequence[EpisodeRecord], *, backward: bool) -> tuple[torch.Tensor, ...]:
+        sets = [self.query_sets[record.episode.task] for record in records]
+        queries = [record.episode.query_batch for record in records]
+        batch = self._batch(sets, queries, records if backward else None)
+        run = self.engine.loss_and_backward if backward else self.engine.loss_only
+        return run(batch, len(records)).unbind()
 
     def reduce(
         self, batch: MetaBatch, passes: Sequence[Sequence[EpisodeRecord]], tensors: Sequence[torch.Tensor]
@@ -553,11 +557,6 @@ class EpisodicSFTTrainer(SFTTrainer):
         norm = self.engine.optimizer_step()
         fault = None if math.isfinite(norm) else f"the norm of the meta-gradient is {norm}"
         return replace(result, grad_norm=norm, fault=fault)
-
-    def _query_batch(self, records: Sequence[EpisodeRecord], counted: Sequence[EpisodeRecord] | None = None) -> Any:
-        episodes = [record.episode for record in records]
-        sets = [self.query_sets[episode.task] for episode in episodes]
-        return self._batch(sets, [episode.query_batch for episode in episodes], counted)
 
     def _batch(
         self,

@@ -134,7 +134,7 @@ def test_any_subset_of_methods_works(work, labels):
 
 
 NO_TASK = "--task is 'algebra': choose all or a task of every method: calculus, logic"
-# What the table of bad input (tests/support/bad_script_inputs.py) does not have.
+# What the table of bad input (tests/e2e/test_bad_input.py) does not have.
 UNUSABLE = [
     (["--results", "a=results/base", "a=results/lora"], "names a twice"),
     (["--results", "a=results/nowhere"], "results/nowhere is no <model type>_results.json file"),

@@ -29,7 +29,7 @@ def refused(words, function, *arguments):
     assert "\n" not in str(caught.value)
 
 
-# Beside what the table of bad input (tests/support/bad_script_inputs.py) has.
+# Beside what the table of bad input (tests/e2e/test_bad_input.py) has.
 
 # ---- definitions that cannot be read --------------------------------------------------------------------------------
 

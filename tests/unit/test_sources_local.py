@@ -418,7 +418,7 @@ def test_the_baselines_learn_from_the_last_response_too(turns, run_here, tmp_pat
         assert tokenizer.decode(example["input_ids"][example["loss_mask"].bool()]) == f"{row}<|im_end|>\n"
 
 
-# What the table of bad input (tests/support/bad_script_inputs.py) does not have.
+# What the table of bad input (tests/e2e/test_bad_input.py) does not have.
 WRONG = {
     "turns with a tool call": ({"fields": {"messages": "call", "answer": "result", "task": "topic"}},
      "the column call in the data of steps.yaml holds {'role': 'assistant', 'content': None, 'tool_calls'"),

@@ -8,7 +8,7 @@ from typing import Any
 from metasft.data.embedded_tasks import Example
 from metasft.data.families import FAMILIES
 from metasft.data.sources.suite import Suite
-from metasft.data.trivial import trivial_accuracies
+from metasft.data.trivial import of_task
 
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "algebra": {
@@ -147,15 +147,9 @@ def describe(suite: Suite, files: Mapping[str, Sequence[Example]]) -> dict[str, 
                 "kind": kinds[group],
                 "group": group,
                 "parameters": [dict(config) for config in FAMILIES[families[0]].configs],
-                "trivial": trivial(name, files),
+                "trivial": of_task(name, files, pairs),
             }
     return described
-
-
-def trivial(task: str, files: Mapping[str, Sequence[Example]]) -> dict[str, float]:
-    """Accuracies of the trivial solvers that have seen a task's support set or shot pool, on its test items."""
-    parts = {path.partition("/")[2]: pairs(members) for path, members in files.items() if members[0].task == task}
-    return trivial_accuracies(parts[f"{task}_support.parquet"], parts[f"{task}_test.parquet"])._asdict()
 
 
 def pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from metasft.data.rules.rule import ITEMS, OPENING, all_items, all_rules
 from metasft.data.sources.column_layouts import prompt_text
 from metasft.data.sources.source import Item, Source
 from metasft.data.sources.suite import Suite
-from metasft.data.trivial import trivial_accuracies
+from metasft.data.trivial import of_task
 
 NAME = "rules"
 
@@ -32,30 +32,19 @@ def _generate(subset: str, count: int, seed: int) -> Iterator[Item]:
         )
 
 
-def _no_rows(row: object, subset: str) -> None:
-    raise AssertionError("there are no files to read")
-
-
 SOURCES = (
-    Source(
+    Source.generated(
+        _generate,
         name=NAME,
         repository="metasft/rules",
-        revision="",
         licence="Apache-2.0",
-        files={"generated": "{subset}"},
-        columns={},
-        read=_no_rows,
         scorer="bare",
         subsets=tuple(all_rules()),
-        train_splits=("generated",),
-        test_splits=("generated",),
         sizes=f"{ITEMS} per rule",
         caveats=(
             "the prompt never says what is asked: only the examples of a task do",
             "every prompt opens with a system turn, which a chat template has to have",
         ),
-        templated=True,
-        generate=_generate,
         package="metasft",
     ),
 )
@@ -68,17 +57,15 @@ def describe(suite: Suite, files: Mapping[str, Sequence[Example]]) -> dict[str, 
         suite: any.
         files: made of it, relative name -> examples.
     """
-    parts = {path.partition("/")[2]: _pairs(members) for path, members in files.items()}
     described = {}
     for name, task in suite.tasks.items():
         if list(task.sources) == [NAME] and len(task.sources[NAME]) == 1:
             rule = all_rules()[task.sources[NAME][0]]
-            trivial = trivial_accuracies(parts[f"{name}_support.parquet"], parts[f"{name}_test.parquet"])
             described[name] = {
                 "kind": rule.kind,
                 "group": rule.group,
                 "description": rule.description,
-                "trivial": trivial._asdict(),
+                "trivial": of_task(name, files, _pairs),
             }
     return described
 

@@ -100,6 +100,25 @@ class Source:
     generate: Callable[[str, int, int], Iterable[Item]] | None = None
     package: str = ""
 
+    @classmethod
+    def generated(cls, generate: Callable[[str, int, int], Iterable[Item]], **described: Any) -> Source:
+        """A source without files, whose items ``generate`` makes; ``described``: further attributes."""
+
+        def no_rows(row: Row, subset: str) -> None:
+            raise AssertionError("there are no files to read")
+
+        return cls(
+            revision="",
+            files={"generated": "{subset}"},
+            columns={},
+            read=no_rows,
+            train_splits=("generated",),
+            test_splits=("generated",),
+            templated=True,
+            generate=generate,
+            **described,
+        )
+
     def own_files(self, split: str, subset: str) -> list[str]:
         """Paths of own data that hold rows of a subset."""
         paths = self.local_files[split]
