@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("baseline_lora.yaml.j2")
 MIXED_SAMPLES, MIXED_PER_TASK = 600, 100
 """The guide's Exp 5: one LoRA trained on 600 examples of all its tasks, which is about META-LORA's 100 of each."""
 TASK_BATCH = 4  # examples of one task per update step, as in an inner step of META-LORA
+IN_CONTEXT_BATCH = 4  # conversations per update step of MetaICL
 LARGEST_BATCH, LEAST_STEPS = 32, 25
 """Of the mixed baseline: examples per update step, and steps per epoch; one task's 100 examples make 25 steps too."""
 
@@ -96,11 +97,14 @@ def _baseline_configs(
     whole_lines = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     template = Template(text, undefined=StrictUndefined, **whole_lines)
 
-    def config(path: str, name: str, tasks: list[str], part: str, samples: int | None) -> tuple[str, str]:
+    def config(path: str, name: str, tasks: list[str], parts: str, samples: int | None) -> tuple[str, str]:
         """``samples``: how many examples of all tasks together to train on; None: all."""
         folder, config_name = os.path.split(os.path.normpath(os.path.join(output, place, path)))
-        files = [os.path.join(output, "meta_train", f"{task}_{part}.parquet") for task in tasks]
-        batch = batch_size(len(tasks), samples)
+        files = [
+            os.path.join(output, "meta_train", f"{task}_{part}.parquet") for part in parts.split() for task in tasks
+        ]
+        in_context = parts == "in_context"
+        batch = IN_CONTEXT_BATCH if in_context else batch_size(len(tasks), samples)
         per_step = f"{TASK_BATCH} examples of each task per update step"
         if batch < TASK_BATCH * len(tasks):
             per_step = f"examples per update step as far as {len(tasks)} tasks allow: {batch}, not {TASK_BATCH} of each"
@@ -108,10 +112,11 @@ def _baseline_configs(
             name=name,
             train_files=[json.dumps(file) for file in files],
             samples=samples,
+            parts=parts,
             where=shlex.quote(folder) if os.path.isabs(folder) else f'"$PWD/{folder}"',
             config_name=config_name,
             batch=batch,
-            micro_batch=min(TASK_BATCH, batch),
+            micro_batch=1 if in_context else min(TASK_BATCH, batch),
             per_step=per_step,
             checkpoints=checkpoints,
             conversations=conversations,
@@ -125,6 +130,9 @@ def _baseline_configs(
     if sizes:
         samples = mixed_samples(list(sizes.values()))
         configs.append(config("baseline_lora_mixed", "mixed", list(sizes), "support", samples))
+        configs.append(config("baseline_lora_mixed_all", "mixed_all", list(sizes), "support query", None))
+        if settings["in_context"] is not None:
+            configs.append(config("baseline_metaicl", "metaicl", list(sizes), "in_context", None))
         if full:
             configs.append(config("baseline_lora_mixed_full", "mixed_full", list(sizes), "full", None))
     return dict(configs)

@@ -37,6 +37,12 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     add("--shot-pool", type=int, help=f"examples to draw shots from, per unseen task ({SIZES['shot_pool']})")
     add("--full-samples", type=int, help="also write <task>_full.parquet with this many examples, none of the test set")
     add(
+        "--in-context",
+        type=int,
+        metavar="SHOTS",
+        help="also write <task>_in_context.parquet: conversations of SHOTS earlier examples and one more, for MetaICL",
+    )
+    add(
         "--seed",
         type=int,
         default=1,
@@ -88,6 +94,7 @@ def check_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "test_samples": arguments.test_samples,
         "shot_pool": arguments.shot_pool,
         "full_samples": full,
+        "in_context": arguments.in_context,
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.data import answers, baselines, families, trivial
+from metasft.data import answers, baselines, families, in_context, trivial
 from metasft.data import embedded_tasks as task_source
 from metasft.data.baselines import make_baseline_configs
 from metasft.data.embedded_tasks import Example
@@ -113,7 +113,7 @@ def write_parquet(examples: Sequence[Example], path: Path) -> None:
 def code_sha256(source: str) -> str:
     """SHA-256 over the code that makes the data: with other code the same flags may mean other files."""
     paths = [Path(task_source.__file__), Path(__file__), Path(baselines.__file__), baselines.TEMPLATE]
-    paths += [Path(families.__file__), Path(families.__file__).with_name("own_families.py")]
+    paths += [Path(in_context.__file__), Path(families.__file__), Path(families.__file__).with_name("own_families.py")]
     if source == "reasoning_gym":
         paths.append(Path(answers.__file__))
     else:
@@ -192,7 +192,7 @@ def _files_of(manifest: dict[str, Any] | None) -> set[str]:
     """The data files and configs in the folder itself that a manifest of :func:`read_manifest` names."""
     if manifest is None:
         return set()
-    ours = re.compile(r"(meta_train/[\w-]+_(train|full)|baseline_lora_mixed(_full)?)\.yaml")
+    ours = re.compile(r"(meta_train/[\w-]+_(train|full)|baseline_lora_mixed(_full|_all)?|baseline_metaicl)\.yaml")
     configs = {name for name in manifest.get("baseline_configs", []) if ours.fullmatch(str(name))}
     return {name for name in manifest["files"] if name.endswith(".parquet")} | configs
 
@@ -299,9 +299,15 @@ def _make_files(
     else:
         built = make_suite(selection)
         files, about = built.files, _describe_suite(selection, built)
+    if settings["in_context"] is not None:
+        for task in baselines.support_sizes(settings):
+            known = [example for part in ("support", "query") for example in files[f"meta_train/{task}_{part}.parquet"]]
+            conversations = in_context.in_context_examples(known, settings["in_context"])
+            files[f"meta_train/{task}_in_context.parquet"] = conversations
     for name, members in files.items():
         write_parquet(members, folder / name)
-    turns = (turn for members in files.values() for example in members for turn in example.turns)
+    single = (members for name, members in files.items() if not name.endswith("_in_context.parquet"))
+    turns = (turn for members in single for example in members for turn in example.turns)
     conversations = any(turn["role"] == "assistant" for turn in turns)
     configs = make_baseline_configs(output_dir, settings, conversations=conversations)
     for name, text in configs.items():

@@ -16,12 +16,13 @@ import torch
 
 from metasft.checkpoint.exports import attach_adapter
 from metasft.data.episodes import ShuffledStream
+from metasft.data.in_context import in_context
 from metasft.data.task_sets import TokenizedSet
 from metasft.evaluation.model_source import Adaptation
 from metasft.evaluation.open_model import OpenedModel, attach_fresh_lora, load_transformers
 from metasft.evaluation.packed_runner import Example, PackedRunner, Tested, TestItem, response_targets
 from metasft.evaluation.padded_runner import PaddedRunner
-from metasft.evaluation.protocol import EvaluationConfig, TestTask, in_context
+from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.evaluation.row_cache import why_not_packed
 from metasft.model.inner_loop import InnerLoop
 from metasft.model.stacked_lora import TaskBatchedLoRA

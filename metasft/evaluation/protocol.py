@@ -343,12 +343,3 @@ class Cell(NamedTuple):
 def plan_cells(tasks: Sequence[str], n_shots: Sequence[int], n_runs: int) -> list[Cell]:
     """Every (task, N, run); N = 0 adapts nothing, so it runs once."""
     return [Cell(task, n, run) for task in tasks for n in sorted(n_shots) for run in range(n_runs if n else 1)]
-
-
-def in_context(
-    shots: Sequence[Sequence[Mapping[str, str]]], messages: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """A test conversation with those of the shots before it, under the test conversation's system prompt."""
-    system = [dict(message) for message in messages if message["role"] == "system"]
-    turns = [message for shot in (*shots, messages) for message in shot if message["role"] != "system"]
-    return system + [dict(message) for message in turns]

@@ -48,6 +48,8 @@ def resolve_source(arguments: argparse.Namespace) -> None:
     """
     if arguments.suite == EMBEDDED_SUITE and arguments.source in (None, "reasoning_gym") and not arguments.benchmark:
         arguments.source, arguments.suite = "reasoning_gym", None
+    if arguments.in_context is not None and arguments.in_context < 1:
+        raise ValueError(f"--in-context is {arguments.in_context}: give at least 1 earlier example")
     implied = "hub" if arguments.suite or arguments.benchmark else "local" if arguments.mapping else None
     if arguments.source is None:
         arguments.source = implied or "reasoning_gym"
@@ -101,6 +103,7 @@ def select(arguments: argparse.Namespace) -> Selection:
         "tasks": list(suite.tasks),
         "seed": arguments.seed,
         "full_samples": arguments.full_samples,
+        "in_context": arguments.in_context,
         "suite": suite.model_dump(),
         "sizes": {name: size._asdict() for name, size in sizes.items()},
         "local_dir": None if arguments.local_dir is None else str(arguments.local_dir),
