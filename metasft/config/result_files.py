@@ -125,6 +125,7 @@ class Settings(Record):
     adaptation_by_shots: dict[WholeText, Line] | None = None
     adaptation_steps: Count | list[Count] | None = None  # a list: of a speed curve
     data_sha256: dict[str, Any] | None = None
+    group: dict[Line, Line] | None = None
 
 
 class Entry(Record):
@@ -159,7 +160,9 @@ class SpeedEntry(Entry):
 class Chosen(Record):
     optimizer: Literal["sgd", "adamw"]
     lr: Annotated[float, Field(gt=0, lt=1e300)]
+    steps: Annotated[int, Field(ge=1)]
     at_grid_edge: bool
+    at_steps_edge: bool
 
 
 class SearchSettings(Record):
@@ -168,7 +171,8 @@ class SearchSettings(Record):
     searched_on: Line
     tasks: list[Line]
     n_test: dict[Line, Count]
-    grid: list[Any]
+    grid: list[Line]
+    steps: Annotated[list[Count], Field(min_length=1)]
 
 
 class SearchFile(Record):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, report_error
 from metasft.evaluation.evaluate import evaluate
-from metasft.evaluation.protocol import DTYPES, FOLDERS, MODEL_TYPES, EvaluationConfig
+from metasft.evaluation.protocol import DTYPES, FOLDERS, MODEL_TYPES, SEARCH_GRID, EvaluationConfig
 from metasft.reporting.tables import results_text
 
 
@@ -66,7 +66,21 @@ def parser(description: str | None = None) -> ArgumentParser:
         metavar="FILE",
         help="the <model-type>_search.json of another evaluation: adapt with what it chose for every shot count",
     )
+    add(
+        "--search-grid",
+        nargs="+",
+        metavar="OPTIMIZER:RATE",
+        help=f"what it chooses from (default: {' '.join(SEARCH_GRID)})",
+    )
+    add(
+        "--search-steps",
+        nargs="+",
+        type=int,
+        metavar="S",
+        help="numbers of update steps to choose from as well (default: --adaptation-steps)",
+    )
     add("--search-limit", type=int, help="test items per task of that search (default: %(default)s)")
+    add("--full", action="store_true", help="with --model-type base: adapt all parameters in place of a fresh LoRA")
     add("--shots-in-prompt", action="store_true", help="in-context: the shots are earlier turns, nothing is adapted")
     add(
         "--speed-steps",
@@ -103,7 +117,7 @@ def parser(description: str | None = None) -> ArgumentParser:
 def main(argv: list[str] | None = None, description: str | None = None) -> int:
     """Returns the exit code: 0, or 2 after a one-line message on stderr when a setting or file is unusable."""
     values = vars(parser(description).parse_args(argv))
-    values |= {name: tuple(values[name]) for name in ("eval_tasks", "n_shots", "speed_steps")}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
         results, stores = evaluate(EvaluationConfig(**values))
     except (ValueError, OSError) as error:

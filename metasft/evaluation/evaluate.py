@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.config.prompts import Prompts
-from metasft.evaluation.model_source import Adaptation, ModelSource, find_model_source
+from metasft.evaluation.model_source import Adaptation, ModelSource, candidate_name, find_model_source
 from metasft.evaluation.protocol import (
     Cell,
     EvaluationConfig,
@@ -88,7 +88,8 @@ def _evaluate(
     if not config.speed_only:
         cells = plan_cells([task.name for task in tasks], config.n_shots, config.n_runs)
         stores.append(ResultStore(config.output_dir, config.model_type))
-        grid = {**settings, **_adaptation_settings(adaptations, config.n_shots), "n_shots": sorted(config.n_shots)}
+        chosen = _adaptation_settings(config, adaptations, config.n_shots)
+        grid = {**settings, **chosen, "n_shots": sorted(config.n_shots)}
         results = _run(config, tasks, grid, stores[-1], cells, loaded, adaptations, by="n_shots")
     if config.speed_steps:
         cells = [
@@ -100,7 +101,7 @@ def _evaluate(
         stores.append(ResultStore(config.output_dir, config.model_type, "speed"))
         curve = {
             **settings,
-            **_adaptation_settings(adaptations, [config.speed_shots]),
+            **_adaptation_settings(config, adaptations, [config.speed_shots]),
             "n_shots": [config.speed_shots],
             "adaptation_steps": sorted(config.speed_steps),
         }
@@ -215,7 +216,7 @@ def _search(
     if config.overwrite:
         path.unlink(missing_ok=True)
     losses = search(loaded.get, tasks, own, path)
-    write_search(path, own, losses, {n: choose(by, config.adaptation_optimizer) for n, by in losses.items()})
+    write_search(path, own, losses, {n: choose(by, own, config.adaptation_optimizer) for n, by in losses.items()})
     return path
 
 
@@ -290,12 +291,15 @@ def _record(
     return record, predictions
 
 
-def _adaptation_settings(adaptations: Mapping[int, Adaptation], n_shots: Sequence[int]) -> dict[str, Any]:
-    """Optimizer and rate; null, and by shot count beside it, where they differ between shot counts."""
+def _adaptation_settings(
+    config: EvaluationConfig, adaptations: Mapping[int, Adaptation], n_shots: Sequence[int]
+) -> dict[str, Any]:
+    """Optimizer, rate and steps; null, and by shot count beside it, where they differ between shot counts."""
     used = {n: adaptations[n] for n in sorted(n_shots) if n} or {0: adaptations[0]}
-    optimizers, rates, origins = (set(values) for values in zip(*used.values(), strict=True))
-    by_shots = {str(n): f"{one.optimizer} {one.lr:g}" for n, one in used.items()}
+    optimizers, rates, steps, origins = (set(values) for values in zip(*used.values(), strict=True))
+    by_shots = {str(n): candidate_name(one) for n, one in used.items()}
     return {
+        "adaptation_steps": 0 if config.shots_in_prompt else steps.pop() if len(steps) == 1 else None,
         "adaptation_optimizer": optimizers.pop() if len(optimizers) == 1 else None,
         "adaptation_lr": rates.pop() if len(rates) == 1 else None,
         "adaptation_origin": origins.pop(),
@@ -316,7 +320,6 @@ def _settings(
         "base_model": opened.base_model,
         "adapts": "nothing: the shots are in the prompt" if config.shots_in_prompt else opened.adapts,
         "protocol": "in_context" if config.shots_in_prompt else "adaptation",
-        "adaptation_steps": 0 if config.shots_in_prompt else config.adaptation_steps,
         "adaptation_batch_size": config.adaptation_batch_size,
         "split": config.split,
         "eval_tasks": [task.name for task in tasks],
@@ -325,6 +328,7 @@ def _settings(
         "seed": config.seed,
         "limit": config.limit,
         "n_test": {task.name: len(task.test) for task in tasks},
+        "group": {task.name: task.group for task in tasks},
         "trivial_baseline": {task.name: trivial_baseline(task) for task in tasks},
         "shot_pool": {task.name: len(task.pool) for task in tasks},
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},

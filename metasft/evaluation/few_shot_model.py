@@ -130,7 +130,8 @@ class FewShotModel:
         self._test_sets: dict[str, TokenizedSet] = {}
 
     def use(self, adaptation: Adaptation) -> None:
-        """Adapt with this optimizer and rate from now on."""
+        """Adapt with this optimizer, rate and number of update steps from now on."""
+        self._steps = adaptation.steps
         settings = {"lr": adaptation.lr, "optimizer": adaptation.optimizer}
         reason = "all parameters are adapted" if self._all_parameters else self._unpacked
         if reason is None and self._dropout:
@@ -214,7 +215,7 @@ class FewShotModel:
     def adapt_and_test(self, task: str, shots: Sequence[int], *, run: int) -> Outcome:
         """Adapt on the shots (indices into the pool), measure with the adapted parameters, restore the parameters.
 
-        The update budget is ``adaptation_steps`` whatever the number of shots; no shots, no update.
+        The update budget is that of :meth:`use` whatever the number of shots; no shots, no update.
         """
         ((_, _, outcome),) = self.run_jobs([Job(task, shots, run)])
         return outcome
@@ -233,7 +234,7 @@ class FewShotModel:
             jobs: what to adapt on.
             cells_per_batch: jobs adapted together; None = :attr:`cells_per_batch`. More than one needs an adapter that
                 can be stacked (:attr:`one_at_a_time_because` is None).
-            test_after: update steps after which to test; None = after ``adaptation_steps``. Jobs without shots are
+            test_after: update steps after which to test; None = after those of :meth:`use`. Jobs without shots are
                 tested as they stand.
             generate: False measures losses only.
 
@@ -242,7 +243,7 @@ class FewShotModel:
         """
         size = self.cells_per_batch if cells_per_batch is None else cells_per_batch
         assert size == 1 or self.one_at_a_time_because is None, self.one_at_a_time_because
-        steps = [self._config.adaptation_steps] if test_after is None else sorted(test_after)
+        steps = [self._steps] if test_after is None else sorted(test_after)
         for start in range(0, len(jobs), size):
             for number, done, outcome in self._run_together(jobs[start : start + size], steps, generate):
                 yield start + number, done, outcome

@@ -191,11 +191,17 @@ def _hash_weights(place: Path) -> str:
 
 
 class Adaptation(NamedTuple):
-    """How parameters are adapted: ``optimizer`` at learning rate ``lr``, and where the two come from."""
+    """How parameters are adapted: ``steps`` of ``optimizer`` at learning rate ``lr``, and where that comes from."""
 
     optimizer: str
     lr: float
+    steps: int
     origin: str
+
+
+def candidate_name(adaptation: Adaptation) -> str:
+    """As in the files of a search and in settings: ``adamw 0.001, 10 steps``."""
+    return f"{adaptation.optimizer} {adaptation.lr:g}, {adaptation.steps} steps"
 
 
 def resolve_adaptation(config: EvaluationConfig, recorded: Mapping[str, Any], *, lora: bool) -> Adaptation:
@@ -210,13 +216,13 @@ def resolve_adaptation(config: EvaluationConfig, recorded: Mapping[str, Any], *,
         optimizer, lr, origin = DEFAULT_OPTIMIZER, DEFAULT_LR_LORA if lora else DEFAULT_LR_ALL, "default"
     wanted = config.adaptation_optimizer or optimizer
     if config.adaptation_lr is not None:
-        return Adaptation(wanted, config.adaptation_lr, "flags")
+        return Adaptation(wanted, config.adaptation_lr, config.adaptation_steps, "flags")
     if wanted != optimizer and not config.search_adaptation:  # a search finds the rate
         raise ValueError(
             f"--adaptation-optimizer is {wanted}, but the learning rate {lr:g} ({origin}) belongs to {optimizer}: give "
             "--adaptation-lr too"
         )
-    return Adaptation(optimizer, lr, origin)
+    return Adaptation(optimizer, lr, config.adaptation_steps, origin)
 
 
 def recorded_adaptation(source: ModelSource) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             **_prompts(config, adapter.chat_template, adapter.adaptation),
         )
     recorded = recorded_adaptation(source)
-    if config.model_type == "base":
+    if config.model_type == "base" and not config.full:
         rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
         return OpenedModel(
             load_from=source.path,

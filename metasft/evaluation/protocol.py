@@ -4,7 +4,8 @@ Chosen so that numbers can be compared across N and across methods:
 
 * The test items of a task are the same for every N, run and model type, and no shot is among them.
 * The shots of run r are the first N of a permutation of the shot pool seeded by (seed, task, r): shot sets are nested.
-* Every adaptation takes the same number of update steps whatever N is; N = 0 is the model as it stands, and runs once.
+* Every adaptation takes the same number of update steps whatever N is, unless they are searched for every N; N = 0 is
+  the model as it stands, and runs once.
 * Losses and generations are taken while the adapted parameters are loaded; afterwards the parameters are put back.
 """
 
@@ -36,6 +37,8 @@ DEFAULT_LORA_ALPHA = 32.0
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_LR_LORA = 1e-3
 DEFAULT_LR_ALL = 1e-5
+SEARCH_GRID = ("sgd:0.005", "sgd:0.05", "sgd:0.5", "adamw:1e-5", "adamw:1e-4", "adamw:1e-3", "adamw:3e-3")
+"""Of rates for all parameters and for LoRA alike: neither kind is given a grid of its own."""
 FOLDERS = {"test": "meta_test", "valid": "meta_valid", "search": "meta_valid"}
 """Split -> the folder of its tasks; those of meta_valid are told apart by their role in the manifest."""
 _SUPPORT, _TEST = "_support.parquet", "_test.parquet"
@@ -49,6 +52,18 @@ def _is_device(name: str) -> bool:
 
 def _told(doc: str, **bounds: Any) -> Any:
     return Field(description=doc, **bounds)
+
+
+def _is_candidate(text: str) -> bool:
+    optimizer, _, rate = text.partition(":")
+    try:
+        return optimizer in ("sgd", "adamw") and 0 < float(rate) <= LARGEST_RATE
+    except ValueError:
+        return False
+
+
+Candidate = Annotated[str, rule(_is_candidate, "an optimizer and a rate, such as adamw:1e-3")]
+Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
 @dataclass(frozen=True)
@@ -85,9 +100,14 @@ class EvaluationConfig:
     lora_rank: Annotated[int | None, _told("of the fresh LoRA under base; null = 16", ge=1, le=LARGEST_RANK)] = None
     lora_alpha: Annotated[float | None, _told("scale of the fresh LoRA; null = 32", gt=0)] = None
     cells_per_batch: Annotated[int | None, _told("adaptations done and tested together; null = automatic", ge=1)] = None
+    full: Annotated[bool, _told("base: adapt all parameters in place of a fresh LoRA")] = False
     shots_in_prompt: Annotated[bool, _told("the shots are earlier turns, nothing is adapted")] = False
     search_adaptation: Annotated[bool, _told("choose optimizer and rate for every shot count, on other tasks")] = False
     search_limit: Annotated[int, _told("test items per task of that search", ge=1)] = 16
+    search_grid: Annotated[tuple[Candidate, ...], Unique, _told("such as sgd:0.05 adamw:1e-3", min_length=1)] = (
+        SEARCH_GRID
+    )
+    search_steps: Annotated[tuple[Steps, ...], Unique, _told("to choose among; empty = adaptation_steps alone")] = ()
     adaptation_settings: Annotated[str | None, _told("the _search.json of another evaluation, whose choice to use")] = (
         None
     )
@@ -110,6 +130,15 @@ class EvaluationConfig:
                         f"{flag} is {value}, but only --model-type base adapts a fresh LoRA: leave it out for "
                         f"{self.model_type}"
                     )
+        if self.full and (self.model_type != "base" or self.shots_in_prompt or self.lora_rank or self.lora_alpha):
+            raise ValueError(
+                "--full adapts all parameters of --model-type base in place of a fresh LoRA: leave it out, or leave "
+                "--shots-in-prompt, --lora-rank and --lora-alpha out"
+            )
+        for flag, default in (("search_grid", SEARCH_GRID), ("search_steps", ())):
+            if getattr(self, flag) != default and not self.search_adaptation:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} has no effect without --search-adaptation: add it, or leave --{name} out")
         if self.chat_template is not None:
             chosen_template(self.chat_template, "--chat-template")
         if self.chat_template_kwargs is not None:
@@ -165,6 +194,7 @@ class TestTask:
         pool: all rows of the shot pool.
         test: the test rows in use, at most ``limit``.
         trivial: solver that understands nothing -> its accuracy on all test rows, where the manifest says so.
+        group: of related tasks, from the manifest; else the task itself.
     """
 
     __test__ = False  # pytest would take it for a test class
@@ -176,6 +206,7 @@ class TestTask:
     pool: list[dict[str, Any]]
     test: list[dict[str, Any]]
     trivial: Mapping[str, float] | None = None
+    group: str = ""
 
 
 def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
@@ -209,7 +240,7 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
             "choose from those"
         )
     return [
-        _read_task(*found[task], task, config.largest_n, config.limit, about.get(task, {}).get("trivial"))
+        _read_task(*found[task], task, config.largest_n, config.limit, about.get(task, {}))
         for task in config.eval_tasks or tuple(default)
     ]
 
@@ -230,6 +261,7 @@ def _split_tasks(data_dir: Path, split: str, about: Mapping[str, Mapping[str, An
 
 class _Described(Record):
     role: Line = "valid"
+    group: Line | None = None
     trivial: Annotated[dict[Line, Share], Field(min_length=1)] | None = None
 
 
@@ -265,7 +297,7 @@ def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
             f"--search-adaptation needs search tasks in meta_valid, or training tasks that are not under evaluation, "
             f"and {folder} holds no other <task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
         )
-    return [_read_task(domain, folder, name, config.largest_n, config.search_limit) for name in names]
+    return [_read_task(domain, folder, name, config.largest_n, config.search_limit, {}) for name in names]
 
 
 def _tasks_in(folder: Path) -> list[str]:
@@ -278,7 +310,7 @@ def _read_task(
     name: str,
     shots: int,
     limit: int | None,
-    trivial: Mapping[str, float] | None = None,
+    about: Mapping[str, Any],
 ) -> TestTask:
     pool_path, test_path = folder / f"{name}{_SUPPORT}", folder / f"{name}{_TEST}"
     pool = _read_rows(pool_path)
@@ -303,7 +335,8 @@ def _read_task(
                 f"{len(shared)} test items of {test_path} occur in {pool_path.name} too ({column} "
                 f"{sorted(map(str, shared))[0]!r}): shots must not be test items, prepare the data again"
             )
-    return TestTask(name, domain, pool_path, test_path, pool, test, trivial)
+    group = about.get("group") or name
+    return TestTask(name, domain, pool_path, test_path, pool, test, about.get("trivial"), group)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Choosing optimizer and learning rate of the adaptation for every shot count, the same way for every model type."""
+"""Choosing optimizer, rate and steps of the adaptation for every shot count, the same way for every model type."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from metasft.config.result_files import read_search_file
-from metasft.evaluation.model_source import Adaptation
+from metasft.evaluation.model_source import Adaptation, candidate_name
 from metasft.evaluation.protocol import EvaluationConfig, TestTask, shot_indices
 from metasft.files.atomic import write_json
 from metasft.files.untrusted import sha256_of
 
 logger = logging.getLogger(__name__)
 
-SEARCH_GRID: tuple[tuple[str, float], ...] = (
-    # Rates for all parameters and for LoRA alike: neither kind is given a grid of its own.
-    ("sgd", 0.005),
-    ("sgd", 0.05),
-    ("sgd", 0.5),
-    ("adamw", 1e-5),
-    ("adamw", 1e-4),
-    ("adamw", 1e-3),
-    ("adamw", 3e-3),
-)
 Losses = dict[str, dict[str, dict[str, float | None]]]
 """Shot count as text -> candidate -> task -> nats per response token; None where that is not finite."""
 
@@ -40,17 +30,19 @@ def search_settings(
         evaluation: the settings of the evaluation.
     """
     shared = (
-        "model_type", "weights_sha256", "base_model", "adapts", "adaptation_steps", "adaptation_batch_size", "seed",
-        "max_length", "chat_template_sha256", "chat_template_kwargs", "device", "dtype",
+        "model_type", "weights_sha256", "base_model", "adapts", "adaptation_batch_size", "seed", "max_length",
+        "chat_template_sha256", "chat_template_kwargs", "device", "dtype",
     )  # fmt: skip
     return {
         **{key: evaluation[key] for key in shared},
+        "adaptation_steps": config.adaptation_steps,
         "n_shots": list(config.adapted_shots),
         "searched_on": "search tasks" if tasks[0].domain == "unseen" else "training tasks",
         "tasks": [task.name for task in tasks],
         "n_test": {task.name: len(task.test) for task in tasks},
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
-        "grid": [list(candidate) for candidate in SEARCH_GRID],
+        "grid": list(config.search_grid),
+        "steps": sorted(config.search_steps) or [config.adaptation_steps],
     }
 
 
@@ -68,15 +60,18 @@ def read_losses(path: Path, settings: Mapping[str, Any]) -> Losses:
     return {}
 
 
-def candidate_name(optimizer: str, lr: float) -> str:
-    return f"{optimizer} {lr:g}"
+def candidates(settings: Mapping[str, Any]) -> list[Adaptation]:
+    """Every optimizer and rate of the grid with every number of steps."""
+    grid = (entry.split(":") for entry in settings["grid"])
+    return [Adaptation(optimizer, float(lr), n, "search") for optimizer, lr in grid for n in settings["steps"]]
 
 
 def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], path: Path) -> Losses:
     """Measure what is missing of the grid, and write it to ``path`` after every candidate.
 
     For every shot count, every candidate adapts on the same shots of every task with the same batches and is measured
-    by its response loss on the same test items, tasks weighted equally. Nothing is generated.
+    by its response loss on the same test items, tasks weighted equally. Nothing is generated. Numbers of steps are
+    points of one adaptation.
 
     Args:
         model: gives a :class:`~metasft.evaluation.few_shot_model.FewShotModel` when called, which keeps the last
@@ -89,7 +84,9 @@ def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], p
 
     earlier = read_losses(path, settings)
     losses: Losses = {str(n): earlier.get(str(n), {}) for n in settings["n_shots"]}
-    missing = [c for c in SEARCH_GRID if any(candidate_name(*c) not in measured for measured in losses.values())]
+    every, steps = candidates(settings), settings["steps"]
+    unmeasured = {c[:2] for c in every if any(candidate_name(c) not in measured for measured in losses.values())}
+    missing = [c for c in every if c[:2] in unmeasured and c.steps == steps[-1]]
     if not missing:
         return losses
     jobs = [
@@ -101,16 +98,14 @@ def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], p
     largest = {job.task: sorted(job.shots) for job in jobs}  # the last of a task; smaller sets are among its shots
     loaded.prepare(tasks, largest)
     with tqdm(total=len(missing) * len(jobs), desc="searching the adaptation rate", unit="cell") as bar:
-        for optimizer, lr in missing:
-            name = candidate_name(optimizer, lr)
-            bar.set_postfix_str(name)
-            loaded.use(Adaptation(optimizer, lr, "search"))
-            for measured in losses.values():
-                measured[name] = dict.fromkeys(task.name for task in tasks)
-            for number, _, outcome in loaded.run_jobs(jobs, generate=False):
+        for last in missing:
+            bar.set_postfix_str(f"{last.optimizer} {last.lr:g}")
+            loaded.use(last)
+            for number, done, outcome in loaded.run_jobs(jobs, test_after=steps, generate=False):
                 job = jobs[number]
-                losses[str(len(job.shots))][name][job.task] = outcome.loss if math.isfinite(outcome.loss) else None
-                bar.update()
+                measured = losses[str(len(job.shots))].setdefault(candidate_name(last._replace(steps=done)), {})
+                measured[job.task] = outcome.loss if math.isfinite(outcome.loss) else None
+                bar.update(done == steps[-1])
             write_search(path, settings, losses, None)
     return losses
 
@@ -123,30 +118,34 @@ def means(losses: Mapping[str, Mapping[str, float | None]]) -> dict[str, float |
     }
 
 
-def choose(losses: Mapping[str, Mapping[str, float | None]], optimizer: str | None) -> dict[str, Any]:
+def choose(
+    losses: Mapping[str, Mapping[str, float | None]], settings: Mapping[str, Any], optimizer: str | None
+) -> dict[str, Any]:
     """The candidate with the lowest mean loss, among those of ``optimizer`` where that is given.
 
     Returns:
-        ``optimizer``, ``lr``, and ``at_grid_edge``: the grid has no lower, or no higher, rate of that optimizer; one
-        beyond might be better.
+        ``optimizer``, ``lr``, ``steps``; ``at_grid_edge``: the grid has no lower, or no higher, rate of that optimizer,
+        and ``at_steps_edge``: likewise of several numbers of steps; one beyond might be better.
 
     Raises:
         ValueError: no candidate has a finite loss.
     """
-    mean = means(losses)
-    candidates = [
-        (mean[candidate_name(*candidate)], candidate)
-        for candidate in SEARCH_GRID
-        if optimizer in (None, candidate[0]) and mean[candidate_name(*candidate)] is not None
-    ]
-    if not candidates:
+    every, mean = candidates(settings), means(losses)
+    finite = [(mean[candidate_name(c)], c) for c in every if mean[candidate_name(c)] is not None]
+    if not (usable := [(loss, c) for loss, c in finite if optimizer in (None, c.optimizer)]):
         raise ValueError(
             "--search-adaptation found no optimizer and rate with a finite loss: look at the model, or give "
             "--adaptation-lr and --adaptation-optimizer"
         )
-    _, (name, lr) = min(candidates)
-    rates = [rate for other, rate in SEARCH_GRID if other == name]
-    return {"optimizer": name, "lr": lr, "at_grid_edge": lr in (min(rates), max(rates))}
+    _, best = min(usable)
+    rates, steps = [c.lr for c in every if c.optimizer == best.optimizer], settings["steps"]
+    return {
+        "optimizer": best.optimizer,
+        "lr": best.lr,
+        "steps": best.steps,
+        "at_grid_edge": best.lr in (min(rates), max(rates)),
+        "at_steps_edge": len(steps) > 1 and best.steps in (steps[0], steps[-1]),
+    }
 
 
 def write_search(path: Path, settings: Mapping[str, Any], losses: Losses, choice: Mapping[str, Any] | None) -> None:
@@ -177,12 +176,11 @@ def read_search(path: Path, config: EvaluationConfig) -> tuple[dict[int, Adaptat
             "search with all of --n-shots and --speed-shots"
         )
     origin = f"search on {settings['searched_on']}"
-    adaptations = {
-        n: Adaptation(choice[str(n)]["optimizer"], choice[str(n)]["lr"], origin) for n in config.adapted_shots
-    }
+    chosen = {n: choice[str(n)] for n in config.adapted_shots}
+    adaptations = {n: Adaptation(c["optimizer"], c["lr"], c["steps"], origin) for n, c in chosen.items()}
     summary = {
         **{key: settings[key] for key in ("searched_on", "tasks", "n_test")},
-        "trials_per_shot_count": len(settings["grid"]),
+        "trials_per_shot_count": len(settings["grid"]) * len(settings["steps"]),
         "choice": choice,
     }
     return adaptations, summary

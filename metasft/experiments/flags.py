@@ -79,8 +79,11 @@ class PreparedData(NamedTuple):
                 )
 
 
-def check_data(scale: Scale) -> PreparedData:
-    """What the ``data`` of a scale ask ``prepare_math_science_data.py`` for; nothing is read but suites and mappings.
+def check_data(flags: Mapping[str, Any], where: str) -> PreparedData:
+    """What ``flags`` ask ``prepare_math_science_data.py`` for; nothing is read but suites and mappings.
+
+    Args:
+        where: they stand, for messages.
 
     Raises:
         ValueError: an unknown key, or a value that the script would not accept.
@@ -90,13 +93,12 @@ def check_data(scale: Scale) -> PreparedData:
     from metasft.data.embedded_tasks import TEST_TASKS, TRAIN_TASKS, VALID_TASKS
     from metasft.data.sources.commands import resolve_source, select
 
-    where = f"data of the scale {scale.name}"
     known = [key for key in vars(script.parse_arguments([])) if key not in ("output_dir", "dry_run")]
-    _check_known(scale.data, known, where)
+    _check_known(flags, known, where)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            arguments = script.parse_arguments(as_flags(scale.data))
+            arguments = script.parse_arguments(as_flags(flags))
         resolve_source(arguments)
         if arguments.source != "reasoning_gym":
             selection = select(arguments)

@@ -26,6 +26,7 @@ from metasft.config.training import (
 )
 from metasft.experiments.composition import compose, overrides_of
 from metasft.experiments.flags import (
+    PreparedData,
     as_flags,
     check_data,
     check_evaluation,
@@ -34,7 +35,17 @@ from metasft.experiments.flags import (
     evaluation_results,
 )
 from metasft.experiments.search import Search, choose_searches
-from metasft.experiments.suites import META_LEARNERS, ROOT, TINY_MODEL, Arm, Resources, Scale, Suite, check_names
+from metasft.experiments.suites import (
+    META_LEARNERS,
+    ROOT,
+    TINY_MODEL,
+    Arm,
+    Resources,
+    Scale,
+    Suite,
+    SuiteSettings,
+    check_names,
+)
 
 CONFIG_DIR = "data/math_science_meta"
 SCRIPTS = {
@@ -42,7 +53,14 @@ SCRIPTS = {
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
 }
-LIKE_ANY_TASK = "algebra_train"  # the configurations of the standard LoRA differ in their files only
+BASELINES = {
+    "lora_mixed": "baseline_lora_mixed",
+    "lora_mixed_all": "baseline_lora_mixed_all",
+    "metaicl": "baseline_metaicl",
+}
+"""Method -> the configuration that the data run writes; a single task's is <task>_train."""
+LIKE_ANOTHER = {"meta_train": "algebra_train", ".": "baseline_lora_mixed_all"}
+"""Folder -> the shipped configuration that one of other data is like, but for files and batches."""
 OWN_FOLDER = "{run}"
 """Stands for a run's own folder where commands are compared."""
 
@@ -93,11 +111,10 @@ class PlannedArm:
         """Support examples per task; examples of all tasks together where one run mixes them."""
         if self.arm.method == "base":
             return None
-        return (
-            self.config["meta"]["support_samples"]
-            if "meta" in self.config
-            else self.config["data"]["train_max_samples"]
-        )
+        if "meta" in self.config:
+            return self.config["meta"]["support_samples"]
+        samples = self.config["data"]["train_max_samples"]
+        return samples if samples >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -165,7 +182,9 @@ def _make_plan(
 ) -> Plan:
     definitions = {suite.name: [_at_scale(arm, suite, scale) for arm in suite.arms.values()] for suite in suites}
     every = [arm for of_suite in definitions.values() for arm in of_suite]
-    planner = _Planner(scale, output, choose_searches(every, scale, searched), dict(known))
+    sharing = [arm for arm in every if not _SEARCHES_ALONE.intersection(arm.evaluate)]
+    planner = _Planner(scale, output, choose_searches(sharing, scale, searched), dict(known))
+    planner.definitions = {arm.name: arm for arm in every}
     # Of arms that do the same, the one that searches gives the runs their name.
     for arm in every:
         if any(arm.name == search.arm for search in planner.searches.values()):
@@ -190,8 +209,18 @@ def _make_plan(
 
 
 def _at_scale(arm: Arm, suite: Suite, scale: Scale) -> Arm:
-    further = scale.suites.get(suite.name, {}) if arm.method in META_LEARNERS else {}
-    return arm.model_copy(update={"overrides": {**further, **arm.overrides}})
+    """The arm with what suite and scale set for it: overrides of its trainer, data, and flags of its evaluation."""
+    further = scale.suites.get(suite.name) or SuiteSettings()
+    train = {}
+    if arm.method in META_LEARNERS:
+        train = {**further.train.meta_learners, **getattr(further.train, arm.method)}
+    elif arm.method != "base":
+        train = further.train.lora
+    evaluate = {**suite.evaluate, **further.evaluate, **arm.evaluate}
+    if evaluate.get("shots_in_prompt"):  # nothing is adapted
+        evaluate = {key: value for key, value in evaluate.items() if not key.startswith("search_")}
+    settings = {"overrides": {**train, **arm.overrides}, "data": arm.data or suite.data, "evaluate": evaluate}
+    return arm.model_copy(update=settings)
 
 
 def identity(command: Sequence[str], folder: Path | str) -> tuple[str, ...]:
@@ -204,6 +233,21 @@ def shell_line(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
+class _Data(NamedTuple):
+    """Data of arms: the run that makes them, their folder, the flags, and what these make."""
+
+    name: str
+    folder: Path
+    flags: Mapping[str, Any]
+    prepared: PreparedData
+
+
+_SEARCHES_ALONE = {"search_adaptation", "shots_in_prompt"}
+"""Flags of an arm that has nothing of its model type's common search: it searches for itself, or adapts nothing."""
+_FIXED = ("adaptation_optimizer", "adaptation_lr")
+"""Flags of an adaptation that a search finds."""
+
+
 @dataclass
 class _Planner:
     scale: Scale
@@ -212,25 +256,37 @@ class _Planner:
     known: dict[tuple[str, ...], str]
     runs: dict[str, Run] = field(default_factory=dict)
     adapts_lora: dict[str, bool] = field(default_factory=dict)
+    definitions: dict[str, Arm] = field(default_factory=dict)
+    data: dict[str, _Data] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.data_dir = self.output / "data" / "math_science_meta"
         self.makes_model = self.scale.model == TINY_MODEL
         self.model = str(self.output / "model") if self.makes_model else self.scale.model
-        self.prepared = check_data(self.scale)
         if not self.makes_model:
             check_model_path(self.model)
         else:
             command = ["python", "-m", "metasft.tiny_model", self.model]
             self._add("model", "model", command, results=[f"{self.model}/config.json"])
-        command = [
-            "python",
-            "prepare_math_science_data.py",
-            "--output-dir",
-            str(self.data_dir),
-            *as_flags(self.scale.data),
-        ]
-        self._add("data", "data", command, results=[str(self.data_dir / "manifest.json")])
+
+    def data_of(self, arm: Arm) -> _Data:
+        """What the arm is trained and tested on: the scale's data, or its suite's in a folder of their own."""
+        if not arm.data:
+            name, folder, where = "data", "math_science_meta", f"data of the scale {self.scale.name}"
+        else:
+            folder = Path(str(arm.data.get("suite") or arm.data.get("benchmark") or "local")).stem
+            name, where = f"data-{folder}", f"data of the arm {arm.name}"
+        flags = arm.data or self.scale.data
+        if name not in self.data:
+            place = self.output / "data" / folder
+            self.data[name] = _Data(name, place, dict(flags), check_data(flags, where))
+            command = ["python", "prepare_math_science_data.py", "--output-dir", str(place), *as_flags(flags)]
+            self._add(name, "data", command, results=[str(place / "manifest.json")])
+        if self.data[name].flags != flags:
+            raise ValueError(
+                f"arm {arm.name} has other data than another arm ({flags} and {self.data[name].flags}), and both would "
+                f"lie in {self.data[name].folder}: give the same flags, or another --output-dir"
+            )
+        return self.data[name]
 
     def folder(self, name: str) -> Path:
         return self.output / "runs" / name
@@ -284,9 +340,9 @@ class _Planner:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _needs(self) -> tuple[str, ...]:
-        return ("model", "data") if self.makes_model else ("data",)
+    def _needs(self, arm: Arm) -> tuple[str, ...]:
+        data = self.data_of(arm).name
+        return ("model", data) if self.makes_model else (data,)
 
     # ``config``: of an earlier replicate of the arm, which differs in seed, task and folders only; empty for the first.
 
@@ -297,7 +353,7 @@ class _Planner:
         asked = {**self.scale.train.meta_learners, **getattr(self.scale.train, arm.method), **arm.overrides}
         own = {
             "model.path": self.model,
-            "meta.task_dir": str(self.data_dir / "meta_train"),
+            "meta.task_dir": str(self.data_of(arm).folder / "meta_train"),
             "trainer.default_local_dir": str(self.folder(name)),
             "trainer.seed": of["seed"],
         }
@@ -309,7 +365,7 @@ class _Planner:
         launcher = ["python"] if processes == 1 else _torchrun(processes)
         command = [*launcher, script, "--config-path", CONFIG_DIR, "--config-name", config_name, *overrides]
         results = [str(self.folder(name) / "run_summary.json")]
-        return self._add(name, "train", command, "train", results=results, needs=self._needs, **of), config
+        return self._add(name, "train", command, "train", results=results, needs=self._needs(arm), **of), config
 
     def _check_meta_learner(self, arm: Arm, config: Mapping[str, Any], processes: int) -> None:
         # A model that is still to be made cannot be looked at; a hub name is not.
@@ -318,7 +374,8 @@ class _Planner:
             meta = check_training_config(checked, arm.method)
             group = resolve_task_group(meta, world_size=processes, lora=config["model"]["lora_rank"] > 0)
             check_micro_batches(config, meta, group)
-            self.prepared.check_training_tasks(meta.tasks or self.prepared.support, "meta.tasks", meta.support_samples)
+            prepared = self.data_of(arm).prepared
+            prepared.check_training_tasks(meta.tasks or prepared.support, "meta.tasks", meta.support_samples)
         except ValueError as error:
             raise ValueError(f"arm {arm.name}: {error}") from error
         if config["trainer"]["total_training_steps"] is None:
@@ -331,9 +388,12 @@ class _Planner:
         self, arm: Arm, name: str, of: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[str, Mapping[str, Any]]:
         """veRL's own trainer on the configuration that the data run writes, which the shipped one is like."""
-        place, config_name = ("meta_train", f"{of['task']}_train") if of["task"] else (".", "baseline_lora_mixed")
+        data = self.data_of(arm)
+        place, config_name = ("meta_train", f"{of['task']}_train") if of["task"] else (".", BASELINES[arm.method])
         if of["task"]:
-            self.prepared.check_training_tasks([of["task"]], f"arm {arm.name}: tasks")
+            data.prepared.check_training_tasks([of["task"]], f"arm {arm.name}: tasks")
+        if arm.method == "metaicl" and not data.flags.get("in_context"):
+            raise ValueError(f"arm {arm.name}: MetaICL needs data with in_context, such as 16 earlier examples; add it")
         folder = str(self.folder(name))
         own = {
             "model.path": self.model,
@@ -343,10 +403,13 @@ class _Planner:
             "data.seed": of["seed"],
             "trainer.resume_mode": "disable",  # it saves at the end only: there is nothing half-way to resume from
         }
-        overrides = overrides_of({**self.scale.train.lora, **arm.overrides}, own, arm.name)
-        shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANY_TASK
+        asked = {**self.scale.train.lora, **arm.overrides}
+        if arm.trains_like is not None:
+            asked |= self._as_many_examples(arm, asked)
+        overrides = overrides_of(asked, own, arm.name)
+        shipped = config_name if (ROOT / "data" / place / f"{config_name}.yaml").is_file() else LIKE_ANOTHER[place]
         config = config or compose(ROOT / "data" / place, shipped, overrides, arm.name)
-        config_dir = os.path.normpath(self.data_dir / place)
+        config_dir = os.path.normpath(data.folder / place)
         command = [
             *_torchrun(self.scale.runs.train_lora.processes),
             *("-m", "verl.trainer.sft_trainer", "--config-dir", config_dir, "--config-name", config_name),
@@ -360,40 +423,60 @@ class _Planner:
             "train_samples": config["data"]["train_max_samples"],
             "seed": of["seed"],
         }
-        return self._add(name, "train", command, "train_lora", needs=self._needs, summary=summary, **of), config
+        return self._add(name, "train", command, "train_lora", needs=self._needs(arm), summary=summary, **of), config
+
+    def _as_many_examples(self, arm: Arm, asked: Mapping[str, Any]) -> dict[str, int]:
+        """Settings of veRL's trainer for as many training examples as those of a meta-learner."""
+        like, batch_size = arm.trains_like, asked.get("data.train_batch_size")
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"arm {arm.name}: trains_like needs data.train_batch_size among the overrides; add it")
+        config = self.arm(self.definitions[like.arm]).config
+        meta = config["meta"]
+        episode = meta["num_inner_steps"] * meta["inner_batch_size"] + meta["query_batch_size"]
+        examples = config["trainer"]["total_training_steps"] * meta["meta_batch_size"] * episode
+        # The steps end the training, however often they pass over the data.
+        return {
+            "trainer.total_training_steps": max(1, round(examples / (like.row * batch_size))),
+            "trainer.total_epochs": 1_000_000,
+        }
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(
         self, arm: Arm, name: str, train: str | None, config: Mapping[str, Any], of: Mapping[str, Any]
     ) -> str:
-        adapts_lora = arm.method == "base" or config["model"]["lora_rank"] > 0
+        data = self.data_of(arm)
+        full = arm.evaluate.get("full") if arm.method == "base" else config["model"]["lora_rank"] == 0
+        adapts_lora = not full
         settings = {
             "model_type": arm.model_type,
             "model_path": self.model if train is None else str(self._export(arm, self.folder(train), config)),
-            "data_dir": str(self.data_dir),
+            "data_dir": str(data.folder),
             "output_dir": str(self.folder(name)),
             **self._prompts(arm, config),
             **self.scale.evaluate.all,
             **(self.scale.evaluate.lora if adapts_lora else self.scale.evaluate.full),
+            **arm.evaluate,
             "seed": of["seed"],
         }
         if settings["model_type"] == "lora":  # veRL's checkpoint does not say what it was trained on
             settings["base_model"] = self.model
         if self.scale.speed is not None and arm.name in self.scale.speed.arms:
             settings |= {"speed_steps": self.scale.speed.steps, "speed_shots": self.scale.speed.shots}
-        evaluation = check_evaluation(settings, arm.name, self.prepared)
-        needs = self._needs if train is None else (train,)
+        if _SEARCHES_ALONE.intersection(arm.evaluate):
+            settings = {key: value for key, value in settings.items() if key not in _FIXED}
+        evaluation = check_evaluation(settings, arm.name, data.prepared)
+        needs = self._needs(arm) if train is None else (train,)
         of = {**of, "results": evaluation_results(settings)}
         search = self.searches.get(arm.model_type)
-        if search is None:
+        if search is None or _SEARCHES_ALONE.intersection(arm.evaluate):
             return self._add(name, "evaluate", evaluation_command(settings), "evaluate", needs=needs, **of)
         if self.adapts_lora.setdefault(arm.model_type, adapts_lora) != adapts_lora:
             raise ValueError(
                 f"arm {arm.name} adapts {'LoRA' if adapts_lora else 'all parameters'}, another arm of {arm.model_type} "
                 f"does not: one search cannot serve both, remove evaluate.search.arms.{arm.model_type} from the scale"
             )
-        for key in ("adaptation_optimizer", "adaptation_lr"):
+        for key in _FIXED:
             settings.pop(key, None)
         if evaluation.speed_steps and evaluation.speed_shots not in evaluation.n_shots:
             raise ValueError(

@@ -38,7 +38,7 @@ TINY_MODEL = "tiny-random"
 """As the model of a scale: a random one, made in the output folder."""
 
 META_LEARNERS = ("meta_lora", "fomaml", "reptile")
-Method = Literal["base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed"]
+Method = Literal["base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed", "lora_mixed_all", "metaicl"]
 ModelType = Literal["base", "meta_lora", "lora", "fomaml", "reptile"]
 
 Values = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
@@ -61,6 +61,13 @@ Content = Annotated[
 M = TypeVar("M", bound=BaseModel)
 
 
+class TrainsLike(Schema):
+    """As many training examples as another arm, whatever the batches."""
+
+    arm: str = Field(description="the name of a meta-learner of the suite")
+    row: float = Field(1.0, gt=0, description="of its examples, how many one row of this arm's data counts for")
+
+
 class Arm(Schema):
     """One trained (or untrained) model of a comparison."""
 
@@ -70,11 +77,14 @@ class Arm(Schema):
     experiment: str | None = Field(None, description="its name in a plan of experiments, such as Exp 1")
     tasks: Annotated[tuple[str, ...], Tuple] = Field((), description="lora_single only: a list of tasks, one run each")
     overrides: Settings = Field(description="Hydra key -> value for its trainer, over those of the scale")
+    trains_like: TrainsLike | None = Field(None, description="standard LoRA and MetaICL only: sets the update steps")
+    data: Settings = Field(description="flags of prepare_math_science_data.py in place of the scale's")
+    evaluate: Settings = Field(description="flags of evaluate_few_shot.py, over those of the scale")
 
     @property
     def model_type(self) -> str:
         """Of evaluate_few_shot.py."""
-        return "lora" if self.method.startswith("lora_") else self.method
+        return self.method if self.method in ("base", *META_LEARNERS) else "lora"
 
     @model_validator(mode="after")
     def _of_the_method(self) -> Arm:
@@ -84,6 +94,8 @@ class Arm(Schema):
             raise ValueError(
                 f"overrides has {next(iter(self.overrides))}, but the method base trains nothing: remove it"
             )
+        if self.trains_like is not None and self.model_type != "lora":
+            raise ValueError(f"trains_like sets the update steps of standard LoRA and MetaICL, not of {self.method}")
         return self
 
 
@@ -107,11 +119,19 @@ class Suite(Schema):
     title: Text
     question: Text
     arms: Annotated[dict[str, Arm], Named] = Field(min_length=1)
+    data: Settings = Field(description="of the arms that have none of their own")
+    evaluate: Settings = Field(description="of all arms, which their own goes before")
     comparisons: Annotated[tuple[Comparison, ...], Tuple] = ()
     axis: Axis | None = None
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Suite:
+        for arm in self.arms.values():
+            other = arm.trains_like and self.arms.get(arm.trains_like.arm)
+            if arm.trains_like and (other is None or other.method not in META_LEARNERS):
+                raise ValueError(
+                    f"arms.{arm.name}.trains_like.arm={arm.trains_like.arm!r}: name one of its meta-learners"
+                )
         for number, comparison in enumerate(self.comparisons):
             for side in ("a", "b"):
                 if (name := getattr(comparison, side)) not in self.arms:
@@ -134,6 +154,23 @@ class Search(Schema):
     arms: dict[ModelType, str] = Field(
         description="model type -> the arm whose first evaluation searches optimizer and rate for all arms of the type"
     )
+
+
+class Training(Schema):
+    """Hydra overrides by who reads them."""
+
+    meta_learners: Settings
+    meta_lora: Settings
+    fomaml: Settings
+    reptile: Settings
+    lora: Settings
+
+
+class SuiteSettings(Schema):
+    """What a scale sets for one suite, over its own ``train`` and ``evaluate``."""
+
+    train: Training = Field(default_factory=Training)
+    evaluate: Settings
 
 
 class Evaluation(Schema):
@@ -163,16 +200,6 @@ class Speed(Schema):
     shots: Any
 
 
-class Training(Schema):
-    """Hydra overrides by who reads them."""
-
-    meta_learners: Settings
-    meta_lora: Settings
-    fomaml: Settings
-    reptile: Settings
-    lora: Settings
-
-
 Occupied = Annotated[Resources, Field(description="what such a run occupies, for example {cpus: 1}")]
 
 
@@ -195,7 +222,7 @@ class Scale(Schema):
     data: dict[str, Any] = Field(description="flags of prepare_math_science_data.py by their names with underscores")
     train: Training
     evaluate: Evaluation
-    suites: dict[str, Values] = Field({}, description="suite -> Hydra overrides of all its meta-learners")
+    suites: dict[str, SuiteSettings] = Field({}, description="further settings of one suite")
     speed: Speed | None = None
 
 
