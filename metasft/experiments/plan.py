@@ -217,8 +217,6 @@ def _at_scale(arm: Arm, suite: Suite, scale: Scale) -> Arm:
     elif arm.method != "base":
         train = further.train.lora
     evaluate = {**suite.evaluate, **further.evaluate, **arm.evaluate}
-    if evaluate.get("shots_in_prompt"):  # nothing is adapted
-        evaluate = {key: value for key, value in evaluate.items() if not key.startswith("search_")}
     settings = {"overrides": {**train, **arm.overrides}, "data": arm.data or suite.data, "evaluate": evaluate}
     return arm.model_copy(update=settings)
 
@@ -463,7 +461,9 @@ class _Planner:
             settings["base_model"] = self.model
         if self.scale.speed is not None and arm.name in self.scale.speed.arms:
             settings |= {"speed_steps": self.scale.speed.steps, "speed_shots": self.scale.speed.shots}
-        if _SEARCHES_ALONE.intersection(arm.evaluate):
+        if settings.get("shots_in_prompt"):  # nothing is adapted
+            settings = {k: v for k, v in settings.items() if k not in _FIXED and not k.startswith("search_")}
+        elif arm.evaluate.get("search_adaptation"):
             settings = {key: value for key, value in settings.items() if key not in _FIXED}
         evaluation = check_evaluation(settings, arm.name, data.prepared)
         needs = self._needs(arm) if train is None else (train,)

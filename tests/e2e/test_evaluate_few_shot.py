@@ -100,14 +100,15 @@ def test_the_searched_rate_is_the_one_that_adapts(whole_run):
     for shots, choice in found["choice"].items():
         assert len(found["losses"][shots]) == len(found["settings"]["grid"])
         best = min((loss, name) for name, loss in found["mean"][shots].items() if loss is not None)[1]
-        chosen[shots] = f"{choice['optimizer']} {choice['lr']:g}"
+        chosen[shots] = f"{choice['optimizer']} {choice['lr']:g}, {choice['steps']} steps"
         assert chosen[shots] == best
     assert settings["adaptation_origin"] == "search on training tasks"
     assert (settings["search"]["choice"], settings["search"]["trials_per_shot_count"]) == (found["choice"], 7)
     if len(set(chosen.values())) > 1:
         assert settings["adaptation_by_shots"] == chosen
     else:
-        assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == chosen["2"]
+        lr, steps = settings["adaptation_lr"], settings["adaptation_steps"]
+        assert f"{settings['adaptation_optimizer']} {lr:g}, {steps} steps" == chosen["2"]
 
 
 def test_a_choice_on_search_tasks_serves_another_evaluation(adapter, tiny_model, tmp_path, capsys):

@@ -245,7 +245,7 @@ def test_hash_follows_the_weights(config, adapter, tiny_model, tmp_path):
 
 
 def test_adaptation_settings_come_from_flags_then_checkpoint_then_defaults(config, tmp_path):
-    assert resolve_adaptation(config, ADAPTATION, lora=True) == ("sgd", 0.5, "checkpoint")
+    assert resolve_adaptation(config, ADAPTATION, lora=True) == ("sgd", 0.5, 4, "checkpoint")
     assert resolve_adaptation(config, {}, lora=True) == ("adamw", 1e-3, "default")
     assert resolve_adaptation(config, {}, lora=False) == ("adamw", 1e-5, "default")
     lr = dataclasses.replace(config, adaptation_lr=0.2)
@@ -262,7 +262,7 @@ def test_full_parameter_export_records_its_adaptation(config, tiny_model, tmp_pa
     assert recorded_adaptation(source) == {}
     (folder / "adaptation.json").write_text(json.dumps({**ADAPTATION, "step": 3}))
     opened = open_model(without_lora_flags(config, model_type="fomaml", model_path=str(folder)), source)
-    assert opened.adaptation == ("sgd", 0.5, "checkpoint")
+    assert opened.adaptation == ("sgd", 0.5, 4, "checkpoint")
     assert opened.adapts == "all parameters"
 
 

@@ -18,11 +18,12 @@ from few_shot_data import (
 )
 
 from metasft.data.embedded_tasks import constant_per_form, majority_baseline
-from metasft.evaluation import search as few_shot_search
+from metasft.data.in_context import in_context
 from metasft.evaluation.evaluate import evaluate, trivial_baseline
 from metasft.evaluation.few_shot_model import Job
-from metasft.evaluation.protocol import EvaluationConfig, in_context, read_search_tasks, read_test_tasks, shot_indices
-from metasft.evaluation.search import SEARCH_GRID, choose, read_losses, read_search, search
+from metasft.evaluation.model_source import candidate_name
+from metasft.evaluation.protocol import SEARCH_GRID, EvaluationConfig, read_search_tasks, read_test_tasks, shot_indices
+from metasft.evaluation.search import candidates, choose, read_losses, read_search, search
 
 
 @pytest.fixture(scope="module")
@@ -138,41 +139,52 @@ def test_the_search_never_sees_a_task_under_evaluation(config, tmp_path):
     assert (task.name, task.domain) == ("one", "unseen")
 
 
-def searched(config, tmp_path, settings=None):
+GRID = {"seed": 1, "n_shots": [2, 5], "grid": ["sgd:0.5", "adamw:1e-2"], "steps": [2, 4]}
+
+
+def searched(config, tmp_path, settings=GRID):
     model, tasks = load(config)[0], read_search_tasks(dataclasses.replace(config, search_limit=3))
     path = tmp_path / "search.json"
-    return tasks, search(lambda: model, tasks, settings or {"seed": 1, "n_shots": [2, 5]}, path), path
+    return tasks, search(lambda: model, tasks, settings, path), path
 
 
-def test_the_search_measures_what_separate_adaptations_give(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
+def test_the_search_measures_what_separate_adaptations_give(config, tmp_path):
     tasks, losses, path = searched(config, tmp_path)
-    assert {n: list(by) for n, by in losses.items()} == {n: ["sgd 0.5", "adamw 0.01"] for n in ("2", "5")}
-    for name in losses["2"]:
-        optimizer, lr = name.split()
+    names = ["sgd 0.5, 2 steps", "sgd 0.5, 4 steps", "adamw 0.01, 2 steps", "adamw 0.01, 4 steps"]
+    assert {n: sorted(by) for n, by in losses.items()} == {n: sorted(names) for n in ("2", "5")}
+    for candidate in candidates(GRID):
+        name = candidate_name(candidate)
         changed = dataclasses.replace(
-            config, adaptation_optimizer=optimizer, adaptation_lr=float(lr), eval_tasks=("easy", "harder"), limit=3,
-        )  # fmt: skip
+            config,
+            adaptation_optimizer=candidate.optimizer,
+            adaptation_lr=candidate.lr,
+            adaptation_steps=candidate.steps,
+            eval_tasks=("easy", "harder"),
+            limit=3,
+        )
         model, _ = load(changed)
         for task, n in itertools.product(tasks, (2, 5)):
             shots = shot_indices(30, n, seed=1, task=task.name, run=0)
             expected = model.adapt_and_test(task.name, shots, run=0).loss
             assert losses[str(n)][name][task.name] == pytest.approx(expected, rel=1e-4)
     written = json.loads(path.read_text())
-    assert written["mean"]["5"]["sgd 0.5"] == pytest.approx(sum(losses["5"]["sgd 0.5"].values()) / 2)
+    assert written["mean"]["5"][names[1]] == pytest.approx(sum(losses["5"][names[1]].values()) / 2)
 
 
 def test_a_search_continues_and_other_settings_start_again(config, tmp_path, monkeypatch):
-    settings = {"seed": 1, "n_shots": [2]}
-    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5),))
+    settings = {**GRID, "n_shots": [2]}
     _, first, path = searched(config, tmp_path, settings)
-    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.5), ("adamw", 0.01)))
+    written = json.loads(path.read_text())
+    for steps in (2, 4):
+        del written["losses"]["2"][f"adamw 0.01, {steps} steps"]
+    path.write_text(json.dumps(written))
     model, tasks = load(config)[0], read_search_tasks(config)
     ran = []
-    monkeypatch.setattr(model, "use", lambda adaptation: ran.append(adaptation[:2]))
+    use = model.use
+    monkeypatch.setattr(model, "use", lambda adaptation: (ran.append(adaptation[:3]), use(adaptation)))
     both = search(lambda: model, tasks, settings, path)
-    assert ran == [("adamw", 0.01)]  # the other one was there
-    assert both["2"]["sgd 0.5"] == first["2"]["sgd 0.5"]
+    assert ran == [("adamw", 0.01, 4)]  # the other one was there
+    assert both == first
     assert search(None, tasks, settings, path) == read_losses(path, settings) == both
     assert read_losses(path, {**settings, "seed": 2}) == {}
     path.write_text("no JSON")
@@ -180,24 +192,28 @@ def test_a_search_continues_and_other_settings_start_again(config, tmp_path, mon
 
 
 def test_the_choice_is_the_lowest_mean_that_is_finite():
-    losses = {few_shot_search.candidate_name(*candidate): {"a": 3.0, "b": 3.0} for candidate in SEARCH_GRID}
-    losses["sgd 0.5"] = {"a": 0.1, "b": None}  # diverged on one task
-    losses["sgd 0.05"] = {"a": 1.0, "b": 2.0}
-    losses["adamw 0.003"] = {"a": 2.0, "b": 1.2}
-    assert choose(losses, None) == {"optimizer": "sgd", "lr": 0.05, "at_grid_edge": False}
-    assert choose(losses, "adamw") == {"optimizer": "adamw", "lr": 3e-3, "at_grid_edge": True}
+    settings = {"grid": SEARCH_GRID, "steps": [5, 10, 20]}
+    losses = {candidate_name(candidate): {"a": 3.0, "b": 3.0} for candidate in candidates(settings)}
+    losses["sgd 0.5, 10 steps"] = {"a": 0.1, "b": None}  # diverged on one task
+    losses["sgd 0.05, 10 steps"] = {"a": 1.0, "b": 2.0}
+    losses["adamw 0.003, 20 steps"] = {"a": 2.0, "b": 1.2}
+    sgd = {"optimizer": "sgd", "lr": 0.05, "steps": 10, "at_grid_edge": False, "at_steps_edge": False}
+    adamw = {"optimizer": "adamw", "lr": 3e-3, "steps": 20, "at_grid_edge": True, "at_steps_edge": True}
+    assert (choose(losses, settings, None), choose(losses, settings, "adamw")) == (sgd, adamw)
+    alone = {"grid": SEARCH_GRID, "steps": [10]}
+    assert choose(losses, alone, None) == sgd  # one number of steps has no edge
     with pytest.raises(ValueError, match="found no optimizer and rate with a finite loss"):
-        choose({name: {"a": None} for name in losses}, None)
+        choose({name: {"a": None} for name in losses}, settings, None)
 
 
-def test_flags_come_before_the_search(config, monkeypatch):
+def test_flags_come_before_the_search(config):
     """With a rate given nothing is searched; with an optimizer given the choice is among its rates."""
     small = dataclasses.replace(
         config, n_shots=(0, 2), n_runs=1, limit=2, adaptation_steps=2, search_adaptation=True, search_limit=2
     )
     evaluate(small)
     assert not (small.output_dir / "base_search.json").exists()
-    monkeypatch.setattr(few_shot_search, "SEARCH_GRID", (("sgd", 0.1), ("sgd", 1.0), ("adamw", 0.05)))
+    small = dataclasses.replace(small, search_grid=("sgd:0.1", "sgd:1.0", "adamw:0.05"), search_steps=(1, 2))
     for optimizer in (None, "sgd"):
         changed = dataclasses.replace(
             small, adaptation_lr=None, adaptation_optimizer=optimizer, output_dir=small.output_dir / str(optimizer)
@@ -205,36 +221,45 @@ def test_flags_come_before_the_search(config, monkeypatch):
         if optimizer == "sgd":
             # The flag alone would ask for a rate where there is no search.
             with pytest.raises(ValueError, match="give --adaptation-lr too"):
-                evaluate(dataclasses.replace(changed, search_adaptation=False))
+                without = {"search_adaptation": False, "search_grid": SEARCH_GRID, "search_steps": ()}
+                evaluate(dataclasses.replace(changed, **without))
         evaluate(changed)
         settings = json.loads((changed.output_dir / "base_settings.json").read_text())
         mean = json.loads((changed.output_dir / "base_search.json").read_text())["mean"]["2"]
         best = min((name for name in mean if optimizer in (None, name.split()[0])), key=mean.get)
-        assert f"{settings['adaptation_optimizer']} {settings['adaptation_lr']:g}" == best
+        lr, steps = settings["adaptation_lr"], settings["adaptation_steps"]
+        assert f"{settings['adaptation_optimizer']} {lr:g}, {steps} steps" == best
+        assert changed.output_dir.joinpath("base_results.json").read_text().count(f'"adapt_steps": {steps},')
 
 
 def write_choice(path, choice, **settings):
     known = {"adaptation_steps": 4, "adaptation_batch_size": 4, "searched_on": "search tasks", "tasks": ["one"]}
-    settings = {**known, "n_test": {"one": 6}, "grid": [["sgd", 0.1]], **settings}
-    chosen = {n: {"optimizer": optimizer, "lr": lr, "at_grid_edge": True} for n, (optimizer, lr) in choice.items()}
+    settings = {**known, "n_test": {"one": 6}, "grid": ["sgd:0.1"], "steps": [4], **settings}
+    edges = {"at_grid_edge": True, "at_steps_edge": False}
+    chosen = {n: {"optimizer": o, "lr": lr, "steps": steps, **edges} for n, (o, lr, steps) in choice.items()}
     path.write_text(json.dumps({"settings": settings, "choice": chosen}))
     return str(path)
 
 
 def test_every_shot_count_is_adapted_as_was_chosen_for_it(config, tmp_path):
     """The losses are those of two evaluations, one for each choice."""
-    chosen = {"2": ("sgd", 0.5), "5": ("adamw", 0.01)}
+    chosen = {"2": ("sgd", 0.5, 4), "5": ("adamw", 0.01, 2)}
     both = dataclasses.replace(
         config, adaptation_lr=None, adaptation_settings=write_choice(tmp_path / "search.json", chosen)
     )
     results, _ = evaluate(both)
     settings = json.loads((both.output_dir / "base_settings.json").read_text())
-    assert settings["adaptation_by_shots"] == {"2": "sgd 0.5", "5": "adamw 0.01"}
-    assert (settings["adaptation_optimizer"], settings["adaptation_lr"]) == (None, None)
+    assert settings["adaptation_by_shots"] == {"2": "sgd 0.5, 4 steps", "5": "adamw 0.01, 2 steps"}
+    assert [settings[f"adaptation_{key}"] for key in ("optimizer", "lr", "steps")] == [None] * 3
     assert (settings["adaptation_origin"], settings["search"]["tasks"]) == ("search on search tasks", ["one"])
-    for n, (optimizer, lr) in chosen.items():
+    for n, (optimizer, lr, steps) in chosen.items():
         alone = dataclasses.replace(
-            config, adaptation_optimizer=optimizer, adaptation_lr=lr, n_shots=(0, int(n)), output_dir=tmp_path / n
+            config,
+            adaptation_optimizer=optimizer,
+            adaptation_lr=lr,
+            adaptation_steps=steps,
+            n_shots=(0, int(n)),
+            output_dir=tmp_path / n,
         )
         expected, _ = evaluate(alone)
         for task, by_shots in expected.items():
@@ -248,10 +273,10 @@ def test_the_choice_of_another_search_has_to_fit(config, tmp_path):
         with pytest.raises(ValueError, match=message):
             read_search(tmp_path / "search.json", dataclasses.replace(config, adaptation_settings=path))
 
-    sgd = ("sgd", 0.5)
+    sgd = ("sgd", 0.5, 4)
     check({"2": sgd}, "search.json has chosen for 2 shots, not for 5: search with all of --n-shots")
     check({"2": sgd, "5": sgd}, "searched with --adaptation-steps 9, and --adaptation-steps is 4", adaptation_steps=9)
-    check({"2": sgd, "5": ("sgd", -1)}, r"search.json is not what .*choice.5.lr=-1 must be above 0\): search again")
+    check({"2": sgd, "5": ("sgd", -1, 4)}, r"search.json is not what .*choice.5.lr=-1 must be above 0\): search again")
     (tmp_path / "search.json").unlink()
     with pytest.raises(ValueError, match=r"search\.json"):
         read_search(tmp_path / "search.json", config)

@@ -134,7 +134,7 @@ def test_one_arm_is_not_defined_twice(tmp_path):
 
 def test_a_scale_does_not_make_two_arms_of_one(tmp_path):
     paths = [write_suite(tmp_path, {"a": META_LORA}, name=name) for name in ("one", "two")]
-    scale = write_scale(tmp_path, {"suites": {"two": {"meta.inner_lr": 0.5}}}, model=model_folder(tmp_path / "model"))
+    scale = write_scale(tmp_path, {"suites": {"two": {"train": {"meta_learners": {"meta.inner_lr": 0.5}}}}}, model=model_folder(tmp_path / "model"))
     refused(
         "suites.two of the scale small changes the arm a, which another suite has too",
         make_plan,

@@ -28,7 +28,7 @@ from metasft.experiments.composition import overrides_of
 from metasft.experiments.plan import identity, make_plan
 from metasft.experiments.suites import read_scale, read_suites
 
-SUITES = ("inner_steps", "matrix", "rank", "samples", "two_stage")
+SUITES = ("inner_steps", "matrix", "rank", "reasoning", "rules", "samples", "two_stage")
 SCALES = ("smoke", "cpu", "gpu")
 
 
@@ -209,7 +209,7 @@ def test_arm_goes_before_suite_before_method_before_all(highest, tmp_path):
     if highest > 0:
         changes["train/meta_lora"] = {"trainer.total_training_steps": 12}
     if highest > 1:
-        changes["suites"] = {"try": {"trainer.total_training_steps": 13}}
+        changes["suites"] = {"try": {"train": {"meta_learners": {"trainer.total_training_steps": 13}}}}
     plan = plan_of(tmp_path, {"a": arm, "other": FOMAML}, changes)
     command = plan.runs["train-a-seed1"].command
     assert [word for word in command if word.startswith("trainer.total_training_steps=")] == [

@@ -236,7 +236,7 @@ def test_baseline_configs(prepared):
 
     expected = {f"meta_train/{task}_{part}" for task in tasks.TRAIN_TASKS for part in ("train", "full")}
     paths = {str(path.relative_to(prepared / "data").with_suffix("")): path for path in prepared.rglob("*.yaml")}
-    assert set(paths) == expected | {"baseline_lora_mixed", "baseline_lora_mixed_full"}
+    assert set(paths) == expected | {"baseline_lora_mixed", "baseline_lora_mixed_all", "baseline_lora_mixed_full"}
     for path in paths.values():
         comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
         found = re.search(r'-m verl.trainer.sft_trainer \\\n.*--config-path "\$PWD/(\S+)" --config-name (\S+)', comment)
@@ -323,7 +323,8 @@ def test_configs_of_another_folder_lie_in_it(run_here, tmp_path):
     assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "geometry", "calculus") == 0
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["rules"]
     found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
-    assert found == {"meta_train/algebra_train.yaml", "meta_train/geometry_train.yaml", "baseline_lora_mixed.yaml"}
+    mixed = {"baseline_lora_mixed.yaml", "baseline_lora_mixed_all.yaml"}
+    assert found == {"meta_train/algebra_train.yaml", "meta_train/geometry_train.yaml"} | mixed
     single = compose(tmp_path / "data/rules/meta_train", "algebra_train")
     mixed = compose(tmp_path / "data/rules", "baseline_lora_mixed")
     assert single.data.train_files == mixed.data.train_files[:1] == ["data/rules/meta_train/algebra_support.parquet"]
@@ -335,9 +336,7 @@ def test_configs_of_another_folder_lie_in_it(run_here, tmp_path):
     # As for the data files, those of earlier flags would be taken for configurations of this run's data.
     assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "--full-samples", "40") == 0
     found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
-    assert found == {f"meta_train/algebra_{part}.yaml" for part in ("train", "full")} | {
-        "baseline_lora_mixed.yaml", "baseline_lora_mixed_full.yaml"
-    }  # fmt: skip
+    assert found == {f"meta_train/algebra_{part}.yaml" for part in ("train", "full")} | {*mixed, "baseline_lora_mixed_full.yaml"}
 
 
 def git(*words: str, cwd: Path) -> str:
@@ -378,10 +377,10 @@ def test_nothing_under_version_control_is_touched(flags, run_here, checkout):
 def test_shipped_configs_are_used_where_they_fit(checkout):
     settings = prepare_command.check_settings(prepare_command.parse_arguments([]))
     configs = baselines.make_baseline_configs(Path("data/math_science_meta"), settings)
-    assert len(configs) == 12 and all(name.startswith("../") for name in configs)
+    assert len(configs) == 13 and all(name.startswith("../") for name in configs)
     other = prepare_command.check_settings(prepare_command.parse_arguments(["--support-ratio", "0.45"]))
     configs = baselines.make_baseline_configs(Path("data/math_science_meta"), other)
-    assert len(configs) == 6 and not any(name.startswith("..") for name in configs)
+    assert len(configs) == 7 and not any(name.startswith("..") for name in configs)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +396,7 @@ def test_the_mixed_baseline_makes_sense_from_2_to_500_tasks(tasks_, support, sam
     monkeypatch.chdir(tmp_path)
     names = [f"task_{i}" for i in range(tasks_)]
     sizes = {name: {"support": support, "query": 1, "test": 1, "full": None} for name in names}
-    settings = {"source": "local", "suite": {"train": names}, "sizes": sizes, "full_samples": None}
+    settings = {"source": "local", "suite": {"train": names}, "sizes": sizes, "full_samples": None, "in_context": None}
     configs = baselines.make_baseline_configs(Path("data/mine"), settings)
     (tmp_path / "mixed.yaml").write_text(configs["baseline_lora_mixed.yaml"])
     config = compose(tmp_path, "mixed")
