@@ -178,7 +178,7 @@ def test_a_search_continues_and_other_settings_start_again(config, tmp_path, mon
     for steps in (2, 4):
         del written["losses"]["2"][f"adamw 0.01, {steps} steps"]
     path.write_text(json.dumps(written))
-    model, tasks = load(config)[0], read_search_tasks(config)
+    model, tasks = load(config)[0], read_search_tasks(dataclasses.replace(config, search_limit=3))
     ran = []
     use = model.use
     monkeypatch.setattr(model, "use", lambda adaptation: (ran.append(adaptation[:3]), use(adaptation)))
@@ -280,6 +280,23 @@ def test_the_choice_of_another_search_has_to_fit(config, tmp_path):
     (tmp_path / "search.json").unlink()
     with pytest.raises(ValueError, match=r"search\.json"):
         read_search(tmp_path / "search.json", config)
+
+
+# ---- all parameters of the base -------------------------------------------------------------------------------------
+
+
+def test_full_adapts_all_parameters_of_the_base(config, tmp_path):
+    """As another model type does with the same folder; the model is the same again afterwards."""
+    rate = {"adaptation_lr": 1e-3, "adaptation_optimizer": "adamw", "eval_tasks": ("logic",), "n_shots": (0, 5)}
+    full = dataclasses.replace(config, **rate, full=True, lora_rank=None, lora_alpha=None)
+    results, _ = evaluate(full)
+    settings = json.loads((full.output_dir / "base_settings.json").read_text())
+    assert (settings["adapts"], settings["group"]) == ("all parameters", {"logic": "logic"})
+    other = dataclasses.replace(full, model_type="fomaml", full=False, output_dir=tmp_path / "other")
+    expected, _ = evaluate(other)
+    for shots in ("0", "5"):
+        assert results["logic"][shots]["loss_mean"] == expected["logic"][shots]["loss_mean"]
+    assert results["logic"]["5"]["loss_mean"] != results["logic"]["0"]["loss_mean"]
 
 
 # ---- shots in the prompt --------------------------------------------------------------------------------------------

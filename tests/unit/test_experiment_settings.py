@@ -17,9 +17,7 @@ from experiment_files import (
 )
 
 from metasft.experiments.plan import make_plan
-from metasft.experiments.suites import read_scale, read_suites
-
-SUITES = ("inner_steps", "matrix", "rank", "samples", "two_stage")
+from metasft.experiments.suites import SUITES_DIR, read_scale, read_suites
 
 
 def refused(words, function, *arguments):
@@ -57,6 +55,12 @@ WRONG_SUITES = [
         {},
         "overrides has meta.inner_lr, but the method base trains nothing",
     ),
+    (
+        {"a": {**META_LORA, "trains_like": {"arm": "a"}}},
+        {},
+        "trains_like sets the update steps of standard LoRA and MetaICL, not of meta_lora",
+    ),
+    ({"m": {**MIXED, "trains_like": {"arm": "m"}}}, {}, "arms.m.trains_like.arm='m': name one of its meta-learners"),
     ({"a": {**META_LORA, "overrides": ["meta.inner_lr=1"]}}, {}, "arms.a.overrides=.* must be a mapping"),
     (A, {"comparisons": 3}, "comparisons=3 must be a list"),
     (
@@ -116,7 +120,8 @@ def test_a_file_that_is_no_mapping_is_named(text, tmp_path):
 
 def test_suites_and_scales_are_found_by_name_or_path(tmp_path):
     refused("--suite is no/x.yaml, which does not exist", read_suites, ["no/x.yaml"])
-    assert [suite.name for suite in read_suites(["all", "rank"])] == ["matrix", *sorted({*SUITES} - {"matrix"})]
+    shipped = [path.stem for path in SUITES_DIR.glob("*.yaml")]
+    assert [suite.name for suite in read_suites(["all", "rank"])] == ["matrix", *sorted({*shipped} - {"matrix"})]
     own = write_suite(tmp_path, {"a": META_LORA}, name="matrix")
     refused("--suite names two suites called matrix: rename one of the files", read_suites, ["matrix", str(own)])
 
@@ -134,7 +139,11 @@ def test_one_arm_is_not_defined_twice(tmp_path):
 
 def test_a_scale_does_not_make_two_arms_of_one(tmp_path):
     paths = [write_suite(tmp_path, {"a": META_LORA}, name=name) for name in ("one", "two")]
-    scale = write_scale(tmp_path, {"suites": {"two": {"train": {"meta_learners": {"meta.inner_lr": 0.5}}}}}, model=model_folder(tmp_path / "model"))
+    scale = write_scale(
+        tmp_path,
+        {"suites": {"two": {"train": {"meta_learners": {"meta.inner_lr": 0.5}}}}},
+        model=model_folder(tmp_path / "model"),
+    )
     refused(
         "suites.two of the scale small changes the arm a, which another suite has too",
         make_plan,
@@ -176,6 +185,11 @@ IMPOSSIBLE_ARMS = [
     ({**MIXED, "overrides": {"optim.rl": 1}}, "arm a: .*optim.*rl.*; correct its overrides, or those of the scale"),
     ({**MIXED, "overrides": {"trainer.project_name": "x"}},
      "trainer.project_name is set to 'x' .* the runner sets it"),
+    ({**MIXED, "method": "metaicl"}, "arm a: MetaICL needs data with in_context, such as 16 earlier examples"),
+    ({**MIXED, "trains_like": {"arm": "fine"}}, "arm a: trains_like needs data.train_batch_size among the overrides"),
+    ({**META_LORA, "data": {"suit": "rules"}}, "data of the arm a has the key suit, .* did you mean suite"),
+    ({**BASE, "evaluate": {"search_grid": ["adam:1"]}}, "arm a: --search-grid='adam:1' must be an optimizer and a"),
+    ({**BASE, "evaluate": {"shots_in_prompt": True, "full": True}}, "arm a: --full adapts all parameters of"),
     ({**SINGLE, "tasks": ["algebr"]},
      "arm a: tasks names algebr, which is no training task of data .* from algebra, numb"),
     ({**SINGLE, "tasks": ["calculus"]}, "arm a: tasks names calculus, which is no training task of data"),

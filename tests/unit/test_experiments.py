@@ -83,7 +83,12 @@ def test_every_suite_is_planned_at_every_scale(scale, plans):
     for suite in plan.suites:
         for name in suite.arms:
             for replicate in plan.arms[name].replicates:
-                assert plan.runs[replicate.evaluate].needs[0] in (replicate.train, "model", "data")
+                assert plan.runs[replicate.evaluate].needs[0] in (
+                    replicate.train,
+                    "model",
+                    "data",
+                    f"data-{suite.name}",
+                )
     order = [run.kind for run in plan.runs.values()]
     assert order == sorted(order, key=["model", "data", "train", "evaluate"].index)
 
@@ -171,7 +176,7 @@ def test_arms_that_do_the_same_share_their_runs(plans):
     # At the guide's settings FOMAML has another budget in the matrix than in the comparison of sample counts.
     assert trained("gpu", "fomaml_n300") == ["train-fomaml_n300-seed1"]
     kinds = [run.kind for run in plans["smoke"].runs.values()]
-    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (20, 21, 43)
+    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (26, 33, 63)
 
 
 def known_from(plan):
@@ -294,6 +299,43 @@ def test_without_settings_of_the_prompts_there_are_no_flags(tmp_path):
     assert plan.arms["m"].config["data"]["enable_thinking_default"] is None
     for run in ("evaluate-base-seed1", "evaluate-m-seed1"):
         assert not any(word.startswith("--chat-template") for word in plan.runs[run].command)
+
+
+# ---- what a suite brings --------------------------------------------------------------------------------------------
+
+
+def test_arms_on_data_of_their_own(tmp_path):
+    """Prepared once, in a folder of its own, beside the scale's; the suite's flags go for all of its evaluations."""
+    data = {"suite": "rules", "in_context": 4}
+    valid = {"data": data, "evaluate": {"split": "valid", "eval_tasks": []}}
+    plan = plan_of(tmp_path, {"a": META_LORA, "own": {**META_LORA, **valid}, "base": {**BASE, **valid}})
+    assert [run.name for run in plan.runs.values() if run.kind == "data"] == ["data", "data-rules"]
+    folder = str(tmp_path / "out" / "data" / "rules")
+    assert plan.runs["data-rules"].command[3:] == (folder, "--suite", "rules", "--in-context", "4")
+    assert f"meta.task_dir={folder}/meta_train" in plan.runs["train-own-seed1"].command
+    assert plan.runs["train-own-seed1"].needs == plan.runs["evaluate-base-seed1"].needs == ("data-rules",)
+    assert plan.runs["train-a-seed1"].needs == ("data",)
+    words = plan.runs["evaluate-base-seed1"].command
+    assert (flag(words, "--data-dir"), flag(words, "--split")) == (folder, "valid") and "--eval-tasks" not in words
+    with pytest.raises(ValueError, match=r"arm b has other data than another arm .*both would lie in .*rules"):
+        plan_of(tmp_path, {"a": {**META_LORA, **valid}, "b": {**BASE, **valid, "data": {"suite": "rules", "seed": 2}}})
+
+
+def test_arms_train_on_as_many_examples_as_a_meta_learner(tmp_path):
+    """One meta-step of 2 tasks with 2 inner steps of 2 and 2 query examples: 12; and 10 meta-steps."""
+    settings = {"overrides": {"data.train_batch_size": 4}, "data": {"suite": "rules", "in_context": 4}}
+    mixed = {**MIXED, "method": "lora_mixed_all", **settings, "trains_like": {"arm": "a"}}
+    arms = {"m": mixed, "c": {**mixed, "method": "metaicl", "trains_like": {"arm": "a", "row": 2.5}}}
+    meta_learner = {**META_LORA, "data": settings["data"], "evaluate": {"split": "valid", "eval_tasks": []}}
+    evaluate = {"split": "valid", "eval_tasks": [], "shots_in_prompt": True, "search_adaptation": True}
+    arms = {name: {**arm, "evaluate": evaluate} for name, arm in arms.items()}
+    changes = {"train/meta_learners/trainer.total_training_steps": 10, "train/lora": {}}
+    plan = plan_of(tmp_path, {**arms, "a": meta_learner}, changes)
+    for arm, steps, config in (("m", 30, "baseline_lora_mixed_all"), ("c", 12, "baseline_metaicl")):
+        words = plan.runs[f"train-{arm}-seed1"].command
+        assert f"trainer.total_training_steps={steps}" in words and config in words
+        words = plan.runs[f"evaluate-{arm}-seed1"].command
+        assert "--shots-in-prompt" in words and "--search-adaptation" not in words and "--adaptation-lr" not in words
 
 
 @given(

@@ -323,8 +323,8 @@ def test_configs_of_another_folder_lie_in_it(run_here, tmp_path):
     assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "geometry", "calculus") == 0
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["rules"]
     found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
-    mixed = {"baseline_lora_mixed.yaml", "baseline_lora_mixed_all.yaml"}
-    assert found == {"meta_train/algebra_train.yaml", "meta_train/geometry_train.yaml"} | mixed
+    of_all = {"baseline_lora_mixed.yaml", "baseline_lora_mixed_all.yaml"}
+    assert found == {"meta_train/algebra_train.yaml", "meta_train/geometry_train.yaml"} | of_all
     single = compose(tmp_path / "data/rules/meta_train", "algebra_train")
     mixed = compose(tmp_path / "data/rules", "baseline_lora_mixed")
     assert single.data.train_files == mixed.data.train_files[:1] == ["data/rules/meta_train/algebra_support.parquet"]
@@ -336,7 +336,32 @@ def test_configs_of_another_folder_lie_in_it(run_here, tmp_path):
     # As for the data files, those of earlier flags would be taken for configurations of this run's data.
     assert run_here("--output-dir", "data/rules", "--tasks", "algebra", "--full-samples", "40") == 0
     found = {str(path.relative_to(tmp_path / "data/rules")) for path in tmp_path.rglob("*.yaml")}
-    assert found == {f"meta_train/algebra_{part}.yaml" for part in ("train", "full")} | {*mixed, "baseline_lora_mixed_full.yaml"}
+    assert found == {f"meta_train/algebra_{part}.yaml" for part in ("train", "full")} | {
+        *of_all,
+        "baseline_lora_mixed_full.yaml",
+    }
+
+
+def test_conversations_for_metaicl(run_here, tmp_path):
+    """Every support and query example is in one of them, in turns that end with a response; veRL reads them."""
+    flags = ["--tasks", "algebra", "number_theory", "--in-context", "6", "--samples-per-task", "50"]
+    assert run_here("--output-dir", "data/mine", *flags) == 0
+    folder = tmp_path / "data/mine"
+    rows = pd.read_parquet(folder / "meta_train/algebra_in_context.parquet")
+    files = [folder / f"meta_train/algebra_{part}.parquet" for part in ("support", "query")]
+    known = [turn for file in files for messages in pd.read_parquet(file).messages for turn in messages]
+    assert [turn for messages in rows.messages for turn in messages] == known
+    assert [len(messages) for messages in rows.messages] == [14, 14, 14]  # 8 + 13 examples, 7 to a conversation
+    config = compose(folder, "baseline_metaicl")
+    assert [Path(file).name for file in config.data.train_files] == [
+        f"{task}_in_context.parquet" for task in ("algebra", "number_theory")
+    ]
+    assert "custom_cls" not in (folder / "baseline_metaicl.yaml").read_text()  # veRL learns from every response
+    both = compose(folder, "baseline_lora_mixed_all")
+    assert sum(len(pd.read_parquet(tmp_path / file)) for file in both.data.train_files) == 42
+    assert run_here("--output-dir", "data/mine", "--tasks", "algebra") == 0
+    assert not (folder / "baseline_metaicl.yaml").exists()  # of other flags
+    assert run_here("--output-dir", "data/mine", "--in-context", "0") == 2
 
 
 def git(*words: str, cwd: Path) -> str:
