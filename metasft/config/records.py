@@ -84,7 +84,10 @@ class _Arm(Record):
     label: str | None = None
     experiment: str | None = None
     method: str | None = None
+    support_samples: Number | None = None
+    query_samples: Number | None = None
     samples_per_task: Number | None = None
+    labelled_examples: Number | None = None
     overrides: Values | None = None
     seeds: list[Count] | None = None
     replicates: list[_Replicate] | None = None

@@ -111,6 +111,9 @@ class Summary(Record):
     world_size: Count | None = None
     task_group_size: Count | None = None
     diverged: dict[Line, AnyNumber] | None = None
+    query_samples: Count | None = None
+    labelled_examples_per_task: Count | None = None  # support and query, of the task with the most
+    labelled_examples: Count | None = None  # of all tasks
 
 
 class Settings(Record):

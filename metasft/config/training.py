@@ -49,8 +49,15 @@ class MetaConfig(Schema):
     tasks: Annotated[tuple[str, ...], Tuple, Unique] | None = key(
         "list of task names; null = every task found", None, min_length=1
     )
-    support_samples: int = key("support examples per task", 100, ge=1)
-    query_samples: int | None = key("query examples per task; null = all", None, ge=1)
+    support_samples: int = key(
+        "support examples per task; with query_from_support those of the query set too", 100, ge=1
+    )
+    query_samples: int | None = key(
+        "query examples per task; null = all, with query_from_support a quarter of support_samples", None, ge=1
+    )
+    query_from_support: bool = key(
+        "true = the query set is the last query_samples of the support_samples examples; no query file is read", False
+    )
     num_inner_steps: int = key("K, inner steps per episode", 10, ge=0, le=100_000)
     inner_optimizer: Literal["sgd", "adamw"] = key("inner optimizer", "sgd")
     inner_batch_size: int = key("support examples per inner step", 4, ge=1)
@@ -119,12 +126,23 @@ class MetaConfig(Schema):
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> MetaConfig:
         method: Any = info.context
+        if self.query_from_support and not self.query_batch_size:
+            raise ValueError(
+                "meta.query_from_support=true has no effect with meta.query_batch_size=0, which is without a query "
+                "set; remove one of them"
+            )
         for batch, samples in (("inner_batch_size", "support_samples"), ("query_batch_size", "query_samples")):
             size, there = getattr(self, batch), getattr(self, samples)
             if there is not None and size > there:
                 raise ValueError(
                     f"meta.{batch}={size} is larger than meta.{samples}={there}; lower the batch or use more examples"
                 )
+        if self.query_from_support and (left := self.set_sizes()[0]) < self.inner_batch_size:
+            raise ValueError(
+                f"meta.inner_batch_size={self.inner_batch_size} is larger than the {max(left, 0)} support examples "
+                f"that meta.query_from_support=true leaves of meta.support_samples={self.support_samples}; lower the "
+                "batch or meta.query_samples, or use more examples"
+            )
         if method != "reptile" and self.query_batch_size < 1:
             raise ValueError(
                 f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[method]} computes its "
@@ -143,6 +161,20 @@ class MetaConfig(Schema):
         if method == "reptile" and self.reptile_step_size is None:
             raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
         return self
+
+    def set_sizes(self, in_query_file: int = 0) -> tuple[int, int]:
+        """Examples of a task's support set and of its query set; their sum is what the task has labelled.
+
+        Args:
+            in_query_file: examples in the task's query file, which counts where it is read.
+        """
+        if not self.query_batch_size:
+            return self.support_samples, 0
+        if not self.query_from_support:
+            return self.support_samples, in_query_file if self.query_samples is None else self.query_samples
+        quarter = max((self.support_samples + 2) // 4, self.query_batch_size)
+        query = quarter if self.query_samples is None else self.query_samples
+        return self.support_samples - query, query
 
 
 class TrainingConfig(Schema):

@@ -19,7 +19,7 @@ class Episode:
     Attributes:
         task: task name.
         support_batches: indices into the task's support set, one inner tuple per inner step (K tuples).
-        query_batch: indices into the task's query set (empty without a query set).
+        query_batch: rows of the task's query examples (empty without a query set).
     """
 
     task: str
@@ -97,6 +97,7 @@ class EpisodeSampler:
     Args:
         support_sizes: task name -> number of support examples.
         query_sizes: task name -> number of query examples (ignored when ``query_batch_size`` is 0).
+        query_starts: task name -> row of the first query example, where other examples come before it; None: 0.
         num_inner_steps: K.
         inner_batch_size: support examples per inner step.
         query_batch_size: query examples per episode.
@@ -112,6 +113,7 @@ class EpisodeSampler:
         self,
         support_sizes: Mapping[str, int],
         query_sizes: Mapping[str, int],
+        query_starts: Mapping[str, int] | None = None,
         *,
         num_inner_steps: int,
         inner_batch_size: int,
@@ -139,6 +141,7 @@ class EpisodeSampler:
         self.inner_batch_size = inner_batch_size
         self.query_batch_size = query_batch_size
         self.meta_batch_size = meta_batch_size
+        self._query_starts = dict(query_starts or {})
         self._task_stream = ShuffledStream(len(self.tasks), f"{seed}/tasks")
         self._support = {task: ShuffledStream(support_sizes[task], f"{seed}/support/{task}") for task in self.tasks}
         self._query = (
@@ -154,7 +157,8 @@ class EpisodeSampler:
     def _draw(self, task: str) -> Episode:
         support = tuple(self._support[task].take(self.inner_batch_size) for _ in range(self.num_inner_steps))
         query = self._query[task].take(self.query_batch_size) if self.query_batch_size else ()
-        return Episode(task=task, support_batches=support, query_batch=query)
+        start = self._query_starts.get(task, 0)
+        return Episode(task=task, support_batches=support, query_batch=tuple(start + index for index in query))
 
     def state_dict(self) -> dict[str, Any]:
         """Positions of all streams, as plain JSON data."""

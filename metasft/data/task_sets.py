@@ -23,13 +23,25 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """One task's files and how many of their first examples a run uses (``query`` is None without a query set)."""
+    """One task's files and how many of their examples a run uses.
+
+    Attributes:
+        support: its first ``support_samples`` examples are the support set.
+        query: holds the query set; None without one, ``support`` itself where the query set comes out of that file.
+        query_start: row of the first of the ``query_samples`` query examples.
+    """
 
     task: str
     support: DataFile
     query: DataFile | None
     support_samples: int
     query_samples: int
+    query_start: int = 0
+
+    @property
+    def labelled(self) -> int:
+        """Labelled examples that the task needs."""
+        return self.support_samples + self.query_samples
 
 
 def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list[TaskFiles]:
@@ -37,7 +49,8 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
 
     Raises:
         ValueError: the folder or a file is missing or not parquet, a column is missing, a file has fewer examples than
-            asked for, an example has an empty response, or a support example occurs in the query set.
+            asked for, an example has an empty response, or a support example occurs in the query set. With
+            ``meta.query_from_support`` no query file has to be there.
     """
     folder = user_path(meta.task_dir)
     if not folder.is_dir():
@@ -65,16 +78,25 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
     _check_responses(support.path, support_messages)
     if not meta.query_batch_size:
         return TaskFiles(task, support, None, meta.support_samples, 0)
+    if meta.query_from_support:
+        support_samples, query_samples = meta.set_sizes()
+        twice = _shared(support_messages[:support_samples], support_messages[support_samples:])
+        if twice:
+            raise ValueError(
+                f"{twice} of the examples that meta.query_from_support=true takes out of {support.path} occur among "
+                "the others too; the query set must hold other examples than the support set: remove what is there "
+                "twice"
+            )
+        return TaskFiles(task, support, support, support_samples, query_samples, query_start=support_samples)
 
     query, query_messages = _read_messages(folder / f"{task}{QUERY_SUFFIX}", messages_key)
-    query_samples = meta.query_samples if meta.query_samples is not None else len(query_messages)
+    support_samples, query_samples = meta.set_sizes(len(query_messages))
     _check_count(query.path, len(query_messages), query_samples, "meta.query_samples")
     query_messages = query_messages[:query_samples]
     _check_responses(query.path, query_messages)
-    shared = set(map(_as_text, support_messages)) & set(map(_as_text, query_messages))
-    if shared:
+    if shared := _shared(support_messages, query_messages):
         raise ValueError(
-            f"{len(shared)} examples of {support.path} occur in {query.path.name} too; the query set must hold other "
+            f"{shared} examples of {support.path} occur in {query.path.name} too; the query set must hold other "
             "examples than the support set: prepare the data again"
         )
     if query_samples < meta.query_batch_size:
@@ -82,7 +104,11 @@ def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) ->
             f"{query.path} has {query_samples} examples, fewer than meta.query_batch_size={meta.query_batch_size}; "
             "lower the batch or prepare more query examples"
         )
-    return TaskFiles(task, support, query, meta.support_samples, query_samples)
+    return TaskFiles(task, support, query, support_samples, query_samples)
+
+
+def _shared(conversations: Iterable[Any], others: Iterable[Any]) -> int:
+    return len(set(map(_as_text, conversations)) & set(map(_as_text, others)))
 
 
 def _as_text(messages: Any) -> str:

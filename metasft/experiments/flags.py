@@ -40,11 +40,13 @@ class PreparedData(NamedTuple):
         support: training task -> examples in its support set.
         shots: split (``test``, ``valid``, ``search``) -> task -> examples in its shot pool.
         where: names the settings behind it, for messages.
+        query: training task -> examples in its query file.
     """
 
     support: Mapping[str, int]
     shots: Mapping[str, Mapping[str, int]]
     where: str
+    query: Mapping[str, int]
 
     def check_training_tasks(self, tasks: Sequence[str], key: str, samples: int = 0) -> None:
         """Raise ValueError, naming ``key``, where one of ``tasks`` will not be there, or with less than ``samples``."""
@@ -106,7 +108,8 @@ def check_data(flags: Mapping[str, Any], where: str) -> PreparedData:
                 role: {name: selection.sizes[name].support for name in tasks}
                 for role, tasks in selection.suite.roles.items()
             }
-            return PreparedData(pools.pop("train"), {"test": pools.pop("unseen"), **pools}, where)
+            query = {name: selection.sizes[name].query for name in selection.suite.roles["train"]}
+            return PreparedData(pools.pop("train"), {"test": pools.pop("unseen"), **pools}, where, query)
         settings = script.check_settings(arguments)
     except SystemExit:
         reason = said.getvalue().strip().removeprefix("error: ").removesuffix(" (see --help)")
@@ -118,7 +121,8 @@ def check_data(flags: Mapping[str, Any], where: str) -> PreparedData:
         split: {name: settings["shot_pool"] for name in settings["tasks"] if name in tasks}
         for split, tasks in (("test", TEST_TASKS), ("valid", VALID_TASKS))
     }
-    return PreparedData(dict.fromkeys(train, settings["support_samples"]), pools, where)
+    support, query = (dict.fromkeys(train, settings[f"{part}_samples"]) for part in ("support", "query"))
+    return PreparedData(support, pools, where, query)
 
 
 # ---- evaluate_few_shot.py -------------------------------------------------------------------------------------------

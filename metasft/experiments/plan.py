@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from metasft.config.prompts import DATE_ARGUMENT, DEFAULT_DATE, given_arguments
 from metasft.config.training import (
     METHOD_TITLES,
+    MetaConfig,
     check_micro_batches,
     check_model_path,
     check_training_config,
@@ -36,6 +37,7 @@ from metasft.experiments.flags import (
 )
 from metasft.experiments.search import Search, choose_searches
 from metasft.experiments.suites import (
+    LABELLED,
     META_LEARNERS,
     ROOT,
     TINY_MODEL,
@@ -98,23 +100,36 @@ class Replicate(NamedTuple):
     evaluate: str
 
 
+class Labelled(NamedTuple):
+    """Labelled examples that a training reads, by the sizes of the data to be prepared.
+
+    Attributes:
+        per_task: support and query set together, of the task with the most; None where tasks are mixed.
+        query: of these, the examples of the query set.
+        in_all: of all tasks of the training.
+    """
+
+    per_task: int | None
+    query: int
+    in_all: int
+
+
 @dataclass(frozen=True)
 class PlannedArm:
-    """An arm at a scale: its definition, the configuration of its trainer (empty for ``base``), and its replicates."""
+    """An arm at a scale: its definition, the configuration of its trainer (empty for ``base``), its replicates, and
+    what it learns from (None for ``base``)."""
 
     arm: Arm
     config: Mapping[str, Any]
     replicates: tuple[Replicate, ...]
+    labelled: Labelled | None = None
 
     @property
     def samples_per_task(self) -> int | None:
-        """Support examples per task; examples of all tasks together where one run mixes them."""
-        if self.arm.method == "base":
+        """Labelled examples per task, support and query; of all tasks together where one run mixes them."""
+        if self.labelled is None:
             return None
-        if "meta" in self.config:
-            return self.config["meta"]["support_samples"]
-        samples = self.config["data"]["train_max_samples"]
-        return samples if samples >= 0 else None
+        return self.labelled.in_all if self.labelled.per_task is None else self.labelled.per_task
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,11 @@ class Plan:
 
     def axis_values(self, suite: Suite) -> dict[str, Any]:
         """Arm -> the value that the suite varies, from the arm's configuration."""
-        return {name: _look_up(self.arms[name].config, suite.axis.key, f"axis of {suite.name}") for name in suite.arms}
+        known = {
+            name: {**arm.config, **({LABELLED: arm.samples_per_task} if arm.labelled else {})}
+            for name, arm in self.arms.items()
+        }
+        return {name: _look_up(known[name], suite.axis.key, f"axis of {suite.name}") for name in suite.arms}
 
     def needed_by(self, arms: Sequence[str]) -> list[str]:
         """Names of the runs of these arms and of what they need, in the order of the plan."""
@@ -334,7 +353,25 @@ class _Planner:
                     train, config = self._standard_lora(arm, f"train-{suffix}", of, config)
                 evaluate = self._evaluate(arm, f"evaluate-{suffix}", train, config, of)
                 replicates.append(Replicate(seed, task, train, evaluate))
-        return PlannedArm(arm, config, tuple(replicates))
+        return PlannedArm(arm, config, tuple(replicates), self._labelled(arm, config))
+
+    def _labelled(self, arm: Arm, config: Mapping[str, Any], task: str | None = None) -> Labelled | None:
+        """``task``: of one training of single-task LoRA; without it that of the training with the most examples."""
+        if arm.method == "base":
+            return None
+        support, query = self.data_of(arm).prepared.support, self.data_of(arm).prepared.query
+        if arm.method in META_LEARNERS:
+            meta = MetaConfig.from_mapping(config["meta"], arm.method)
+            sets = [meta.set_sizes(query[name]) for name in meta.tasks or support]
+            sizes = [sum(sizes) for sizes in sets]
+            return Labelled(max(sizes), max(query for _, query in sets), sum(sizes))
+        tasks = (task,) if task else arm.tasks
+        there = max(support[name] for name in tasks) if tasks else sum(support.values())
+        if arm.method in ("lora_mixed_all", "metaicl"):
+            there += sum(query.values())
+        most = config["data"]["train_max_samples"] or 0
+        read = min(most, there) if most > 0 else there
+        return Labelled(read if tasks else None, 0, read)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -413,12 +450,15 @@ class _Planner:
             *("-m", "verl.trainer.sft_trainer", "--config-dir", config_dir, "--config-name", config_name),
             *overrides,
         ]
+        read = self._labelled(arm, config, of["task"])
         summary = {
             "method": "lora",
             "base_model": self.model,
             "lora_rank": config["model"]["lora_rank"],
             "tasks": [of["task"]] if of["task"] else None,
             "train_samples": config["data"]["train_max_samples"],
+            "labelled_examples_per_task": read.per_task,
+            "labelled_examples": read.in_all,
             "seed": of["seed"],
         }
         return self._add(name, "train", command, "train_lora", needs=self._needs(arm), summary=summary, **of), config

@@ -218,7 +218,10 @@ class ExperimentStore:
                 "experiment": arm.experiment,
                 "method": arm.method,
                 "model_type": arm.model_type,
-                "samples_per_task": planned.samples_per_task,
+                "support_samples": planned.config.get("meta", {}).get("support_samples"),
+                "query_samples": planned.labelled and planned.labelled.query,
+                "samples_per_task": planned.samples_per_task,  # labelled: support and query together
+                "labelled_examples": planned.labelled and planned.labelled.in_all,
                 "meta_learner": arm.method in META_LEARNERS,
                 "overrides": dict(arm.overrides),
                 "seeds": sorted({seed for seed, _ in replicates}),

@@ -37,6 +37,9 @@ LONGEST_NAME = 100
 TINY_MODEL = "tiny-random"
 """As the model of a scale: a random one, made in the output folder."""
 
+LABELLED = "labelled_examples_per_task"
+"""As the key of an axis: support and query examples together, which no single setting says."""
+
 META_LEARNERS = ("meta_lora", "fomaml", "reptile")
 Method = Literal["base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed", "lora_mixed_all", "metaicl"]
 ModelType = Literal["base", "meta_lora", "lora", "fomaml", "reptile"]
@@ -109,7 +112,7 @@ class Axis(Schema):
     """What the arms of an ablation differ in."""
 
     label: str
-    key: str = Field(description="the Hydra key that the arms differ in")
+    key: str = Field(description=f"the Hydra key that the arms differ in, or {LABELLED}")
 
 
 class Suite(Schema):

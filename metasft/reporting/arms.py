@@ -19,6 +19,7 @@ import numpy as np
 from metasft.config.records import EXPERIMENTS_FILE
 from metasft.config.records import read_experiments as read_document
 from metasft.config.result_files import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results
+from metasft.reporting import counts
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, Row, differences, pools, scores
 from metasft.reporting.costs import number
 from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing, read_evaluation
@@ -59,13 +60,21 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Arm:
-    """One method with one set of settings: the same in every suite that names it."""
+    """One method with one set of settings: the same in every suite that names it.
+
+    Attributes:
+        support_samples: as set (``meta.support_samples``); of arms of earlier releases what they call samples.
+        samples_per_task: labelled examples as planned; of arms of earlier releases those of the support set.
+        planned: labelled examples in all their parts, None for arms of earlier releases.
+    """
 
     name: str
     label: str
     method: str
     experiment: str | None = None
+    support_samples: int | None = None
     samples_per_task: int | None = None
+    planned: counts.Count | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     replicates: Sequence[Replicate] = ()
 
@@ -76,6 +85,11 @@ class Arm:
     @property
     def trained(self) -> list[Replicate]:
         return [replicate for replicate in self.replicates if replicate.train_folder is not None]
+
+    @property
+    def labelled(self) -> counts.Count | None:
+        """Labelled examples that a training reads: measured, else as planned; None where neither tells."""
+        return counts.measured([replicate.summary for replicate in self.trained]) or self.planned
 
     @property
     def evaluated(self) -> dict[int | None, list[Replicate]]:
@@ -177,7 +191,9 @@ def read_experiments(folder: Path) -> Experiments:
             label=entry.get("label") or name,
             method=entry.get("method") or "",
             experiment=entry.get("experiment"),
-            samples_per_task=None if (n := number(entry, "samples_per_task")) is None else int(n),
+            support_samples=_whole(entry, "support_samples", "samples_per_task"),
+            samples_per_task=_whole(entry, "samples_per_task"),
+            planned=counts.planned(entry),
             overrides=entry.get("overrides") or {},
             replicates=[
                 _replicate(entry.get("label") or name, each, runs, folder, problems)
@@ -192,6 +208,11 @@ def read_experiments(folder: Path) -> Experiments:
         if unknown:
             problems.append(f"Suite {name} names arms that are described nowhere: {', '.join(unknown)}.")
     return Experiments(folder, document, arms, suites, runs, problems)
+
+
+def _whole(entry: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of the keys that has a number."""
+    return next((int(value) for key in keys if (value := number(entry, key)) is not None), None)
 
 
 def _run(name: str, entry: Run, folder: Path) -> Run:
@@ -324,4 +345,6 @@ def compare(a: Arm, b: Arm, margin: float) -> Comparison:
         rows = differences(*groups, margin)
     except ValueError as error:
         return Comparison(a, b, margin, reason=str(error))
+    if (note := counts.difference(a.label, a.labelled, b.label, b.labelled)) is not None:
+        notes.append(note)
     return Comparison(a, b, margin, rows, list(dict.fromkeys(notes)))

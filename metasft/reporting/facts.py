@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from metasft.reporting import counts
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, answers, document, losses, pools
 from metasft.reporting.costs import number
 from metasft.reporting.statistics import Estimate, crossed_estimate, over_seeds, run_estimate
@@ -46,14 +47,17 @@ def none(study: Study) -> Fact:
 # ---- what was compared ----------------------------------------------------------------------------------------------
 
 
-def difference(study: Study, of: Sequence[str], shots: int | str = ALL_SHOTS) -> Fact:
-    """Accuracy of one arm minus that of another, mean of the tasks."""
+def difference(study: Study, of: Sequence[str], shots: int | str = ALL_SHOTS, labelled: bool = False) -> Fact:
+    """Accuracy of one arm minus that of another, mean of the tasks; ``labelled``: with what both had labelled."""
     comparison = study.difference(*of)
     row = comparison.at(shots) if comparison else None
     if comparison is None or row is None:
         return _unmeasured((comparison.reason or "no such place") if comparison else "an arm was not planned")
     told = document(row)
     text = f"against {comparison.b.label}: {points(told['accuracy'], ' points')}, loss {nats(told['loss'])}"
+    a, b = comparison.a, comparison.b
+    if labelled and (note := counts.difference(a.label, a.labelled, b.label, b.labelled)):
+        text = f"{note.removesuffix('.')}; {text}"
     return Fact(text, row.accuracy.interval(), comparison.margin)
 
 

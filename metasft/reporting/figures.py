@@ -1,6 +1,7 @@
 """Every figure, drawn from measured values alone; what was not measured is left out or named.
 
-An arm is a mapping with its ``label``, its ``scores`` (:func:`metasft.reporting.comparisons.scores`), its ``cost``
+An arm is a mapping with its ``label``, its count of ``labelled`` examples where that is known
+(:mod:`metasft.reporting.counts`), its ``scores`` (:func:`metasft.reporting.comparisons.scores`), its ``cost``
 (:func:`metasft.reporting.costs.cost`) and its ``style``, a number: arms keep colour, marker and dash through all
 figures and differ in all three, so that no figure needs colour.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metasft.reporting import counts
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS
 from metasft.reporting.tables import MEAN, largest_unit
 
@@ -83,6 +85,10 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
+def _label(arm: Arm) -> str:
+    return "\n".join([arm["label"], *([counts.words(arm["labelled"])] if arm.get("labelled") else [])])
+
+
 def _measured(axis: Any, x: Sequence[float], scores: Sequence[Mapping[str, Any]], measure: str, **style: Any) -> None:
     """Points of a measure with their intervals; an interval that is not known is not drawn."""
     scale, key = (100, "ci95") if measure == "accuracy" else (1, "loss_ci95")
@@ -109,7 +115,7 @@ def _curves(axis: Any, arms: Sequence[Arm], task: str, ticks: Sequence[int], mea
             continue
         # Where curves coincide, a small offset keeps all of them visible.
         x = [ticks.index(tick) + 0.06 * (order - (len(arms) - 1) / 2) for tick in measured]
-        style = {**_style(arm["style"]), "markersize": 6, "linewidth": 1.7, "label": arm["label"]}
+        style = {**_style(arm["style"]), "markersize": 6, "linewidth": 1.7, "label": _label(arm)}
         _measured(axis, x, [found[tick] for tick in measured], measure, **style)
         baselines |= {found[tick].get("majority_baseline") for tick in measured}
     if measure == "accuracy" and len(baselines) == 1 and None not in baselines:
@@ -131,7 +137,7 @@ def _trade(axis: Any, arms: Sequence[Arm], task: str, shots: int | str, measure:
     placed = [(arm, score) for arm in arms if (score := _scores(arm, task, "shots").get(shots)) and _seconds(arm)]
     unit, size = largest_unit(max((_seconds(arm) for arm, _ in placed), default=0.0), "time")
     for arm, score in placed:
-        style = {**_style(arm["style"]), "linestyle": "none", "markersize": 10, "label": arm["label"]}
+        style = {**_style(arm["style"]), "linestyle": "none", "markersize": 10, "label": _label(arm)}
         _measured(axis, [_seconds(arm) / size], [score], measure, **style)
     times = [_seconds(arm) for arm, _ in placed]
     if times and max(times) > 20 * min(times):
@@ -259,7 +265,7 @@ def trade_off(arms: Sequence[Arm]) -> Any:
     figure, (axes,) = _panels(11, 5, 1, 2)
     for axis, measure in zip(axes, MEASURES, strict=True):
         _trade(axis, arms, ALL_TASKS, ALL_SHOTS, measure)
-    _legend(figure, axes)
+    _legend(figure, axes, 3)
     return figure
 
 
@@ -283,7 +289,7 @@ def training(arms: Sequence[Arm]) -> Any:
     }
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for arm in arms:
-            _line(axis, arm, key, arm["style"], label=arm["label"])
+            _line(axis, arm, key, arm["style"], label=_label(arm))
         _meta_steps(axis, title)
     for arm in arms:
         _line(axes[0], arm, "inner/support_loss_first", arm["style"], alpha=0.35, linestyle="-")
@@ -303,7 +309,7 @@ def gains(arms: Sequence[Arm]) -> Any:
         for style, task in enumerate(tasks):
             _line(axis, arm, prefix + task, style, label=task)
         axis.axhline(0, color="0.45", linewidth=1)
-        _meta_steps(axis, arm["label"])
+        _meta_steps(axis, _label(arm))
     axes[0].set_ylabel("Query loss before minus after (nats)")
     _legend(figure, axes, 6)
     return figure

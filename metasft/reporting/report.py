@@ -126,6 +126,7 @@ def _arm(arm: Arm, problems: list[str]) -> dict[str, Any]:
     logged = dict.fromkeys(key for r in arm.replicates for record in r.metrics for key in record)
     found = {
         **{key: getattr(arm, key) for key in ("label", "experiment", "method", "samples_per_task", "overrides")},
+        "labelled": arm.labelled,
         "status": arm.status,
         "trains": arm.trains,
         "seeds": list(arm.evaluated),
@@ -272,6 +273,7 @@ def _overview(arms: Sequence[Mapping[str, Any]]) -> Any:
         {
             **arm,
             "label": arm["name"],
+            "labelled": None,
             "scores": [s for s in arm["scores"] if s["shots"] != ALL_SHOTS and s["task"] != ALL_TASKS],
             "settings": {"base_model": arm["base_model"]},
             "summary": None,

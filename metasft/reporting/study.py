@@ -41,12 +41,12 @@ class Study:
     # ---- who is who -------------------------------------------------------------------------------------------------
 
     def arm(self, role: str) -> Arm | None:
-        """The arm that carries the experiment's name; else the suite's only arm of the method (and sample count)."""
+        """The arm that carries the experiment's name; else the suite's only one of the method (and support samples)."""
         asked = self.rules["arms"][role]
         for arm in self.experiments.arms.values():
             if "experiment" in asked and arm.experiment == asked["experiment"]:
                 return arm
-        keys = [key for key in ("method", "samples_per_task") if key in asked]
+        keys = [key for key in ("method", "support_samples") if key in asked]
         suite = self.experiments.arms_of(self.rules["suite"])
         alike = [arm for arm in suite if all(getattr(arm, key) == asked[key] for key in keys)]
         return alike[0] if len(alike) == 1 else None

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from metasft.config.result_files import model_memory
+from metasft.reporting import counts
 
 MEAN = "mean of tasks"
 MINUS, SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
@@ -215,8 +216,18 @@ Arm = Mapping[str, Any]
 
 def _name(arm: Arm) -> str:
     notes = [arm["experiment"]] if arm["experiment"] else []
+    notes += [counts.words(arm["labelled"])] if arm.get("labelled") else []
     notes += ["partly measured"] if arm["seeds"] and arm["status"] != "measured" else []
     return "\n".join(filter(None, (arm["label"], "; ".join(notes))))
+
+
+def _labelled(arm: Arm) -> str | None:
+    """In all; of reports of earlier releases what they recorded."""
+    if arm.get("labelled"):
+        return f"{arm['labelled']['in_all']:,} in all"
+    samples = arm["samples_per_task"]
+    is_part = arm["method"] in ("meta_lora", "fomaml", "reptile")
+    return None if samples is None else f"{samples} and a query set" if is_part else str(samples)
 
 
 def _missing(arm: Arm) -> str:
@@ -328,7 +339,7 @@ def adaptations(arms: Sequence[Arm]) -> Table:
         "Update steps above 0 shots": of("adaptation_steps"),
         "Optimizer, rate": optimizer_and_rate,
         "Shots per step": of("adaptation_batch_size"),
-        "Samples": lambda arm: arm["samples_per_task"],
+        "Labelled examples": _labelled,
         "Seeds": lambda arm: ", ".join(map(str, arm["seeds"])),
         "Test items x shot sets, per task": lambda arm: ", ".join(
             sorted({f"{s['n_items']} x {s['n_runs']}" for s in arm["scores"] if s["task"] != "all"})

@@ -63,6 +63,10 @@ def write_summary(
             "lora_rank": trainer.config.model.lora_rank,
             "tasks": [task.task for task in trainer.task_files],
             "support_samples": trainer.meta.support_samples,
+            "query_samples": max(task.query_samples for task in trainer.task_files),
+            # Support and query examples: of the task with the most, and of all tasks.
+            "labelled_examples_per_task": max(task.labelled for task in trainer.task_files),
+            "labelled_examples": sum(task.labelled for task in trainer.task_files),
             "world_size": dist.get_world_size(),
             "task_group_size": group,
             "device_name": _device_name(on_cpu),

@@ -125,10 +125,15 @@ class EpisodicSFTTrainer(SFTTrainer):
         check_chat_template(processor or tokenizer, model, self._prompts.keywords)
         check_vocabulary(tokenizer, self.model_config.hf_config, model, self._prompts.keywords)
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
-        self.support_sets = {t.task: TokenizedSet(t.support, t.support_samples, **load) for t in self.task_files}
-        self.query_sets = {
-            t.task: TokenizedSet(t.query, t.query_samples, **load) for t in self.task_files if t.query is not None
-        }
+        self.support_sets: dict[str, TokenizedSet] = {}
+        self.query_sets: dict[str, TokenizedSet] = {}
+        for t in self.task_files:
+            # A query set out of the support file is the end of one set of examples, which are kept once.
+            is_one = t.query is t.support
+            examples = TokenizedSet(t.support, t.labelled if is_one else t.support_samples, **load)
+            self.support_sets[t.task] = examples
+            if t.query is not None:
+                self.query_sets[t.task] = examples if is_one else TokenizedSet(t.query, t.query_samples, **load)
         self._check_examples()
 
     def _check_examples(self) -> None:
@@ -137,7 +142,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         limit, setting = data.max_length, "data.max_length"
         if data.use_dynamic_bsz and data.max_token_len_per_gpu < limit:
             limit, setting = data.max_token_len_per_gpu, "data.max_token_len_per_gpu"
-        sets = [*self.support_sets.values(), *self.query_sets.values()]
+        sets = dict.fromkeys([*self.support_sets.values(), *self.query_sets.values()])
         hidden = None if dist.get_rank() == 0 else True  # None: shown on a terminal
         for examples in tqdm(sets, desc="checking examples", unit="file", leave=False, disable=hidden):
             examples.check(limit, setting)
@@ -213,8 +218,9 @@ class EpisodicSFTTrainer(SFTTrainer):
     def _build_dataloader(self) -> None:
         # veRL's checkpoint handler saves and restores whatever is called train_dataloader.
         self.train_dataloader = EpisodeSampler(
-            {task: len(examples) for task, examples in self.support_sets.items()},
-            {task: len(examples) for task, examples in self.query_sets.items()},
+            {t.task: t.support_samples for t in self.task_files},
+            {t.task: t.query_samples for t in self.task_files},
+            {t.task: t.query_start for t in self.task_files},
             num_inner_steps=self.meta.num_inner_steps,
             inner_batch_size=self.meta.inner_batch_size,
             query_batch_size=self.meta.query_batch_size,

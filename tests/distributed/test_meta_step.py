@@ -6,6 +6,7 @@ The largest relative errors are printed (``pytest -s`` or the summary of ``make 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,14 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
     return cases if whole else [c for c in cases if not c["name"].endswith(LEFT_FOR_SLOW[world])]
 
 
+def only_support(task_dir, folder):
+    """A copy of the task files without those of the query sets."""
+    folder.mkdir()
+    for file in task_dir.glob("*_support.parquet"):
+        shutil.copy(file, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
     """world size -> (cases, folder of what the ranks saw); each world size runs once, all its cases in one launch."""
@@ -173,8 +182,18 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                         "overrides": [*case["overrides"], "meta.reptile_update=pseudo_gradient"],
                     }
                 )
+                case = next(c for c in cases if c["name"] == "meta_lora-group1-packed")
+                cases.append(
+                    {
+                        **case,
+                        "name": "query-from-support",
+                        "overrides": [*case["overrides"], "meta.query_from_support=true", "meta.query_samples=8"],
+                        "task_dir": str(only_support(task_dir, out / "tasks")),
+                    }
+                )
             for case in cases:
-                case["overrides"] = [*case["overrides"], f"model.path={path}", f"meta.task_dir={task_dir}"]
+                folder = case.get("task_dir", task_dir)
+                case["overrides"] = [*case["overrides"], f"model.path={path}", f"meta.task_dir={folder}"]
             description = out / "cases.json"
             description.write_text(json.dumps(cases))
             must_run(ROOT / "tests/support/meta_step_worker.py", description, out, processes=world, timeout=420)
@@ -335,6 +354,19 @@ def test_without_inner_steps_it_is_multi_task_sft(method, outcomes, references):
         for n, g in gradient.items():
             plain[n] += g / len(tasks)
     assert relative_error(result["gradient"], plain) < TOLERANCE
+
+
+def test_a_query_set_out_of_the_support_examples(outcomes, task_dir, tmp_path):
+    """The last 8 of 24, by their rows in the support file."""
+    cases, out, path = outcomes(1)
+    case = cases["query-from-support"]
+    result = load(out, case)
+    for task, support, query in result["episodes"]:
+        assert {row for batch in support for row in batch} <= set(range(16)) and set(query) <= set(range(16, 24))
+        for kind in ("support", "query"):
+            shutil.copy(task_dir / f"{task}_support.parquet", tmp_path / f"{task}_{kind}.parquet")
+    reference = Reference(path, tmp_path, LORA)
+    assert relative_error(measured(case, result), expected(reference, case, result)) < TOLERANCE
 
 
 def test_one_step_reptile_is_the_joint_step_up_to_scale(outcomes, references):

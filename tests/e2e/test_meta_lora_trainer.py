@@ -136,6 +136,8 @@ def test_run_summary_is_measured(run, tiny_model):
         "device",
     )
     assert summary["versions"]["verl"] == "0.9.0"
+    names = ("support_samples", "query_samples", "labelled_examples_per_task", "labelled_examples")
+    assert [summary[name] for name in names] == [24, 12, 36, 4 * 36]
 
 
 def test_two_processes_give_the_adapter_of_one(run, tiny_model, task_dir, tmp_path):

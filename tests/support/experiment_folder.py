@@ -39,6 +39,8 @@ class FakeArm:
     """One arm and what its runs measured.
 
     Attributes:
+        samples: support examples of a meta-learner, ``query`` those of its query sets (None: as an earlier release
+            records it); what standard LoRA trains on.
         zero, few: right answers at 0 shots and above, of the folder's items; ``answers`` gives them one by one instead.
         loss: at 0 shots; with shots it is ``few_loss``, 0.02 more for each further shot set.
         seconds: of the training; ``memory`` (of a process) and ``checkpoint`` in bytes; None writes null.
@@ -51,6 +53,7 @@ class FakeArm:
     method: str
     experiment: str | None = None
     samples: int | None = None
+    query: int | None = 167
     zero: int = 2
     few: int = 8
     answers: Answers | None = None
@@ -155,7 +158,7 @@ def write_experiments(
                             _write_evaluation(target, arm, seed, items, runs)
         document["arms"][name] = {
             "label": arm.label, "experiment": arm.experiment, "method": arm.method,
-            "model_type": MODEL_TYPES.get(arm.method, arm.method), "samples_per_task": arm.samples,
+            "model_type": MODEL_TYPES.get(arm.method, arm.method), **_planned(arm),
             "overrides": dict(arm.overrides), "seeds": list(arm.seeds), "replicates": replicates,
         }  # fmt: skip
     (folder / "experiments.json").write_text(json.dumps(document, indent=1))
@@ -174,12 +177,37 @@ def _record(kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+def _counts(arm: FakeArm) -> tuple[int, int | None, int]:
+    """Query examples, labelled examples per task, and in all."""
+    query = arm.query if arm.method in ("meta_lora", "fomaml", "reptile") else 0
+    per_task = arm.samples + query
+    tasks = len(TRAINING_TASKS) if query else 1
+    return query, None if arm.method == "lora_mixed" else per_task, tasks * per_task
+
+
+def _planned(arm: FakeArm) -> dict[str, Any]:
+    if arm.samples is None or arm.query is None:
+        return {"samples_per_task": arm.samples}
+    query, per_task, in_all = _counts(arm)
+    return {
+        "support_samples": arm.samples, "query_samples": query, "samples_per_task": per_task or in_all,
+        "labelled_examples": in_all,
+    }  # fmt: skip
+
+
+def _measured(arm: FakeArm) -> dict[str, Any]:
+    if arm.samples is None or arm.query is None:
+        return {}
+    query, per_task, in_all = _counts(arm)
+    return {"query_samples": query, "labelled_examples_per_task": per_task, "labelled_examples": in_all}
+
+
 def _write_training(folder: Path, arm: FakeArm, seed: int, exports: bool) -> None:
     meta_learned = arm.method in ("meta_lora", "fomaml", "reptile")
     steps = {"meta_steps": len(arm.queries)} if meta_learned else {"steps": 50}
     summary = {
         "method": arm.method, "base_model": "models/tiny", "device_name": "a CPU, 1 threads per process",
-        "support_samples": arm.samples, **steps, "tokens": 12345, "seconds_total": arm.seconds,
+        "support_samples": arm.samples, **_measured(arm), **steps, "tokens": 12345, "seconds_total": arm.seconds,
         "seconds_per_step_median": arm.step_seconds, "peak_memory_bytes": arm.memory, "peak_memory_kind": "rss",
         "checkpoint_bytes": arm.checkpoint, "seed": seed, **arm.sizes,
     }  # fmt: skip

@@ -111,6 +111,7 @@ BOUNDS = [
     ("meta_lora", "meta.support_samples", [0, 3], "support"),
     ("meta_lora", "meta.query_samples", [2], "query_batch_size"),
     ("meta_lora", "meta.query_batch_size", [0], "at least 1"),
+    ("fomaml", "meta.query_from_support", [1, "yes", None], "the last query_samples"),
     ("meta_lora", "meta.inner_optimizer", ["lion"], "'sgd' or 'adamw'"),
     ("meta_lora", "meta.tasks", ["algebra", [], ["a", "a"]], "task"),
     ("meta_lora", "meta.meta_batch_size", [0, 10**12], "tasks per meta-step"),
@@ -176,6 +177,38 @@ def test_a_wrong_setting_is_named_with_value_and_remedy(method, key, values, wor
         said = str(error.value)
         assert key in said and words in said and "\n" not in said
         assert isinstance(value, list | type(None)) or str(value) in said or repr(value) in said, said
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (75, 25)),
+        ({"support_samples": 50}, (37, 13)),
+        ({"support_samples": 8, "query_batch_size": 3}, (5, 3)),  # a quarter would be less than a batch
+        ({"query_samples": 40}, (60, 40)),
+        ({"query_from_support": False}, (100, 167)),
+        ({"query_from_support": False, "query_samples": 40}, (100, 40)),
+    ],
+)
+def test_sizes_of_support_and_query_set(changes, sizes):
+    values = {"task_dir": "x", "inner_lr": 0.1, "query_from_support": True, **changes}
+    assert MetaConfig.from_mapping(values, "meta_lora").set_sizes(in_query_file=167) == sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"support_samples": 7}, "meta.inner_batch_size=4 is larger than the 3 support examples that meta.query_from"),
+        ({"query_samples": 97}, "the 3 support examples .* leaves of meta.support_samples=100; lower the batch or"),
+        ({"query_samples": 200}, "the 0 support examples"),
+        ({"query_samples": 3}, "meta.query_batch_size=4 is larger than meta.query_samples=3"),
+        ({"query_batch_size": 0}, "no effect with meta.query_batch_size=0.*remove one of them"),
+    ],
+)
+def test_a_query_set_out_of_the_support_examples_leaves_enough(changes, words):
+    values = {"task_dir": "x", "inner_lr": 0.1, "reptile_step_size": 0.5, "support_samples": 100, **changes}
+    with pytest.raises(ValueError, match=words):
+        MetaConfig.from_mapping({**values, "query_from_support": True}, "reptile")
 
 
 @pytest.mark.parametrize(

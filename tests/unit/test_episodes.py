@@ -108,6 +108,24 @@ def test_no_query_set_when_none_is_asked_for():
     assert draws.next_meta_batch()[0].query_batch == ()
 
 
+def test_a_query_set_that_follows_the_support_set_shares_no_example_with_it():
+    sizes = {"support_sizes": {"a": 10}, "query_sizes": {"a": 6}}
+    batches = {"num_inner_steps": 2, "inner_batch_size": 3, "query_batch_size": 4, "meta_batch_size": 1, "seed": 1}
+    apart, one = EpisodeSampler(**sizes, **batches), EpisodeSampler(**sizes, query_starts={"a": 10}, **batches)
+    support, query = set(), set()
+    for number in range(8):
+        (episode,), (other,) = one.next_meta_batch(), apart.next_meta_batch()
+        assert episode.support_batches == other.support_batches
+        assert episode.query_batch == tuple(10 + index for index in other.query_batch)
+        support.update(*episode.support_batches)
+        query.update(episode.query_batch)
+        if number == 3:
+            state = one.state_dict()
+            one = EpisodeSampler(**sizes, query_starts={"a": 10}, **batches)
+            one.load_state_dict(state)
+    assert support == set(range(10)) and query == set(range(10, 16))
+
+
 def test_length_is_one_pass_over_the_support_sets():
     assert len(sampler()) == -(-5 * 10 // (4 * 2 * 2))
     assert len(sampler(num_inner_steps=0)) == -(-5 * 6 // (4 * 3))

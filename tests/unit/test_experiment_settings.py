@@ -17,7 +17,7 @@ from experiment_files import (
 )
 
 from metasft.experiments.plan import make_plan
-from metasft.experiments.suites import SUITES_DIR, read_scale, read_suites
+from metasft.experiments.suites import LABELLED, SUITES_DIR, read_scale, read_suites
 
 
 def refused(words, function, *arguments):
@@ -245,11 +245,12 @@ def test_one_value_will_do_where_a_list_is_meant(tmp_path):
     assert "--eval-tasks" not in everything.runs["evaluate-a-seed1"].command
 
 
-def test_an_axis_is_a_setting_of_every_arm(tmp_path):
-    suite = write_suite(tmp_path, {"a": META_LORA, "base": BASE}, axis={"label": "r", "key": "model.lora_rank"})
+@pytest.mark.parametrize("key", ["model.lora_rank", LABELLED])
+def test_an_axis_is_a_setting_of_every_arm(key, tmp_path):
+    suite = write_suite(tmp_path, {"a": META_LORA, "base": BASE}, axis={"label": "r", "key": key})
     scale = write_scale(tmp_path, model=model_folder(tmp_path / "model"))
     refused(
-        "axis of try: model.lora_rank is no setting of every arm of the suite",
+        f"axis of try: {key} is no setting of every arm of the suite",
         make_plan,
         read_suites([str(suite)]),
         read_scale(str(scale)),

@@ -98,9 +98,9 @@ def test_the_matrix_is_that_of_the_guide(scale, plans):
     arms = [plans[scale].arms[name] for name in suite_of(plans[scale], "matrix").arms]
     found = {a.arm.experiment: (a.arm.method, a.samples_per_task, a.arm.tasks) for a in arms if a.arm.experiment}
     assert found == {
-        "Exp 1": ("fomaml", 300, ()),
-        "Exp 2": ("meta_lora", 100, ()),
-        "Exp 3": ("meta_lora", 300, ()),
+        "Exp 1": ("fomaml", 300 + 167, ()),
+        "Exp 2": ("meta_lora", 100 + 167, ()),
+        "Exp 3": ("meta_lora", 300 + 167, ()),
         "Exp 4": ("lora_single", 100, ("algebra", "geometry", "number_theory")),
         "Exp 5": ("lora_mixed", 600, ()),
     }
@@ -109,6 +109,31 @@ def test_the_matrix_is_that_of_the_guide(scale, plans):
         "fomaml_300",
         "reptile_300",
     ]
+
+
+def test_labelled_examples_are_those_that_a_training_reads(tmp_path):
+    """Of 60 examples of each of two tasks 27 are support and 15 query examples."""
+    out_of_support = {"meta.support_samples": 20, "meta.query_from_support": True}
+    arms = {
+        "a": {"label": "A", "method": "meta_lora", "overrides": out_of_support},
+        "b": {"label": "B", "method": "fomaml", "overrides": {"meta.query_samples": 10, "meta.tasks": ["algebra"]}},
+        "c": {"label": "C", "method": "reptile", "overrides": {"meta.query_batch_size": 0}},
+        "d": {"label": "D", "method": "lora_mixed", "overrides": {"data.train_max_samples": -1}},
+        "e": {"label": "E", "method": "lora_single", "tasks": ["algebra"], "overrides": {"data.train_max_samples": 99}},
+        "f": {"label": "F", "method": "base"},
+    }
+    plan = plan_of(tmp_path, arms)
+    assert {name: arm.labelled and tuple(arm.labelled) for name, arm in plan.arms.items()} == {
+        "a": (20, 5, 40),
+        "b": (30, 10, 30),
+        "c": (20, 0, 40),
+        "d": (None, 0, 54),
+        "e": (27, 0, 27),
+        "f": None,
+    }
+    assert [arm.samples_per_task for arm in plan.arms.values()] == [20, 30, 20, 54, 27, None]
+    summary = plan.runs["train-e-algebra-seed1"].summary
+    assert (summary["labelled_examples_per_task"], summary["labelled_examples"]) == (27, 27)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -133,7 +158,10 @@ def test_sample_counts_are_compared_at_one_budget(scale, plans):
     plan = plans[scale]
     arms = [plan.arms[name] for name in suite_of(plan, "samples").arms]
     for method in ("meta_lora", "fomaml"):
-        assert [a.samples_per_task for a in arms if a.arm.method == method] == [50, 100, 200, 300]
+        of = [a for a in arms if a.arm.method == method]
+        assert [a.config["meta"]["support_samples"] for a in of] == [50, 100, 200, 300]
+        assert [a.samples_per_task for a in of] == [217, 267, 367, 467]
+    assert list(plan.axis_values(suite_of(plan, "samples")).values()) == [217, 267, 367, 467] * 2
     budgets = {
         (
             a.config["trainer"]["total_training_steps"],

@@ -330,9 +330,10 @@ ARMS = [
     (arm("meta_lora_100", queries=(1.0,) * 6), 8, FALLS, NO),
     # Tasks drawn once tell nothing about training.
     (arm("meta_lora_100", queries=(1.0,), gains=(0.1,)), 8, FALLS, UNKNOWN),
-    (arm("meta_lora_100", samples=100), 8, "No more than 100 samples per task", YES),
-    (arm("meta_lora_100", samples=101), 8, "No more than 100 samples per task", NO),
-    (arm("meta_lora_100", samples=None), 8, "No more than 100 samples per task", UNKNOWN),
+    (arm("meta_lora_100", samples=75, query=25), 8, "No more than 100 samples per task", YES),
+    (arm("meta_lora_100", samples=100, query=1), 8, "No more than 100 samples per task", NO),
+    (arm("meta_lora_100", samples=100), 8, "No more than 100 samples per task", NO),
+    (arm("meta_lora_100", query=None), 8, "No more than 100 samples per task", UNKNOWN),
     (arm("fomaml_300", memory=4e9), 8, "Memory markedly below FOMAML", YES),  # half
     (arm("fomaml_300", memory=3.9e9), 8, "Memory markedly below FOMAML", NO),
     # 2 of 60 more: 3.3 points, in an interval that reaches below 0; then 6 more; then better than one kind only.
@@ -377,6 +378,52 @@ def test_standard_lora_is_not_fixed_by_its_seed(tmp_path):
         report = report_of(tmp_path / folder, matrix_arms(lora_single=FakeArm("B", "base")), states=states, items=8)
         assert report["arms"]["lora_mixed"]["undetermined"] == expected
         assert ("engine.full_determinism=true, so that" in pages(report)["report.md"]) == expected
+
+
+# ---- labelled examples ----------------------------------------------------------------------------------------------
+
+
+def test_support_and_query_examples_are_told_together(tmp_path):
+    """100 support and 167 query examples of two tasks; measured before planned."""
+    write_experiments(tmp_path, states={"train-fomaml_300-seed1": {"state": "failed"}})
+    summary = tmp_path / "runs" / "train-reptile_300-seed1" / "run_summary.json"
+    measured = {"labelled_examples_per_task": 300, "query_samples": 75, "labelled_examples": 1200}
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), **measured}))
+    report = read_report(tmp_path)
+    assert {name: found["labelled"] for name, found in report["arms"].items()} == {
+        "fomaml_300": {"per_task": 467, "query": 167, "in_all": 934},  # planned: nothing was measured
+        "meta_lora_100": {"per_task": 267, "query": 167, "in_all": 534},
+        "meta_lora_300": {"per_task": 467, "query": 167, "in_all": 934},
+        "lora_single": {"per_task": 100, "query": 0, "in_all": 100},
+        "lora_mixed": {"per_task": None, "query": 0, "in_all": 600},
+        "reptile_300": {"per_task": 300, "query": 75, "in_all": 1200},
+        "base": None,
+    }
+    draw(report, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "META-LORA, 100<br>Exp 2; 100 + 167 labelled per task |" in text
+    assert "Reptile-SFT, 300<br>225 + 75 labelled per task |" in text and "600 labelled in all" in text
+    assert "100 + 167 labelled per task" in (tmp_path / "report" / "figures" / "matrix-few-shot.svg").read_text()
+    note = (
+        "META-LORA, 100 reads 267 labelled examples per task (100 support, 167 query), 534 in all; Standard LoRA, all "
+        "tasks, 600 reads 600 labelled examples of all tasks together"
+    )
+    assert f"\n- {note}.\n" in text
+    assert finding(report, "100 samples per task reach LoRA on all data")["figure"].startswith(f"{note}; against")
+    assert "Base model reads" not in text
+
+
+def test_folders_of_earlier_releases_count_the_support_set_alone(tmp_path):
+    arms = {name: FakeArm(**{**vars(a), "experiment": None, "query": None}) for name, a in matrix_arms().items()}
+    write_experiments(tmp_path, arms)
+    summary = tmp_path / "runs" / "train-lora_mixed-seed1" / "run_summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "tasks": None, "train_samples": 600}))
+    report = read_report(tmp_path)
+    assert report["verdict"]["comparison"]["a"] == "meta_lora_100"  # by its support samples
+    assert report["arms"]["meta_lora_100"]["labelled"] is None
+    assert report["arms"]["lora_mixed"]["labelled"] == {"per_task": None, "query": 0, "in_all": 600}
+    text = pages(report)["report.md"]
+    assert "| 100 and a query set |" in text and "labelled per task |" not in text
 
 
 # ---- missing and broken ---------------------------------------------------------------------------------------------

@@ -92,6 +92,27 @@ def test_support_and_query_must_not_share_an_example(tmp_path):
         find_task_files(meta(tmp_path))
 
 
+def test_a_query_set_out_of_the_support_file(tmp_path):
+    """The last of the first rows; there is no query file."""
+    write(tmp_path, support=[conversation(f"s{i}") for i in range(12)])
+    (tmp_path / "a_query.parquet").unlink()
+    (task,) = find_task_files(meta(tmp_path, support_samples=10, query_samples=4, query_from_support=True))
+    assert task.query is task.support
+    assert (task.support_samples, task.query_start, task.query_samples, task.labelled) == (6, 6, 4, 10)
+    with pytest.raises(ValueError, match=r"has 12 examples, fewer than meta.support_samples=13"):
+        find_task_files(meta(tmp_path, support_samples=13, query_from_support=True))
+    with pytest.raises(ValueError, match=r"a_query\.parquet does not exist"):
+        find_task_files(meta(tmp_path))
+
+
+def test_an_example_that_is_in_the_support_file_twice_is_not_in_both_sets(tmp_path):
+    write(tmp_path, support=[conversation(f"s{i % 9}") for i in range(12)])
+    settings = {"support_samples": 12, "query_samples": 4, "query_from_support": True}
+    with pytest.raises(ValueError, match=r"3 of the examples that .*a_support\.parquet occur among .*: remove"):
+        find_task_files(meta(tmp_path, **settings))
+    find_task_files(meta(tmp_path, **{**settings, "support_samples": 9}))
+
+
 def dataset(path, tiny_model, samples=6, **data):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = OmegaConf.create({"pad_mode": "no_padding", "max_length": 128, "truncation": "error", **data})
