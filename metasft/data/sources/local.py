@@ -10,9 +10,11 @@
     unit: m                                             # of scorer number
     train: [kinematics, optics]                         # values of the task column, or names of files
     unseen: [thermodynamics]
+    search: [mechanics]                                 # optional: tasks that settings are searched on
+    valid: [electricity]                                # optional: tasks to report on while something is developed
     sizes: {samples_per_task: 200, test_samples: 50, shot_pool: 50}
 
-``train`` and ``unseen`` may also be mappings as in suites, to mix own data (under the name of this file) with other
+These four may also be mappings as in suites, to mix own data (under the name of this file) with other
 sources:
 
     train:
@@ -41,13 +43,13 @@ from typing import Any
 from metasft.data import scoring
 from metasft.data.sources import column_layouts as layouts
 from metasft.data.sources.source import ANSWER_LINE, BOXED, GSM8K, Item, Row, Source, multiple_choice
-from metasft.data.sources.suite import Suite, read_yaml, suite_from
+from metasft.data.sources.suite import ROLES, Suite, read_yaml, suite_from
 
 FIELDS = ("messages", "prompt", "response", "system", "answer", "task", "level", "group", "choices")
 OWN_DATA = "own data"
 """The first caveat of every source of own data; the second says whether texts are used as they are."""
 _OWN_KEYS = ("licence", "files", "fields", "scorer", "instruction", "relative_tolerance", "unit")
-_SUITE_KEYS = ("title", "train", "unseen", "sizes", "exclude", "near_duplicates", "stratify", "max_chars")
+_SUITE_KEYS = ("title", *ROLES, "sizes", "exclude", "near_duplicates", "stratify", "max_chars")
 _FORMS = {"boxed": BOXED, "gsm8k": GSM8K}
 
 
@@ -71,9 +73,7 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
     fields = _check_fields(values.get("fields"), scorer, where)
     if (scorer == "choice") != ("choices" in fields):
         raise ValueError(f"{where} has scorer {scorer} and fields {', '.join(fields)}: choice and choices go together")
-    tasks = {
-        role: _check_tasks(values.get(role) or [], path.stem, f"{role} in {where}") for role in ("train", "unseen")
-    }
+    tasks = {role: _check_tasks(values.get(role) or [], path.stem, f"{role} in {where}") for role in ROLES}
     names = [
         name for entries in tasks.values() for entry in entries.values() for name in _own_subsets(entry, path.stem)
     ]
