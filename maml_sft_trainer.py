@@ -5,6 +5,9 @@ First-order variant of Finn et al. 2017, arXiv 1703.03400 (section 5.2). Per met
     inner loop    theta_i,k+1 = theta_i,k - inner_lr * d/dtheta L(theta_i,k; batch k of S_i)      k = 0..K-1
     outer loop    g = aggregate_i  d/dtheta L(theta_i,K; Q_i);  veRL's optimizer steps theta along g
 
+The inner loop's support gradients, which are computed anyway, take a share w of g with `meta.trajectory_weight=w`;
+`meta.episode_shots=N` has an episode learn from N examples, as at test time.
+
 Launch (any number of processes; the ranks of a task group share one model, sharded by FSDP2):
 
     torchrun --nproc_per_node=4 maml_sft_trainer.py \

@@ -5,6 +5,9 @@ MeTA-LoRA, arXiv 2510.11598. Per meta-step, for every task i of the meta-batch:
     stage 1    theta_i = K steps from theta on the support set S_i            (theta: the shared LoRA parameters)
     stage 2    g = aggregate_i  d/dtheta L(theta_i; Q_i);  veRL's optimizer steps theta along g
 
+The inner loop's support gradients, which stage 1 computes anyway, take a share w of g with `meta.trajectory_weight=w`;
+`meta.episode_shots=N` has an episode learn from N examples, as at test time.
+
 Launch (any number of processes; settings in the YAML, overrides on the command line):
 
     torchrun --nproc_per_node=4 meta_lora_trainer.py \

@@ -5,12 +5,12 @@ A wrong setting is reported before a model is loaded, in a second: neither torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from metasft.config.schema import Schema, Text, Tuple, Unique, dotted, validated
+from metasft.config.schema import Positive, Schema, Share, Text, Tuple, Unique, dotted, validated
 from metasft.config.verl_groups import (
     LARGEST_RATE,
     START,
@@ -61,9 +61,20 @@ class MetaConfig(Schema):
     num_inner_steps: int = key("K, inner steps per episode", 10, ge=0, le=100_000)
     inner_optimizer: Literal["sgd", "adamw"] = key("inner optimizer", "sgd")
     inner_batch_size: int = key("support examples per inner step", 4, ge=1)
+    episode_shots: Positive | Annotated[tuple[Positive, Positive], Tuple] | None = key(
+        "support examples of one episode, cycled by its inner steps, a number or [least, most] to draw it from; null = "
+        "other examples of the support set for every inner step",
+        None,
+    )
     inner_clip_grad: float | None = key("largest gradient norm of an inner step; null = no clipping", None, gt=0)
     query_batch_size: int = key("query examples per episode; 0 = no query set (Reptile only)", 4, ge=0)
     meta_batch_size: int = key("tasks per meta-step", 4, ge=1, le=100_000)
+    trajectory_weight: Share | Annotated[tuple[Share, Share], Tuple] | None = key(
+        "share of the inner loop's support gradients in the meta-gradient, from 0 to 1, or [start, end], linear over "
+        "the run; null = K / (K + 1), all gradients alike",
+        0.0,
+        methods=("meta_lora", "fomaml"),
+    )
     aggregation: Literal["mean", "sum"] = key("how tasks combine", "mean", methods=("meta_lora", "fomaml"))
     update_shared: bool = key("false = tasks adapt, the shared parameters are never updated", True)
     task_group_size: int | None = key(
@@ -143,6 +154,18 @@ class MetaConfig(Schema):
                 f"that meta.query_from_support=true leaves of meta.support_samples={self.support_samples}; lower the "
                 "batch or meta.query_samples, or use more examples"
             )
+        if self.num_inner_steps == 0:
+            for name, off in (("episode_shots", None), ("trajectory_weight", 0.0)):
+                if (value := getattr(self, name)) != off:
+                    raise ValueError(
+                        f"meta.{name}={_written(value)} has no effect with meta.num_inner_steps=0; remove one of them"
+                    )
+        least, most = self.shots_of_an_episode
+        if least > most or most > self.set_sizes()[0]:
+            raise ValueError(
+                f"meta.episode_shots={_written(self.episode_shots)} must be at most the {self.set_sizes()[0]} examples "
+                "of a support set, [least, most] in this order; lower it, or use more examples"
+            )
         if method != "reptile" and self.query_batch_size < 1:
             raise ValueError(
                 f"meta.query_batch_size={self.query_batch_size}: {METHOD_TITLES[method]} computes its "
@@ -161,6 +184,30 @@ class MetaConfig(Schema):
         if method == "reptile" and self.reptile_step_size is None:
             raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
         return self
+
+    @property
+    def shots_of_an_episode(self) -> tuple[int, int]:
+        """(least, most) of ``episode_shots``; (0, 0) without it."""
+        shots = self.episode_shots or 0
+        return (shots, shots) if isinstance(shots, int) else shots
+
+    @property
+    def inner_batch_sizes(self) -> range:
+        """The sizes that the batches of inner steps can have: fewer than ``inner_batch_size`` with fewer shots."""
+        least, most = (min(shots or self.inner_batch_size, self.inner_batch_size) for shots in self.shots_of_an_episode)
+        return range(least, most + 1)
+
+    def trajectory_share(self, progress: float) -> float:
+        """w of the support gradients.
+
+        Args:
+            progress: share of the run's meta-steps that are done, from 0 at the first to 1 at the last.
+        """
+        weight = self.trajectory_weight
+        if weight is None:
+            return self.num_inner_steps / (self.num_inner_steps + 1)
+        start, end = weight if isinstance(weight, tuple) else (weight, weight)
+        return start + (end - start) * progress
 
     def set_sizes(self, in_query_file: int = 0) -> tuple[int, int]:
         """Examples of a task's support set and of its query set; their sum is what the task has labelled.
@@ -283,13 +330,25 @@ def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:
             f"({world_size} processes, meta.task_group_size={group}); the nearest valid values are "
             f"{' and '.join(valid)}"
         )
-    for key in ("inner_batch_size", "query_batch_size"):
-        size = getattr(meta, key)
-        if size % group:
-            raise ValueError(
-                f"meta.{key}={size} does not divide over the {group} ranks of a task group; use a multiple of {group}"
-            )
+    for key, sizes in _batch_sizes(meta):
+        if any(size % group for size in sizes):
+            raise ValueError(f"{key} does not divide over the {group} ranks of a task group; use a multiple of {group}")
     return group
+
+
+def _batch_sizes(meta: MetaConfig) -> list[tuple[str, Sequence[int]]]:
+    """(setting, the sizes of batches that it leads to)."""
+    inner = "inner_batch_size" if meta.inner_batch_size in meta.inner_batch_sizes else "episode_shots"
+    if len(meta.inner_batch_sizes) > 1:
+        inner = "episode_shots"
+    return [
+        (f"meta.{inner}={_written(getattr(meta, inner))}", meta.inner_batch_sizes),
+        (f"meta.query_batch_size={meta.query_batch_size}", [meta.query_batch_size]),
+    ]
+
+
+def _written(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_micro_batches(config: Mapping[str, Any], meta: MetaConfig, group_size: int) -> None:
@@ -304,10 +363,10 @@ def check_micro_batches(config: Mapping[str, Any], meta: MetaConfig, group_size:
     micro = data["micro_batch_size_per_gpu"]
     if micro is None:
         raise ValueError("data.micro_batch_size_per_gpu is not set; give at least 1, or data.use_dynamic_bsz=true")
-    for key in ("inner_batch_size", "query_batch_size"):
-        share = getattr(meta, key) // group_size
-        if share % micro:
-            raise ValueError(
-                f"data.micro_batch_size_per_gpu={micro} does not divide the {share} examples of meta.{key} that each "
-                "rank works on; use a divisor, or data.use_dynamic_bsz=true"
-            )
+    for key, sizes in _batch_sizes(meta):
+        for share in (size // group_size for size in sizes):
+            if share % micro:
+                raise ValueError(
+                    f"data.micro_batch_size_per_gpu={micro} does not divide the {share} examples that each rank works "
+                    f"on with {key}; use a divisor, or data.use_dynamic_bsz=true"
+                )

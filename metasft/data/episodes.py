@@ -6,8 +6,9 @@ slice of the meta-batch, so the ranks agree without talking to each other.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,8 @@ class EpisodeSampler:
         meta_batch_size: tasks per meta-step. Tasks are drawn without replacement while tasks last; with more slots than
             tasks a task recurs, with its next examples.
         seed: the run's seed.
+        episode_shots: (least, most) support examples of one episode, which its inner steps cycle through as the
+            evaluation does; (0, 0): every inner step draws the next ones of the support set.
 
     Raises:
         ValueError: a set is smaller than the batch drawn from it, or nothing is drawn at all.
@@ -120,6 +123,7 @@ class EpisodeSampler:
         query_batch_size: int,
         meta_batch_size: int,
         seed: int,
+        episode_shots: tuple[int, int] = (0, 0),
     ) -> None:
         if not support_sizes:
             raise ValueError("there is no task to draw episodes from")
@@ -142,6 +146,7 @@ class EpisodeSampler:
         self.query_batch_size = query_batch_size
         self.meta_batch_size = meta_batch_size
         self._query_starts = dict(query_starts or {})
+        self._seed, self._shots, self._drawn = seed, episode_shots, 0
         self._task_stream = ShuffledStream(len(self.tasks), f"{seed}/tasks")
         self._support = {task: ShuffledStream(support_sizes[task], f"{seed}/support/{task}") for task in self.tasks}
         self._query = (
@@ -155,14 +160,29 @@ class EpisodeSampler:
         return [self._draw(self.tasks[index]) for index in self._task_stream.take(self.meta_batch_size)]
 
     def _draw(self, task: str) -> Episode:
-        support = tuple(self._support[task].take(self.inner_batch_size) for _ in range(self.num_inner_steps))
+        support = tuple(self._draw_support(task))
         query = self._query[task].take(self.query_batch_size) if self.query_batch_size else ()
         start = self._query_starts.get(task, 0)
         return Episode(task=task, support_batches=support, query_batch=tuple(start + index for index in query))
 
+    def _draw_support(self, task: str) -> Iterator[tuple[int, ...]]:
+        """One batch per inner step."""
+        stream, batch = self._support[task], self.inner_batch_size
+        least, most = self._shots
+        if not most:
+            yield from (stream.take(batch) for _ in range(self.num_inner_steps))
+            return
+        self._drawn += 1
+        episode = f"{self._seed}/episode/{self._drawn}"
+        shots = stream.take(random.Random(episode).randint(least, most))
+        cycle = ShuffledStream(len(shots), episode)
+        for _ in range(self.num_inner_steps):
+            yield tuple(shots[i] for i in cycle.take(min(len(shots), batch)))
+
     def state_dict(self) -> dict[str, Any]:
         """Positions of all streams, as plain JSON data."""
         return {
+            "drawn": self._drawn,
             "tasks": list(self.tasks),
             "task_stream": self._task_stream.state_dict(),
             "support": {task: stream.state_dict() for task, stream in self._support.items()},
@@ -182,6 +202,10 @@ class EpisodeSampler:
                 f"the resume state was saved for the tasks {saved}, this run has {', '.join(self.tasks)}; resume with "
                 "the same meta.tasks or use another trainer.default_local_dir"
             )
+        drawn = state.get("drawn", 0)  # of earlier releases
+        if type(drawn) is not int or drawn < 0:
+            raise ValueError(f"the resume state of the examples drawn is damaged; {_START_OVER}")
+        self._drawn = drawn
         self._task_stream.load_state_dict(_entry(state, "task_stream"))
         for name, streams in (("support", self._support), ("query", self._query)):
             positions = _entry(state, name)
@@ -196,8 +220,10 @@ class EpisodeSampler:
         """Meta-steps in one pass over all support sets (query sets when K = 0): what an epoch means here."""
         if self.num_inner_steps:
             total = sum(stream._size for stream in self._support.values())
-            per_step = self.meta_batch_size * self.num_inner_steps * self.inner_batch_size
+            least, most = self._shots
+            drawn = (least + most) / 2 if most else self.num_inner_steps * self.inner_batch_size
+            per_step = self.meta_batch_size * drawn
         else:
             total = sum(stream._size for stream in self._query.values())
             per_step = self.meta_batch_size * self.query_batch_size
-        return max(1, -(-total // per_step))
+        return max(1, math.ceil(total / per_step))

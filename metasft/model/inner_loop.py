@@ -75,6 +75,10 @@ class Adaptation(Protocol):
     def zero_grad(self) -> None:
         """Clear all gradients, so that the next backward starts from none."""
 
+    def gradients(self) -> Sequence[torch.Tensor | None]:
+        """Sum over the tasks of the gradients since the last step, one tensor (local shard) per parameter; None where
+        there is none."""
+
     def gradient_norms(self) -> torch.Tensor:
         """Norm of each task's gradients since the last step, of this rank's shard, fp32 [T]."""
 
@@ -149,6 +153,10 @@ class InnerLoop:
         """As :meth:`Adaptation.zero_grad`."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def gradients(self) -> Sequence[torch.Tensor | None]:
+        """As :meth:`Adaptation.gradients`, of one task."""
+        return [None if p.grad is None else local_tensor(p.grad) for p in self.parameters]
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:

@@ -428,6 +428,12 @@ class TaskBatchedLoRA:
         self._has_gradient = False
 
     @torch.no_grad()
+    def gradients(self) -> list[torch.Tensor]:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        parts = ((layer.stack.grad_a.sum(dim=0), layer.stack.grad_b.sum(dim=0).t()) for layer in self._layers)
+        return [part for pair in parts for part in pair]
+
+    @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         squares = torch.zeros(self.num_tasks, device=self._gradient.device)
@@ -456,9 +462,8 @@ class TaskBatchedLoRA:
     def _add_up(self) -> None:
         if not self._has_gradient:
             return
-        for layer in self._layers:
-            layer.a.grad = layer.stack.grad_a.sum(dim=0)
-            layer.b.grad = layer.stack.grad_b.sum(dim=0).t().contiguous()
+        for parameter, gradient in zip(self.parameters, self.gradients(), strict=True):
+            parameter.grad = gradient.contiguous()
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:

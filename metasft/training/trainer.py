@@ -226,6 +226,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             query_batch_size=self.meta.query_batch_size,
             meta_batch_size=self.meta.meta_batch_size,
             seed=self.config.trainer.seed,
+            episode_shots=self.meta.shots_of_an_episode,
         )
         data = self.config.data
         self._batch_settings = {
@@ -440,20 +441,25 @@ class EpisodicSFTTrainer(SFTTrainer):
         """Run the episodes of ``batch`` and update theta."""
 
     def first_order_meta_step(self, batch: MetaBatch) -> MetaStepResult:
-        """g = aggregate_i d/dtheta L(theta_i,K; Q_i), then veRL's optimizer: the step FOMAML and META-LORA share.
+        """g = aggregate_i g_i, then veRL's optimizer: the step FOMAML and META-LORA share.
 
         For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
-        theta back. Then one reduction over the task groups, one clip, one optimizer step. With task batching the tasks
-        of a pass go through all of it together, each with its own copy of theta.
+        theta back. g_i is that gradient, or its weighted mean with those of the inner steps
+        (:class:`~metasft.training.update_rules.MetaGradient`). Then one reduction over the task groups, one clip, one
+        optimizer step. With task batching the tasks of a pass go through all of it together, each with its own copy of
+        theta.
         """
         weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
-        meta_gradient = MetaGradient(self.inner_loop.parameters, weight)
+        share = self.meta.trajectory_share((batch.step - 1) / max(1, self.total_training_steps - 1))
+        meta_gradient = MetaGradient(
+            self.inner_loop.parameters, weight, trajectory=share, num_inner_steps=self.meta.num_inner_steps
+        )
         passes = self.passes(batch)
         for records in passes:
             if batch.measures_gain:
                 self.measure_before(records)
             with self.inner_loop.adapting(len(records)):
-                self.adapt(records)
+                self.adapt(records, meta_gradient if share else None)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
                 self.query_backward(records)
@@ -496,13 +502,19 @@ class EpisodicSFTTrainer(SFTTrainer):
             sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
-    def adapt(self, records: Sequence[EpisodeRecord]) -> None:
-        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports."""
+    def adapt(self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None) -> None:
+        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports.
+
+        Args:
+            trajectory: takes the support gradients in, before they are clipped.
+        """
         sets = [self.support_sets[record.episode.task] for record in records]
         for indices in zip(*(record.episode.support_batches for record in records), strict=True):
             losses = self.engine.loss_and_backward(self._batch(sets, indices, records), len(records))
             for record, loss in zip(records, losses.unbind(), strict=True):
                 record.support_losses.append(loss)
+            if trajectory is not None:
+                trajectory.add_support(self.inner_loop.gradients())
             self.inner_loop.step()
 
     def query_backward(self, records: Sequence[EpisodeRecord]) -> None:

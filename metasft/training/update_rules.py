@@ -1,7 +1,9 @@
 """How the tasks of a meta-batch become one update of the shared parameters.
 
 * FOMAML (first-order MAML, Finn et al. 2017, arXiv 1703.03400, section 5.2) and META-LORA (MeTA-LoRA, arXiv
-  2510.11598): g = aggregate_i d/dtheta L(theta_i,K; Q_i), accumulated in fp32, then ``.grad`` for veRL's optimizer.
+  2510.11598): g = aggregate_i g_i with g_i = d/dtheta L(theta_i,K; Q_i), accumulated in fp32, then ``.grad`` for veRL's
+  optimizer. With a trajectory weight w the support gradients of the inner loop, which are there anyway, take part:
+  g_i = (1 - w) d/dtheta L(theta_i,K; Q_i) + w/K sum_k d/dtheta L(theta_i,k; batch k of S_i).
 * Reptile (Nichol et al. 2018, arXiv 1803.02999, algorithm 2): theta + eps * mean_i(theta_i,K - theta).
 """
 
@@ -22,12 +24,34 @@ class MetaGradient:
     Args:
         parameters: theta (shards under FSDP2).
         weight: of each task, 1 / meta_batch_size for the mean and 1 for the sum.
+        trajectory: w, the share of the support gradients in each task's.
+        num_inner_steps: K.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], weight: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        weight: float,
+        *,
+        trajectory: float = 0.0,
+        num_inner_steps: int = 0,
+    ) -> None:
         self._parameters = parameters
-        self._weight = weight
+        self._weight = weight * (1 - trajectory)
+        self.support_weight = weight * trajectory / num_inner_steps if trajectory else 0.0
         self._sum: list[torch.Tensor | None] = [None] * len(parameters)
+
+    @torch.no_grad()
+    def add_support(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add the gradients (local parts) of one inner step: of a task, or the sum over several."""
+        for i, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
+            if gradient is None:
+                continue
+            if self._sum[i] is None:
+                self._sum[i] = torch.zeros_like(parameter, dtype=torch.float32)
+            total = self._sum[i]
+            assert total is not None
+            local_tensor(total).add_(gradient, alpha=self.support_weight)
 
     @torch.no_grad()
     def accumulate(self) -> None:

@@ -52,6 +52,17 @@ VARIANTS = {
     "token_budget": ["data.max_token_len_per_gpu=160"],  # two or three examples per micro-batch
     "adamw": ["meta.inner_optimizer=adamw"],
     "sum": ["meta.aggregation=sum"],
+    # w = 2/3, of gradients before they are clipped; w = 0.5 at the second of four meta-steps.
+    "trajectory": ["meta.trajectory_weight=null", "meta.inner_clip_grad=0.1"],
+    "trajectory_padded": ["meta.trajectory_weight=[0.7,0.1]", "model.use_remove_padding=false"],
+    "one_at_a_time_trajectory": [
+        "meta.task_batching=false",
+        "meta.task_batch_limit=null",
+        "meta.trajectory_weight=null",
+        "meta.inner_clip_grad=0.1",
+        "model.enable_gradient_checkpointing=true",
+    ],
+    "episode_shots": ["meta.episode_shots=[2,5]"],  # fewer than an inner batch, and more
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
     # META-LORA runs the variants above with all tasks of a rank in one pass; these are its other ways.
     "automatic": ["meta.task_batch_limit=null"],
@@ -72,8 +83,9 @@ VARIANTS = {
 RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
     1: ("-checkpointed", "-offloaded", "-no_gain"),
-    2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
+    2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain", "group1-trajectory"),
     4: (
+        "-trajectory",
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
         *("reptile-group1-packed", "reptile-group4-checkpointed_padded"),
@@ -92,7 +104,7 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
     for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
         for group in (int(g.split("=")[1]) for g in WORLDS[world]):
             # All variants on one process; the two most different ones on several, where groups of 2 of 4 need one.
-            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded")
+            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory")
             if (world, group) == (4, 2):
                 variants = ("checkpointed_padded",)
             if group == world > 1:
@@ -226,7 +238,11 @@ def expected(reference, case, result):
     if case["method"] == "reptile":
         return reference.mean_difference(theta, episodes, case["lr"], optimizer)
     aggregation = "sum" if case["variant"] == "sum" else "mean"
-    return reference.first_order_gradient(theta, episodes, case["lr"], optimizer, aggregation)
+    more = {}
+    if "trajectory" in case["variant"]:
+        padded = case["variant"] == "trajectory_padded"
+        more = {"trajectory": 0.5} if padded else {"trajectory": 2 / 3, "clip": 0.1}
+    return reference.first_order_gradient(theta, episodes, case["lr"], optimizer, aggregation, **more)
 
 
 def measured(case, result):

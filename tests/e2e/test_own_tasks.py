@@ -51,7 +51,7 @@ def test_71_tasks_of_ones_own(tmp_path):
     evaluate = {"split": "valid", "eval_tasks": [], "search_adaptation": True, "search_grid": ["adamw:1e-3"]}
     pair = [{"a": "meta_lora", "b": "base", "margin": 0.03}]
     suite = write_suite(tmp_path, arms, name="sums", data=data, evaluate=evaluate, comparisons=pair)
-    shown = {"evaluate/all": {**SCALE["evaluate"]["all"], "n_shots": [0, 2], "n_runs": 1}}
+    shown = {"evaluate/all": {**SCALE["evaluate"]["all"], "n_shots": [0, 2], "n_runs": 1}, "train/lora": {}}
     scale = write_scale(tmp_path, shown, model=build_tiny_model(tmp_path / "model"))
     out = tmp_path / "out"
     must_run("run_experiments.py", "--suite", suite, "--scale", scale, "--output-dir", out, timeout=1500)

@@ -73,14 +73,17 @@ class Reference:
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
-    def adapt(self, theta, task, support_batches, lr, optimizer="sgd"):
-        """theta_i after one inner step per batch."""
+    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None):
+        """theta_i after one inner step per batch. ``clip``: largest norm of a step's gradient."""
         adapted = dict(theta)
         first = {n: torch.zeros_like(t) for n, t in theta.items()}
         second = {n: torch.zeros_like(t) for n, t in theta.items()}
         for k, indices in enumerate(support_batches, start=1):
             gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
+            norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
+            scale = 1.0 if clip is None else min(1.0, clip / float(norm))
             for name, g in gradients.items():
+                g = g * scale
                 if optimizer == "sgd":
                     update = g
                 else:  # Adam as in Kingma & Ba 2015, algorithm 1, no weight decay
@@ -90,14 +93,19 @@ class Reference:
                 adapted[name] = adapted[name] - lr * update
         return adapted
 
-    def first_order_gradient(self, theta, episodes, lr, optimizer="sgd", aggregation="mean"):
-        """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples."""
+    def first_order_gradient(self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None):
+        """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
         for task, support_batches, query_batch in episodes:
-            adapted = self.adapt(theta, task, support_batches, lr, optimizer)
+            for k in range(len(support_batches) if trajectory else 0):
+                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip)
+                gradients, _ = self.gradient(at_k, self.examples(task, "support", support_batches[k]))
+                for name, g in gradients.items():
+                    total[name] += trajectory / len(support_batches) * g
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip)
             gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
             for name, g in gradients.items():
-                total[name] += g
+                total[name] += (1 - trajectory) * g
         scale = 1 / len(episodes) if aggregation == "mean" else 1.0
         return {n: t * scale for n, t in total.items()}
 

@@ -82,7 +82,7 @@ ANYTHING = {"lora_alpha", "image_key", "video_key", "image_patch_size", "shuffle
 
 @pytest.mark.parametrize("key", [k for k in KEYS if k.split(".")[1] not in ANYTHING and k != "data.seed"])
 def test_every_key_is_checked(key, configs):
-    method = "meta_lora" if key == "meta.aggregation" else "reptile"
+    method = "meta_lora" if key in ("meta.aggregation", "meta.trajectory_weight") else "reptile"
     mapping = key in ("model.override_config", "data.apply_chat_template_kwargs", "engine.mixed_precision")
     wrong = ["nonsense"] if mapping else {"nonsense": [1.5]}
     with pytest.raises(ValueError) as error:
@@ -112,6 +112,10 @@ BOUNDS = [
     ("meta_lora", "meta.query_samples", [2], "query_batch_size"),
     ("meta_lora", "meta.query_batch_size", [0], "at least 1"),
     ("fomaml", "meta.query_from_support", [1, "yes", None], "the last query_samples"),
+    ("meta_lora", "meta.trajectory_weight", [-0.1, 1.5, "half", [0.5], [0, 2], [0.1, 0.2, 0.3]], "from 0 to 1, or"),
+    ("reptile", "meta.trajectory_weight", [0.5], "no effect in Reptile-SFT"),
+    ("reptile", "meta.episode_shots", [0, 2.5, "few", [5], [0, 5]], "a number or"),
+    ("meta_lora", "meta.episode_shots", [[10, 5], 101, [5, 101]], "at most the 100 examples"),
     ("meta_lora", "meta.inner_optimizer", ["lion"], "'sgd' or 'adamw'"),
     ("meta_lora", "meta.tasks", ["algebra", [], ["a", "a"]], "task"),
     ("meta_lora", "meta.meta_batch_size", [0, 10**12], "tasks per meta-step"),
@@ -211,6 +215,19 @@ def test_a_query_set_out_of_the_support_examples_leaves_enough(changes, words):
         MetaConfig.from_mapping({**values, "query_from_support": True}, "reptile")
 
 
+def test_the_share_of_the_support_gradients():
+    def share(weight, progress):
+        values = {"task_dir": "x", "inner_lr": 0.1, "num_inner_steps": 4, "trajectory_weight": weight}
+        return MetaConfig.from_mapping(values, "fomaml").trajectory_share(progress)
+
+    assert [share(w, 0.25) for w in (0, 0.3, None, [0.2, 0.6])] == pytest.approx([0, 0.3, 0.8, 0.3])
+    assert share([1.0, 0.0], 1.0) == 0
+    for name, value in (("trajectory_weight", 0.5), ("trajectory_weight", None), ("episode_shots", [2, 5])):
+        values = {"task_dir": "x", "inner_lr": 0.1, "num_inner_steps": 0, name: value}
+        with pytest.raises(ValueError, match=f"meta.{name}=.* has no effect with meta.num_inner_steps=0; remove one"):
+            MetaConfig.from_mapping(values, "meta_lora")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -264,6 +281,7 @@ def test_a_folder_with_the_name_of_a_logger_is_no_package(configs, tmp_path, mon
         ({"meta_batch_size": 1, "task_group_size": 1}, 4, "nearest valid values are 4"),
         ({"inner_batch_size": 3, "task_group_size": 2}, 2, "multiple of 2"),
         ({"query_batch_size": 3, "task_group_size": 2}, 2, "multiple of 2"),
+        ({"episode_shots": [3, 8], "task_group_size": 2}, 2, r"meta.episode_shots=\[3, 8\] does not divide over the 2"),
     ],
 )
 def test_sizes_that_do_not_divide_name_the_valid_ones(changes, world, words):
@@ -275,7 +293,7 @@ def test_sizes_that_do_not_divide_name_the_valid_ones(changes, world, words):
 def test_micro_batches_must_divide_the_share_of_a_rank():
     meta = MetaConfig.from_mapping({"task_dir": "x", "inner_lr": 0.1, "inner_batch_size": 6}, "meta_lora")
     data = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4}
-    with pytest.raises(ValueError, match=r"micro_batch_size_per_gpu=4 does not divide the 6 examples of meta\.inner"):
+    with pytest.raises(ValueError, match=r"size_per_gpu=4 does not divide the 6 examples .* meta\.inner_batch_size=6;"):
         check_micro_batches({"data": data}, meta, 1)
     with pytest.raises(ValueError, match="at least 1"):
         check_micro_batches({"data": {**data, "micro_batch_size_per_gpu": None}}, meta, 1)

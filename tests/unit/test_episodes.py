@@ -72,14 +72,33 @@ def test_same_seed_same_episodes_other_seed_others():
     assert draw(1) != draw(2)
 
 
-@given(steps=st.integers(0, 12), more=st.integers(1, 6))
+def test_an_episode_cycles_its_shots():
+    """As an adaptation at test time: every shot once before any comes again; the next episode has other shots."""
+    draws = sampler(num_inner_steps=4, episode_shots=(3, 5), support=20)
+    counts, last = set(), {}
+    for _ in range(20):
+        for episode in draws.next_meta_batch():
+            drawn = [row for batch in episode.support_batches for row in batch]
+            shots = set(drawn)
+            counts.add(len(shots))
+            assert all(len(set(batch)) == 2 for batch in episode.support_batches) and len(drawn) == 8
+            assert {drawn.count(row) for row in shots} <= {1, 2, 3} and set(drawn[: len(shots) - 1]) <= shots
+            assert len(set(drawn[: len(shots) // 2 * 2])) == len(shots) // 2 * 2
+            if len(last.get(episode.task, ())) + len(shots) <= 20:
+                last[episode.task] = last.get(episode.task, set()) | shots
+    assert counts == {3, 4, 5} and min(map(len, last.values())) >= 16  # over a pass, other shots each time
+    (batches,) = {e.support_batches[0] for e in sampler(episode_shots=(1, 1), tasks=["a"]).next_meta_batch()[:1]}
+    assert len(batches) == 1  # a batch is no larger than the shots
+
+
+@given(steps=st.integers(0, 12), more=st.integers(1, 6), shots=st.sampled_from([(0, 0), (1, 7)]))
 @settings(max_examples=50, deadline=None)
-def test_resumed_sampler_continues_exactly(steps, more):
-    one = sampler()
+def test_resumed_sampler_continues_exactly(steps, more, shots):
+    one = sampler(episode_shots=shots)
     for _ in range(steps):
         one.next_meta_batch()
     state = json.loads(json.dumps(one.state_dict()))  # plain data, as a checkpoint holds it
-    two = sampler()
+    two = sampler(episode_shots=shots)
     two.load_state_dict(state)
     assert [one.next_meta_batch() for _ in range(more)] == [two.next_meta_batch() for _ in range(more)]
 
@@ -90,6 +109,8 @@ def test_resume_with_other_tasks_or_sizes_is_refused():
         sampler(tasks=("a", "b"), meta_batch_size=2).load_state_dict(state)
     with pytest.raises(ValueError, match="10 items but now has 12"):
         sampler(support=12).load_state_dict(state)
+    with pytest.raises(ValueError, match="the resume state of the examples drawn is damaged"):
+        sampler().load_state_dict({**state, "drawn": -1})
 
 
 @pytest.mark.parametrize(
