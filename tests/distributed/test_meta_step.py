@@ -272,6 +272,7 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         assert error < tolerance, (name, f"{error:.1e}")
 
 
+@pytest.mark.slow
 def test_untied_model_with_biases_over_two_processes(outcomes, references, task_dir):
     cases, out, path = outcomes(2, "untied")
     for case in cases.values():

@@ -421,6 +421,7 @@ def started_again(run: Run, **changes) -> Run:
     return replace(run, changes={**run.changes, **more})
 
 
+@pytest.mark.slow
 def test_a_summary_is_that_of_the_run_in_the_folder(make_run):
     run = make_run("meta_lora", trainer__total_training_steps=4)
     run.finish()

@@ -75,6 +75,7 @@ def test_stage_2_aggregates_gradients_into_the_shared_lora(records, checkpoint):
     assert all(t.abs().max() > 0 for name, t in checkpoint["lora"].items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_no_more_than_the_support_samples_are_used(run, tiny_model, task_dir, tmp_path):
     """每任务只用100样本: rows beyond meta.support_samples do not change the run by one bit."""
     import pandas as pd
