@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import Field, create_model
 
@@ -30,8 +30,6 @@ from metasft.files.atomic import check_place
 from metasft.files.untrusted import DataFile, printable
 
 ModelType = Literal["base", "fomaml", "meta_lora", "reptile", "lora"]
-MODEL_TYPES = get_args(ModelType)
-DTYPES = ("float32", "bfloat16")
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 DEFAULT_OPTIMIZER = "adamw"
@@ -68,56 +66,84 @@ Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What to evaluate, one attribute per flag of ``evaluate_few_shot.py``."""
+    """What to evaluate, one attribute per flag of ``evaluate_few_shot.py``, whose help is the text beside it."""
 
-    model_path: Annotated[str, _told("model or checkpoint, see find_model_source")]
+    model_path: Annotated[str, _told("model folder or hub name, adapter (.pt, PEFT folder) or veRL checkpoint folder")]
     model_type: Annotated[ModelType, _told("what it is; names the result files")]
     output_dir: Annotated[Path, _told("folder for the result files")]
-    split: Annotated[Literal["test", "valid", "search"], _told("where the unseen tasks come from")] = "test"
-    eval_tasks: Annotated[tuple[str, ...], Unique, _told("of the split, or in-domain; empty = the whole split")] = ()
-    n_shots: Annotated[tuple[Count, ...], Unique, _told("such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
-    base_model: Annotated[str | None, _told("model under an adapter; null = what the checkpoint records")] = None
+    split: Annotated[
+        Literal["test", "valid", "search"],
+        _told("tasks of DATA_DIR/meta_test, or those of DATA_DIR/meta_valid with this role"),
+    ] = "test"
+    eval_tasks: Annotated[
+        tuple[str, ...], Unique, _told("tasks of the split, by default all; those of meta_train are tested in-domain")
+    ] = ()
+    n_shots: Annotated[tuple[Count, ...], Unique, _told("shot counts, such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
+    base_model: Annotated[str | None, _told("model under an adapter, by default what the checkpoint records")] = None
     data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
     n_runs: Annotated[int, _told("shot sets per task and N above 0", ge=1, le=10_000)] = 3
-    adaptation_steps: Annotated[int, _told("update steps of one adaptation", ge=1, le=100_000)] = 10
+    adaptation_steps: Annotated[int, _told("update steps of one adaptation, whatever N is", ge=1, le=100_000)] = 10
     adaptation_lr: Annotated[
-        float | None, _told("null = what the checkpoint records, else by what is adapted", gt=0, le=LARGEST_RATE)
+        float | None,
+        _told(
+            f"its learning rate, by default what the checkpoint records, else {DEFAULT_LR_LORA:g} for LoRA, "
+            f"{DEFAULT_LR_ALL:g} for all parameters",
+            gt=0,
+            le=LARGEST_RATE,
+        ),
     ] = None
-    adaptation_optimizer: Annotated[Literal["sgd", "adamw"] | None, _told("null: likewise")] = None
-    adaptation_batch_size: Annotated[int, _told("examples per update step; N where there are fewer", ge=1)] = 4
+    adaptation_optimizer: Annotated[
+        Literal["sgd", "adamw"] | None, _told("by default what the checkpoint records, else adamw")
+    ] = None
+    adaptation_batch_size: Annotated[int, _told("examples per update step, N where there are fewer", ge=1)] = 4
     batch_size: Annotated[int, _told("rows (a test item under one adaptation) generated together", ge=1)] = 64
-    max_new_tokens: Annotated[int, _told("longest generation in tokens", ge=1, le=1_000_000)] = 48
-    limit: Annotated[int | None, _told("test items per task, the first ones; null = all", ge=1)] = None
+    max_new_tokens: Annotated[int, _told("longest answer in tokens", ge=1, le=1_000_000)] = 48
+    limit: Annotated[int | None, _told("test items per task, the first ones, by default all", ge=1)] = None
     seed: Annotated[int, _told("of shots, adaptation batches, fresh LoRA weights", ge=0, le=LARGEST_SEED)] = 1
     device: Annotated[str, rule(_is_device, "auto, cpu, cuda or cuda:<index>")] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16"],
-        _told("of the frozen weights; with all parameters adapted these stay in float32 and it is the autocast dtype"),
+        _told("of frozen weights; with all parameters adapted these stay in float32 and it is the autocast dtype"),
     ] = "float32"
     max_length: Annotated[int, _told("longest example in tokens; longer ones are an error", ge=2)] = 1024
-    chat_template: Annotated[str | None, _told("Jinja text or file; null = as recorded, else the model's own")] = None
-    chat_template_kwargs: Annotated[str | None, _told("its arguments, a JSON object; null = as recorded")] = None
-    lora_rank: Annotated[int | None, _told("of the fresh LoRA under base; null = 16", ge=1, le=LARGEST_RANK)] = None
-    lora_alpha: Annotated[float | None, _told("scale of the fresh LoRA; null = 32", gt=0)] = None
-    cells_per_batch: Annotated[int | None, _told("adaptations done and tested together; null = automatic", ge=1)] = None
-    full: Annotated[bool, _told("base: adapt all parameters in place of a fresh LoRA")] = False
-    shots_in_prompt: Annotated[bool, _told("the shots are earlier turns, nothing is adapted")] = False
-    search_adaptation: Annotated[bool, _told("choose optimizer and rate for every shot count, on other tasks")] = False
+    chat_template: Annotated[
+        str | None, _told("Jinja text or file, by default what the checkpoint records, else the model's own")
+    ] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        _told("its arguments as JSON, such as '{\"enable_thinking\": false}', by default as recorded"),
+    ] = None
+    lora_rank: Annotated[int | None, _told("of the fresh LoRA under base, by default 16", ge=1, le=LARGEST_RANK)] = None
+    lora_alpha: Annotated[float | None, _told("its scale, by default 32", gt=0)] = None
+    cells_per_batch: Annotated[
+        int | None, _told("LoRA adaptations done and tested together, same results; by default automatic", ge=1)
+    ] = None
+    full: Annotated[bool, _told("with base: adapt all parameters in place of a fresh LoRA")] = False
+    shots_in_prompt: Annotated[bool, _told("in-context: the shots are earlier turns, nothing is adapted")] = False
+    search_adaptation: Annotated[
+        bool,
+        _told(
+            "choose optimizer and rate for every shot count on the tasks of --split search, or where there are none on "
+            "held-out items of the training tasks"
+        ),
+    ] = False
     search_limit: Annotated[int, _told("test items per task of that search", ge=1)] = 16
-    search_grid: Annotated[tuple[Candidate, ...], Unique, _told("such as sgd:0.05 adamw:1e-3", min_length=1)] = (
-        SEARCH_GRID
-    )
-    search_steps: Annotated[tuple[Steps, ...], Unique, _told("to choose among; empty = adaptation_steps alone")] = ()
-    adaptation_settings: Annotated[str | None, _told("the _search.json of another evaluation, whose choice to use")] = (
-        None
-    )
+    search_grid: Annotated[tuple[Candidate, ...], Unique, _told("what it chooses from", min_length=1)] = SEARCH_GRID
+    search_steps: Annotated[
+        tuple[Steps, ...],
+        Unique,
+        _told("update steps to choose from as well, by default --adaptation-steps alone"),
+    ] = ()
+    adaptation_settings: Annotated[
+        str | None, _told("the <model-type>_search.json of another evaluation: adapt as it chose for every shot count")
+    ] = None
     speed_steps: Annotated[
         tuple[Annotated[int, Field(ge=0, le=100_000)], ...],
         Unique,
-        _told("update steps after which a curve measures"),
+        _told("also measure after these update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)"),
     ] = ()
-    speed_shots: Annotated[int, _told("N of the speed curve", ge=1)] = 25
-    speed_only: Annotated[bool, _told("leave the evaluation of n_shots out")] = False
+    speed_shots: Annotated[int, _told("shots of the speed curve", ge=1)] = 25
+    speed_only: Annotated[bool, _told("measure the speed curve alone")] = False
     overwrite: Annotated[bool, _told("drop earlier results of this model type instead of continuing them")] = False
 
     def check(self) -> None:
