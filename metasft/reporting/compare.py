@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metasft.config.result_files import (
     RESULTS_SUFFIX,
     SUMMARY_FILE,
@@ -26,7 +28,7 @@ from metasft.reporting.comparisons import ALL_TASKS, differences, document
 from metasft.reporting.costs import cost
 from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing
 from metasft.reporting.pages import render
-from metasft.reporting.statistics import LEVEL, mover
+from metasft.reporting.statistics import LEVEL, NEW_TASKS, about, mover, new_task_interval
 
 PREFERRED_TASK, PREFERRED_SHOTS = "calculus", 10
 SPEED_REMEDY = "measure it with evaluate_few_shot.py first"
@@ -115,7 +117,7 @@ def _scores(content: Mapping[str, Mapping[str, Mapping[str, Any]]], by: str) -> 
             "loss_ci95": entry.get("loss_ci95"),
             "n_items": entry["n_test"],
             "n_runs": entry.get("n_runs"),
-            **{key: entry.get(key) for key in ("format_accuracy", "majority_baseline")},
+            **{key: entry.get(key) for key in ("format_accuracy", "majority_baseline", "trivial_baseline")},
         }
         for task, entries in content.items()
         for n, entry in sorted(entries.items(), key=lambda item: int(item[0]))
@@ -230,7 +232,9 @@ def overview_figure(methods: Sequence[Method], task: str | None = None, shots: i
 
 
 def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The mean of the tasks, which are independent."""
+    """The mean of the tasks; about new tasks or these, as :func:`metasft.reporting.statistics.about` has it."""
+    known = method["settings"].get("group") or {}
+    groups = [known.get(task, task) for task in tasks]
     by_shots: dict[int, list[Mapping[str, Any]]] = {}
     for score in method["scores"]:
         if score["task"] in tasks:
@@ -238,7 +242,10 @@ def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for shots, entries in by_shots.items():
         if len(entries) == len(tasks):
-            mean, low, high = mover([e["accuracy"] for e in entries], [e["ci95"] for e in entries])
+            by_task = {e["task"]: e["accuracy"] for e in entries}
+            mean, low, high = mover(list(by_task.values()), [e["ci95"] for e in entries])
+            if about(groups) == NEW_TASKS:
+                low, high = new_task_interval(np.array([[by_task[t] for t in tasks]]), groups, (low, high))
             baselines = [e["majority_baseline"] for e in entries]
             baseline = None if None in baselines else round(sum(baselines) / len(baselines), 9)
             score = {

@@ -20,6 +20,7 @@ from metasft.reporting.comparisons import Row
 from metasft.reporting.costs import cost, ratio
 from metasft.reporting.exports import Export, read_export
 from metasft.reporting.pages import STUDIES
+from metasft.reporting.statistics import NEW_TASKS
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 INCONCLUSIVE, NOT_MEASURED, UNDECIDED = "inconclusive", "not measured", "undecided"
@@ -227,25 +228,29 @@ class Condition:
         distance = abs(row.accuracy.centre - self.bound)
         allowed = (distance / _NORMAL) ** 2  # the variance at which the interval ends at the bound
         variance = row.accuracy.error**2
-        rest = variance - row.item_variance
+        rest = variance - row.sampled_variance
+        count, word = (row.n_tasks, "tasks") if row.of == NEW_TASKS else (row.n_items, "test items")
         if distance < 1e-9:
-            return "no number of test items: the difference lies at the bound"
+            return f"no number of {word}: the difference lies at the bound"
         if allowed > rest:
-            items = math.ceil(row.n_items * row.item_variance / (allowed - rest))
-            if items > row.n_items:
-                return f"about {items:,} test items instead of {row.n_items:,}, all else as it is"
+            enough = math.ceil(count * row.sampled_variance / (allowed - rest))
+            if enough > count:
+                return f"about {enough:,} {word} instead of {count:,}, all else as it is"
         sizes = f"now {sizes_text(vars(row))}"
         times = variance / allowed
+        many = "tasks" if row.of == NEW_TASKS else "test items, shot sets"
         if times <= 1:  # the t quantile of the few degrees of freedom is what is missing, not variance
-            return f"more shot sets or seeds, which settle how far the results vary ({sizes})"
-        return f"about {times:.1f} times as many test items, shot sets and seeds ({sizes})"
+            few = "groups of tasks" if row.of == NEW_TASKS else "shot sets"
+            return f"more {few} or seeds, which settle how far the results vary ({sizes})"
+        return f"about {times:.1f} times as many {many} and seeds ({sizes})"
 
 
 def sizes_text(row: Mapping[str, Any]) -> str:
-    """How much was measured: ``96 test items, 3 shot sets per task, 1 seed``."""
+    """How much was measured: ``16 tasks in 12 groups, 96 test items, 3 shot sets per task, 1 seed``."""
 
     def counted(count: int, word: str) -> str:
         return f"{count:,} {word}{'' if count == 1 else 's'}"
 
+    tasks = f"{row['n_tasks']} tasks in {row['n_groups']} groups, " if row.get("of") == NEW_TASKS else ""
     parts = counted(row["n_items"], "test item"), counted(row["n_runs"], "shot set"), counted(row["n_seeds"], "seed")
-    return "{}, {} per task, {}".format(*parts)
+    return tasks + "{}, {} per task, {}".format(*parts)

@@ -105,6 +105,12 @@ def nats(found: Mapping[str, Any]) -> str:
     return text.replace("-", MINUS)
 
 
+def beats(row: Mapping[str, Any] | None) -> str | None:
+    """The probability that one arm is above the other on a new task: ``62% [41, 80]``."""
+    found = (row or {}).get("beats")
+    return found and "{:.0%} [{:.0f}, {:.0f}]".format(found["probability"], *(100 * limit for limit in found["ci95"]))
+
+
 def moment(value: Any) -> str:
     """An ISO time to the minute, as it is where it is none."""
     try:
@@ -205,6 +211,8 @@ def paired(found: Mapping[str, Any]) -> Table:
         "p (loss)": lambda row: p_value(row["loss"]["p_holm"]),
         "Accuracy: shown": said,
     }
+    if any(row["beats"] for row in found["rows"]):
+        columns[f"New task: {a} above {b}"] = beats
     return _table("", found["rows"], columns, (0, 1, 13))
 
 
