@@ -102,8 +102,13 @@ def read_speed(label: str, path: Path) -> Method:
     Raises:
         ValueError: there is no such file, several, or it is of another format.
     """
-    content = read_results(find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY), SpeedEntry)
-    return {"label": label, "scores": _scores(content, "steps")}
+    path = find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY)
+    settings = path.with_name(f"{path.stem}_settings.json")
+    return {
+        "label": label,
+        "scores": _scores(read_results(path, SpeedEntry), "steps"),
+        "settings": read_settings(settings) if settings.exists() else {},
+    }
 
 
 def _scores(content: Mapping[str, Mapping[str, Mapping[str, Any]]], by: str) -> list[dict[str, Any]]:
@@ -231,16 +236,16 @@ def overview_figure(methods: Sequence[Method], task: str | None = None, shots: i
     return figures.overview(arms, chosen[0] if len(chosen) == 1 else ALL_TASKS, shots, describe(methods))
 
 
-def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
+def _means(method: Method, tasks: Sequence[str], by: str = "shots") -> list[dict[str, Any]]:
     """The mean of the tasks; about new tasks or these, as :func:`metasft.reporting.statistics.about` has it."""
     known = method["settings"].get("group") or {}
     groups = [known.get(task, task) for task in tasks]
-    by_shots: dict[int, list[Mapping[str, Any]]] = {}
+    by_value: dict[int, list[Mapping[str, Any]]] = {}
     for score in method["scores"]:
         if score["task"] in tasks:
-            by_shots.setdefault(score["shots"], []).append(score)
+            by_value.setdefault(score[by], []).append(score)
     found = []
-    for shots, entries in by_shots.items():
+    for value, entries in by_value.items():
         if len(entries) == len(tasks):
             by_task = {e["task"]: e["accuracy"] for e in entries}
             mean, low, high = mover(list(by_task.values()), [e["ci95"] for e in entries])
@@ -250,9 +255,10 @@ def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
             baseline = None if None in baselines else round(sum(baselines) / len(baselines), 9)
             score = {
                 "task": ALL_TASKS,
-                "shots": shots,
+                by: value,
                 "accuracy": mean,
                 "ci95": [low, high],
+                "loss": float(np.mean([e["loss"] for e in entries])),
                 "majority_baseline": baseline,
             }
             found.append(score)
@@ -263,12 +269,13 @@ def describe(methods: Sequence[Method]) -> str:
     """One line on what was measured: model, tasks, number of test items and runs."""
     models = sorted({Path(name).name for m in methods if (name := _of(m, "base_model"))})
     scores = [score for method in methods for score in method["scores"] if score["task"] != ALL_TASKS]
+    tasks = sorted({score["task"] for score in scores})
     items = sorted({score["n_items"] for score in scores})
     runs = max(score["n_runs"] or 1 for score in scores)
     return " · ".join(
         [
             *([" / ".join(models)] if models else []),
-            f"unseen tasks: {', '.join(sorted({score['task'] for score in scores}))}",
+            f"unseen tasks: {', '.join(tasks) if len(tasks) <= figures.MOST_PANELS else len(tasks)}",
             f"{'-'.join(map(str, dict.fromkeys((items[0], items[-1]))))} test items per task",
             f"{runs} runs (1 at 0 shots)" if runs > 1 else "1 run",
         ]
@@ -316,7 +323,7 @@ def overview_page(methods: Sequence[Method]) -> str:
 
 
 def speed_figure(methods: Sequence[Method], task: str | None = None) -> Any:
-    """Accuracy and loss against the update steps of the adaptation, a column per task.
+    """Accuracy and loss against the update steps of the adaptation, a column per task, or for the mean of many.
 
     Raises:
         ValueError: not every method has the task, or matplotlib is not installed.
@@ -329,6 +336,9 @@ def speed_figure(methods: Sequence[Method], task: str | None = None) -> Any:
         if values:
             parts.append(f"{'-'.join(map(str, dict.fromkeys((values[0], values[-1]))))} {words}")
     arms = [{**method, "style": style} for style, method in enumerate(methods)]
+    if len(tasks) > figures.MOST_PANELS:
+        arms = [{**arm, "scores": _means(arm, tasks, "steps")} for arm in arms]
+        tasks = [ALL_TASKS]
     steps = sorted({score["steps"] for score in scores})
     return figures.curves(arms, tasks, steps, by="steps", title=" · ".join(parts))
 

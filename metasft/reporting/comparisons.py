@@ -142,6 +142,12 @@ def scores(groups: Groups) -> list[dict[str, Any]]:
     return found
 
 
+def above_trivial(score: Mapping[str, Any] | None) -> bool | None:
+    """Whether the whole interval lies above what trivial solvers get; None where that is not known."""
+    trivial = (score or {}).get("trivial_baseline")
+    return None if score is None or trivial is None else score["ci95"][0] > trivial
+
+
 # ---- differences ----------------------------------------------------------------------------------------------------
 
 

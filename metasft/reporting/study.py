@@ -16,7 +16,7 @@ import yaml
 
 from metasft.reporting import facts
 from metasft.reporting.arms import Arm, Comparison, Experiments, compare
-from metasft.reporting.comparisons import Row
+from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, Row, above_trivial
 from metasft.reporting.costs import cost, ratio
 from metasft.reporting.exports import Export, read_export
 from metasft.reporting.pages import STUDIES
@@ -40,6 +40,11 @@ class Study:
         return cls(experiments, yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8")))
 
     # ---- who is who -------------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        """Whether the experiments are about the study's question at all."""
+        return self.rules["suite"] in self.experiments.suites
 
     def arm(self, role: str) -> Arm | None:
         """The arm that carries the experiment's name; else the suite's only arm of the method (and sample count)."""
@@ -68,11 +73,25 @@ class Study:
             self.comparisons[a, b] = found
         return self.comparisons[a, b]
 
-    def above_base(self, role: str) -> bool | None:
-        """Whether the arm is shown to be above the base model adapted on the same shots; None where not measured."""
+    def beneath(self, role: str) -> list[str] | None:
+        """What the arm is not shown to be above, in words: an arm with any of these has shown nothing.
+
+        That is the base model adapted on the same shots, and the best solvers that understand nothing, where the
+        results know them. None where it was not compared with the base model.
+        """
         comparison = self.difference(role, "base")
         row = comparison.at() if comparison else None
-        return None if row is None else row.accuracy.interval()[0] > 0
+        if row is None:
+            return None
+        found = [] if row.accuracy.interval()[0] > 0 else ["the base model adapted on the same shots"]
+        try:
+            scores = comparison.a.scores()
+        except ValueError:  # of seeds that were not compared; the report says so
+            scores = []
+        score = next((s for s in scores if (s["task"], s["shots"]) == (ALL_TASKS, ALL_SHOTS)), {})
+        if above_trivial(score) is False:
+            found.append(f"the trivial solvers ({score['trivial_baseline']:.1%})")
+        return found
 
     def exports(self, role: str) -> list[Export]:
         return [export for r in self.trained(role) if (export := read_export(r.train_folder)) is not None]
@@ -96,17 +115,18 @@ class Study:
             ``outcome``, its ``title``, ``meaning`` and ``tone``; ``comparison``, the first difference; ``conditions``
             of the outcome, or while undecided of the one that the estimates are ``leaning`` to; ``would_decide``, parts
             of a sentence; ``reference``, the comparison that says whether the test can tell methods apart, and
-            ``hollow`` where it is not shown to (None: not measured).
+            ``hollow`` where it is not shown to (None: not measured), its first arm not being above ``beneath``.
         """
         rules = self.rules["verdict"]
         differences = {name: self.difference(*sides) for name, sides in rules["differences"].items()}
         first, reference = next(iter(differences.values())), self.difference(*rules["reference"])
-        row = reference.at() if reference else None
+        beneath = self.beneath(rules["reference"][0])
         found = {
             "comparison": first,
             "reference": reference,
             "margin": first.margin if first else self.rules["margin"],
-            "hollow": None if row is None else row.accuracy.interval()[0] <= 0,
+            "hollow": None if beneath is None else bool(beneath),
+            "beneath": beneath or [],
             "leaning": None,
             "conditions": [],
             "would_decide": [],
@@ -160,8 +180,9 @@ class Study:
         margin = {"margin": fact.margin}
         bound = _bound(bound, margin)
         status = _status(fact.interval, kind, bound, _bound(test.get("refuted_by", bound), margin))
-        if status == SUPPORTED and test.get("beyond_base") and self.above_base(test["of"][1]) is False:
-            return INCONCLUSIVE, f"{fact.text}; that arm is not shown to be above the base model"
+        beneath = self.beneath(test["of"][1]) if status == SUPPORTED and test.get("beyond_base") else None
+        if beneath:
+            return INCONCLUSIVE, f"{fact.text}; that arm is not shown to be above {' and '.join(beneath)}"
         return status, fact.text
 
 
