@@ -238,8 +238,8 @@ def overview_figure(methods: Sequence[Method], task: str | None = None, shots: i
 
 def _means(method: Method, tasks: Sequence[str], by: str = "shots") -> list[dict[str, Any]]:
     """The mean of the tasks; about new tasks or these, as :func:`metasft.reporting.statistics.about` has it."""
-    known = method["settings"].get("group") or {}
-    groups = [known.get(task, task) for task in tasks]
+    named = method["settings"].get("group") or {}
+    groups = [named.get(task, task) for task in tasks]
     by_value: dict[int, list[Mapping[str, Any]]] = {}
     for score in method["scores"]:
         if score["task"] in tasks:
@@ -251,16 +251,16 @@ def _means(method: Method, tasks: Sequence[str], by: str = "shots") -> list[dict
             mean, low, high = mover(list(by_task.values()), [e["ci95"] for e in entries])
             if about(groups) == NEW_TASKS:
                 low, high = new_task_interval(np.array([[by_task[t] for t in tasks]]), groups, (low, high))
-            baselines = [e["majority_baseline"] for e in entries]
-            baseline = None if None in baselines else round(sum(baselines) / len(baselines), 9)
             score = {
                 "task": ALL_TASKS,
                 by: value,
                 "accuracy": mean,
                 "ci95": [low, high],
                 "loss": float(np.mean([e["loss"] for e in entries])),
-                "majority_baseline": baseline,
             }
+            for key in ("majority_baseline", "trivial_baseline"):
+                known = [e.get(key) for e in entries]
+                score[key] = None if None in known else float(np.mean(known))
             found.append(score)
     return found
 
@@ -275,7 +275,7 @@ def describe(methods: Sequence[Method]) -> str:
     return " · ".join(
         [
             *([" / ".join(models)] if models else []),
-            f"unseen tasks: {', '.join(tasks) if len(tasks) <= figures.MOST_PANELS else len(tasks)}",
+            f"unseen tasks: {tables.tasks_named(tasks)}",
             f"{'-'.join(map(str, dict.fromkeys((items[0], items[-1]))))} test items per task",
             f"{runs} runs (1 at 0 shots)" if runs > 1 else "1 run",
         ]

@@ -10,7 +10,7 @@ import numpy as np
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, answers, document, groups_of, losses, pools
 from metasft.reporting.costs import number
 from metasft.reporting.statistics import Estimate, crossed_estimate, over_tasks, run_estimate
-from metasft.reporting.tables import nats, points
+from metasft.reporting.tables import nats, points, tasks_named
 
 if TYPE_CHECKING:
     from metasft.reporting.study import Study
@@ -40,7 +40,7 @@ def none(study: Study) -> Fact:
         for pool in pools(arm.evaluations)
         if pool.task != ALL_TASKS
     )
-    return _unmeasured(f"evaluated: {', '.join(tasks)}" if tasks else "nothing was evaluated")
+    return _unmeasured(f"evaluated: {tasks_named(tasks)}" if tasks else "nothing was evaluated")
 
 
 # ---- what was compared ----------------------------------------------------------------------------------------------

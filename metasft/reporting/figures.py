@@ -114,7 +114,7 @@ def _curves(axis: Any, arms: Sequence[Arm], task: str, ticks: Sequence[int], mea
         if not measured:
             continue
         # Where curves coincide, a small offset keeps all of them visible.
-        x = [ticks.index(tick) + 0.06 * (order - (len(arms) - 1) / 2) for tick in measured]
+        x = [ticks.index(tick) + min(0.06, 0.7 / len(arms)) * (order - (len(arms) - 1) / 2) for tick in measured]
         style = {**_style(arm["style"]), "markersize": 6, "linewidth": 1.7, "label": arm["label"]}
         _measured(axis, x, [found[tick] for tick in measured], measure, **style)
     for key, (label, dash) in _BASELINES.items() if measure == "accuracy" else ():
@@ -162,7 +162,9 @@ def _legend(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
             found.setdefault(label, handle)
     found |= {label: found.pop(label) for label, _ in _BASELINES.values() if label in found}
     if found:
-        place = {"loc": "outside lower center", "ncols": min(columns, len(found)), "frameon": False, "handlelength": 4}
+        wide = 0.85 + 0.075 * max(map(len, found))  # inches, of the longest label with its line
+        columns = max(1, min(columns, len(found), int(figure.get_figwidth() / wide)))
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "handlelength": 4}
         figure.legend(found.values(), found.keys(), **place)
 
 

@@ -16,6 +16,7 @@ from metasft.reporting.statistics import NEW_TASKS
 
 MEAN = "mean of tasks"
 MINUS, SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+NO_NUMBER = "no number"
 TONES = {
     "supported": "good",
     "finished": "good",
@@ -117,6 +118,11 @@ def beats(row: Mapping[str, Any] | None) -> str | None:
     """The probability that one arm is above the other on a new task: ``62% [41, 80]``."""
     found = (row or {}).get("beats")
     return found and "{:.0%} [{:.0f}, {:.0f}]".format(found["probability"], *(100 * limit for limit in found["ci95"]))
+
+
+def tasks_named(tasks: Collection[str]) -> str:
+    """Their names, or how many they are where a sentence has no room for them."""
+    return ", ".join(tasks) if len(tasks) <= 5 else f"{len(tasks)} tasks"
 
 
 def moment(value: Any) -> str:
@@ -473,7 +479,7 @@ def needed(found: Sequence[Mapping[str, Any]]) -> Table | None:
     ]
 
     def count(test: str) -> Callable[[Any], str]:
-        return lambda row: "no number" if row[2][test] is None else f"{row[2][test]:,}"
+        return lambda row: NO_NUMBER if row[2][test] is None else f"{row[2][test]:,}"
 
     def margin(row: Any) -> str:
         return f"{100 * row[0]['margin']:g}"
