@@ -164,7 +164,7 @@ def task_estimate(
     """The mean over the tasks that these were drawn from, group by group.
 
     What items and shot sets add is in the tasks' means. Where the tasks agree by chance, or all values are alike, the
-    variance of the mean over just these tasks takes the place of a smaller one: about new tasks less is known.
+    variance of the mean over just these tasks takes the place of a smaller one: about new tasks no more is known.
 
     Args:
         values: per task [S seeds][R runs] or [S][R][n items].
@@ -175,11 +175,11 @@ def task_estimate(
         Its first part is that of the tasks, the second, with two seeds or more, that of the seeds.
     """
     means = task_means(values)
-    mean, part = float(means.mean()), _clustered(means.mean(axis=0), groups)
+    mean, (variance, freedom) = float(means.mean()), _clustered(means.mean(axis=0), groups)
     these = mean_estimate([estimate(task.mean(axis=0)) for task in values])
     if these.parts:
-        part = max(part, (these.error**2, these.freedom))
-    return Estimate(mean, mean, (part, *_between_seeds(means)))
+        variance = max(variance, these.error**2)
+    return Estimate(mean, mean, ((variance, freedom), *_between_seeds(means)))
 
 
 def _clustered(values: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:

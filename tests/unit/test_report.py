@@ -389,6 +389,24 @@ def test_a_report_without_the_study_says_nothing_of_it(tmp_path):
     assert len(text) < 40_000
 
 
+def test_results_of_an_earlier_release_are_read(tmp_path):
+    """Entries had neither lenient accuracy nor truncation nor trivial solvers, settings neither groups nor solvers."""
+    write_experiments(tmp_path, items=8)
+    new = ("accuracy_lenient", "accuracy_worst", "truncated_share", "trivial_baseline")
+    for path in tmp_path.glob("runs/*/*_results.json"):
+        entries = {
+            task: {n: {key: value for key, value in entry.items() if key not in new} for n, entry in of.items()}
+            for task, of in json.loads(path.read_text()).items()
+        }
+        path.write_text(json.dumps(entries))
+    report = read_report(tmp_path)
+    score = score_of(report, "fomaml_300", "all", ALL_SHOTS)
+    assert [score[key] for key in ("accuracy_lenient", "truncated_share", "trivial_baseline")] == [None] * 3
+    assert (report["groups"], report["trivial"], report["problems"]) == ({}, {}, [])
+    text = pages(report)["report.md"]
+    assert "Trivial solvers" not in text and "Worst shot set" in text
+
+
 def test_few_groups_are_about_these_tasks(tmp_path):
     report = read_report(write_rules(tmp_path, groups=dict.fromkeys(RULES, "one kind")))
     row = pooled(report["suites"]["rules"]["comparisons"][0])
