@@ -116,6 +116,13 @@ class Summary(Record):
     labelled_examples: Count | None = None  # of all tasks
 
 
+class TrivialSolver(Record):
+    """The best solver of a task that understands nothing."""
+
+    name: Line
+    accuracy: Share
+
+
 class Settings(Record):
     """``<model_type>_settings.json``."""
 
@@ -128,7 +135,8 @@ class Settings(Record):
     adaptation_by_shots: dict[WholeText, Line] | None = None
     adaptation_steps: Count | list[Count] | None = None  # a list: of a speed curve
     data_sha256: dict[str, Any] | None = None
-    group: dict[Line, Line] | None = None
+    group: dict[Line, Line] | None = Field(default=None, description="of tasks that are alike, by task")
+    trivial_baseline: dict[Line, TrivialSolver] | None = None
 
 
 class Entry(Record):
@@ -140,6 +148,7 @@ class Entry(Record):
     loss_mean: AnyNumber  # a loss may have left the finite range
     n_runs: Count | None = None
     accuracy_lenient: Share | None = None
+    accuracy_worst: Share | None = None
     format_accuracy: Share | None = None
     truncated_share: Share | None = None
     majority_baseline: Share | None = None

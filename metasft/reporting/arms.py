@@ -28,6 +28,7 @@ FINISHED = "finished"
 LOG_LINES = 20
 META_LEARNED = ("meta_lora", "fomaml", "reptile")
 STANDARD_LORA = ("lora_single", "lora_mixed")
+ENTRY_MEANS = ("format_accuracy", "accuracy_lenient", "truncated_share", "majority_baseline", "trivial_baseline")
 Run = Mapping[str, Any]
 """A record of ``experiments.json``, with its ``name`` and the last lines of its ``log`` where it failed."""
 
@@ -131,7 +132,7 @@ class Arm:
 
     def scores(self) -> list[dict[str, Any]]:
         """:func:`metasft.reporting.comparisons.scores`, and what the results files add: means over replicates, tasks
-        and shot counts of ``format_accuracy`` and ``majority_baseline``, and ``adapt_steps``.
+        and shot counts (``ENTRY_MEANS``; None where a file has none), and ``adapt_steps``.
 
         Raises:
             ValueError: its replicates differ in runs or test items.
@@ -145,7 +146,7 @@ class Arm:
                 for task in pool.tasks
                 for n in pool.counts
             ]
-            for key in ("format_accuracy", "majority_baseline"):
+            for key in ENTRY_MEANS:
                 values = [number(entry, key) for entry in entries]
                 score[key] = None if None in values else float(np.mean(values))
             steps = {number(entry, "adapt_steps") for entry in entries}

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metasft.config.result_files import (
     RESULTS_SUFFIX,
     SUMMARY_FILE,
@@ -26,7 +28,7 @@ from metasft.reporting.comparisons import ALL_TASKS, differences, document
 from metasft.reporting.costs import cost
 from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairing
 from metasft.reporting.pages import render
-from metasft.reporting.statistics import LEVEL, mover
+from metasft.reporting.statistics import LEVEL, NEW_TASKS, about, mover, new_task_interval
 
 PREFERRED_TASK, PREFERRED_SHOTS = "calculus", 10
 SPEED_REMEDY = "measure it with evaluate_few_shot.py first"
@@ -100,8 +102,13 @@ def read_speed(label: str, path: Path) -> Method:
     Raises:
         ValueError: there is no such file, several, or it is of another format.
     """
-    content = read_results(find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY), SpeedEntry)
-    return {"label": label, "scores": _scores(content, "steps")}
+    path = find_file(label, path, SPEED_SUFFIX, SPEED_REMEDY)
+    settings = path.with_name(f"{path.stem}_settings.json")
+    return {
+        "label": label,
+        "scores": _scores(read_results(path, SpeedEntry), "steps"),
+        "settings": read_settings(settings) if settings.exists() else {},
+    }
 
 
 def _scores(content: Mapping[str, Mapping[str, Mapping[str, Any]]], by: str) -> list[dict[str, Any]]:
@@ -115,7 +122,7 @@ def _scores(content: Mapping[str, Mapping[str, Mapping[str, Any]]], by: str) -> 
             "loss_ci95": entry.get("loss_ci95"),
             "n_items": entry["n_test"],
             "n_runs": entry.get("n_runs"),
-            **{key: entry.get(key) for key in ("format_accuracy", "majority_baseline")},
+            **{key: entry.get(key) for key in ("format_accuracy", "majority_baseline", "trivial_baseline")},
         }
         for task, entries in content.items()
         for n, entry in sorted(entries.items(), key=lambda item: int(item[0]))
@@ -229,25 +236,31 @@ def overview_figure(methods: Sequence[Method], task: str | None = None, shots: i
     return figures.overview(arms, chosen[0] if len(chosen) == 1 else ALL_TASKS, shots, describe(methods))
 
 
-def _means(method: Method, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The mean of the tasks, which are independent."""
-    by_shots: dict[int, list[Mapping[str, Any]]] = {}
+def _means(method: Method, tasks: Sequence[str], by: str = "shots") -> list[dict[str, Any]]:
+    """The mean of the tasks; about new tasks or these, as :func:`metasft.reporting.statistics.about` has it."""
+    named = method["settings"].get("group") or {}
+    groups = [named.get(task, task) for task in tasks]
+    by_value: dict[int, list[Mapping[str, Any]]] = {}
     for score in method["scores"]:
         if score["task"] in tasks:
-            by_shots.setdefault(score["shots"], []).append(score)
+            by_value.setdefault(score[by], []).append(score)
     found = []
-    for shots, entries in by_shots.items():
+    for value, entries in by_value.items():
         if len(entries) == len(tasks):
-            mean, low, high = mover([e["accuracy"] for e in entries], [e["ci95"] for e in entries])
-            baselines = [e["majority_baseline"] for e in entries]
-            baseline = None if None in baselines else round(sum(baselines) / len(baselines), 9)
+            by_task = {e["task"]: e["accuracy"] for e in entries}
+            mean, low, high = mover(list(by_task.values()), [e["ci95"] for e in entries])
+            if about(groups) == NEW_TASKS:
+                low, high = new_task_interval(np.array([[by_task[t] for t in tasks]]), groups, (low, high))
             score = {
                 "task": ALL_TASKS,
-                "shots": shots,
+                by: value,
                 "accuracy": mean,
                 "ci95": [low, high],
-                "majority_baseline": baseline,
+                "loss": float(np.mean([e["loss"] for e in entries])),
             }
+            for key in ("majority_baseline", "trivial_baseline"):
+                known = [e.get(key) for e in entries]
+                score[key] = None if None in known else float(np.mean(known))
             found.append(score)
     return found
 
@@ -256,12 +269,13 @@ def describe(methods: Sequence[Method]) -> str:
     """One line on what was measured: model, tasks, number of test items and runs."""
     models = sorted({Path(name).name for m in methods if (name := _of(m, "base_model"))})
     scores = [score for method in methods for score in method["scores"] if score["task"] != ALL_TASKS]
+    tasks = sorted({score["task"] for score in scores})
     items = sorted({score["n_items"] for score in scores})
     runs = max(score["n_runs"] or 1 for score in scores)
     return " · ".join(
         [
             *([" / ".join(models)] if models else []),
-            f"unseen tasks: {', '.join(sorted({score['task'] for score in scores}))}",
+            f"unseen tasks: {tables.tasks_named(tasks)}",
             f"{'-'.join(map(str, dict.fromkeys((items[0], items[-1]))))} test items per task",
             f"{runs} runs (1 at 0 shots)" if runs > 1 else "1 run",
         ]
@@ -309,7 +323,7 @@ def overview_page(methods: Sequence[Method]) -> str:
 
 
 def speed_figure(methods: Sequence[Method], task: str | None = None) -> Any:
-    """Accuracy and loss against the update steps of the adaptation, a column per task.
+    """Accuracy and loss against the update steps of the adaptation, a column per task, or for the mean of many.
 
     Raises:
         ValueError: not every method has the task, or matplotlib is not installed.
@@ -322,6 +336,9 @@ def speed_figure(methods: Sequence[Method], task: str | None = None) -> Any:
         if values:
             parts.append(f"{'-'.join(map(str, dict.fromkeys((values[0], values[-1]))))} {words}")
     arms = [{**method, "style": style} for style, method in enumerate(methods)]
+    if len(tasks) > figures.MOST_PANELS:
+        arms = [{**arm, "scores": _means(arm, tasks, "steps")} for arm in arms]
+        tasks = [ALL_TASKS]
     steps = sorted({score["steps"] for score in scores})
     return figures.curves(arms, tasks, steps, by="steps", title=" · ".join(parts))
 

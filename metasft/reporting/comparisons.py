@@ -6,7 +6,7 @@ parts, such as once per task: their mean is taken per item and run first).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,13 +15,18 @@ import numpy as np
 from metasft.reporting.evaluations import Evaluation
 from metasft.reporting.statistics import (
     LEVEL,
+    NEW_TASKS,
     Estimate,
+    about,
     accuracy_interval,
     crossed_estimate,
     holm,
     mean_interval,
-    over_seeds,
+    over_tasks,
+    probability_above,
     run_estimate,
+    task_means,
+    tasks_needed,
 )
 
 ALL_TASKS = "all"
@@ -60,6 +65,14 @@ def pools(*sides: Groups) -> Iterator[Pool]:
             yield Pool(task, ALL_SHOTS, tasks, few, len(few) == 1 or (task == ALL_TASKS and len(tasks) == 1))
 
 
+def groups_of(tasks: Sequence[str], *sides: Groups) -> list[str]:
+    """The group of each task, as the evaluations' settings have it; a task without one is its own."""
+    known: dict[str, str] = {}
+    for evaluation in (e for side in sides for group in side for e in group):
+        known = {**(evaluation.settings.get("group") or {}), **known}
+    return [known.get(task, task) for task in tasks]
+
+
 def answers(groups: Groups, task: str, shots: Sequence[int]) -> np.ndarray:
     """Whether the answers were right, [S seeds][R runs][n items]; the mean over parts and over ``shots``.
 
@@ -95,7 +108,9 @@ def losses(groups: Groups, task: str, shots: Sequence[int]) -> np.ndarray:
 def scores(groups: Groups) -> list[dict[str, Any]]:
     """Scores of an arm, one per pool: accuracies are fractions, losses nats per response token.
 
-    ``loss_ci95`` is None where nothing tells how far the loss varies (one shot set, one seed).
+    ``loss_ci95`` is None where nothing tells how far the loss varies (one shot set, one seed). ``accuracy_worst`` is
+    that of the shot set with the lowest accuracy over the tasks, None with one shot set. ``of`` says what the intervals
+    are about (:func:`metasft.reporting.statistics.about`).
 
     Raises:
         ValueError: the evaluations differ in runs or test items.
@@ -103,21 +118,34 @@ def scores(groups: Groups) -> list[dict[str, Any]]:
     found = []
     for pool in pools(groups):
         correct = [answers(groups, task, pool.counts) for task in pool.tasks]
-        loss = over_seeds([losses(groups, task, pool.counts) for task in pool.tasks], run_estimate)
+        of_tasks = groups_of(pool.tasks, groups)
+        loss = over_tasks([losses(groups, task, pool.counts) for task in pool.tasks], of_tasks, run_estimate)
+        n_runs = min(task.shape[1] for task in correct)
+        by_run = np.mean([task.mean(axis=(0, 2))[:n_runs] for task in correct], axis=0)
         found.append(
             {
                 "task": pool.task,
                 "shots": pool.shots,
+                "of": about(of_tasks),
                 "accuracy": float(np.mean([task.mean() for task in correct])),
-                "ci95": list(accuracy_interval(correct[0]) if len(correct) == 1 else mean_interval(correct)),
+                "ci95": list(accuracy_interval(correct[0]) if len(correct) == 1 else mean_interval(correct, of_tasks)),
+                "accuracy_worst": float(by_run.min()) if n_runs > 1 else None,
                 "loss": loss.difference,
                 "loss_ci95": loss.ci95 and list(loss.ci95),
+                "n_tasks": len(pool.tasks),
+                "n_groups": len(set(of_tasks)),
                 "n_items": sum(task.shape[2] for task in correct),
-                "n_runs": min(task.shape[1] for task in correct),
+                "n_runs": n_runs,
                 "n_seeds": len(correct[0]),
             }
         )
     return found
+
+
+def above_trivial(score: Mapping[str, Any] | None) -> bool | None:
+    """Whether the whole interval lies above what trivial solvers get; None where that is not known."""
+    trivial = (score or {}).get("trivial_baseline")
+    return None if score is None or trivial is None else score["ci95"][0] > trivial
 
 
 # ---- differences ----------------------------------------------------------------------------------------------------
@@ -129,14 +157,21 @@ class Row:
 
     Attributes:
         n_items: test items, over all tasks of the row; ``n_runs``: shot sets per task.
+        of: what the estimates are about, ``new tasks`` or ``these tasks``.
         accuracy: of fractions; ``loss``: of nats per response token.
-        item_variance: the part of the accuracy's variance that more test items would shrink.
+        sampled_variance: the part of the accuracy's variance that more test items would shrink, or more tasks where it
+            is about new ones.
+        beats: the probability that A is above B on a new task, and its interval; None about these tasks.
+        needed: :func:`metasft.reporting.statistics.tasks_needed` for the margin; empty about these tasks.
         p: p-values, each with a ``..._holm`` adjusted over the rows: ``difference``, ``equivalence``, ``not_worse``,
             ``loss``; empty for a row that repeats another.
     """
 
     task: str
     shots: int | str
+    of: str
+    n_tasks: int
+    n_groups: int
     n_items: int
     n_runs: int
     n_seeds: int
@@ -146,7 +181,9 @@ class Row:
     loss_a: float
     loss_b: float
     loss: Estimate
-    item_variance: float
+    sampled_variance: float
+    beats: tuple[float, tuple[float, float]] | None = None
+    needed: Sequence[Mapping[str, int | None]] = ()
     p: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -164,21 +201,31 @@ def differences(a: Groups, b: Groups, margin: float = 0.03) -> list[Row]:
         right = [[answers(side, task, pool.counts) for task in pool.tasks] for side in (a, b)]
         lost = [[losses(side, task, pool.counts) for task in pool.tasks] for side in (a, b)]
         apart = [ours - theirs for ours, theirs in zip(*right, strict=True)]
+        of_tasks = groups_of(pool.tasks, a, b)
+        of, n_tasks, n_groups, n_seeds = about(of_tasks), len(apart), len(set(of_tasks)), len(apart[0])
         by_task = [crossed_estimate(task.mean(axis=0)) for task in apart]
+        accuracy = over_tasks(apart, of_tasks, crossed_estimate)
         row = Row(
             pool.task,
             pool.shots,
+            of,
+            n_tasks,
+            n_groups,
             n_items=sum(task.shape[2] for task in apart),
             n_runs=min(task.shape[1] for task in apart),
-            n_seeds=len(apart[0]),
+            n_seeds=n_seeds,
             a=float(np.mean([task.mean() for task in right[0]])),
             b=float(np.mean([task.mean() for task in right[1]])),
-            accuracy=over_seeds(apart, crossed_estimate),
+            accuracy=accuracy,
             loss_a=float(np.mean([task.mean() for task in lost[0]])),
             loss_b=float(np.mean([task.mean() for task in lost[1]])),
-            loss=over_seeds([ours - theirs for ours, theirs in zip(*lost, strict=True)], run_estimate),
-            item_variance=sum(estimate.parts[0][0] for estimate in by_task) / len(by_task) ** 2,
+            loss=over_tasks([ours - theirs for ours, theirs in zip(*lost, strict=True)], of_tasks, run_estimate),
+            sampled_variance=sum(estimate.parts[0][0] for estimate in by_task) / len(by_task) ** 2,
         )
+        if of == NEW_TASKS:
+            row.sampled_variance = accuracy.parts[0][0]
+            row.beats = probability_above(task_means(apart), of_tasks)
+            row.needed = tasks_needed(accuracy, n_tasks, n_groups, n_seeds, margin)
         rows.append(row)
         if not pool.repeats:  # it must not count twice
             row.p = {
@@ -225,5 +272,12 @@ def document(row: Row) -> dict[str, Any]:
             "not_worse": accuracy["not_worse_p_holm"] < 1 - LEVEL,
         }
         loss |= {"p": row.p["loss"], "p_holm": row.p["loss_holm"]}
-    keys = ("task", "shots", "n_items", "n_runs", "n_seeds")
-    return {**{key: getattr(row, key) for key in keys}, "accuracy": accuracy, "loss": loss}
+    keys = ("task", "shots", "of", "n_tasks", "n_groups", "n_items", "n_runs", "n_seeds")
+    beats = row.beats and {"probability": row.beats[0], "ci95": list(row.beats[1])}
+    return {
+        **{key: getattr(row, key) for key in keys},
+        "accuracy": accuracy,
+        "loss": loss,
+        "beats": beats,
+        "needed": list(row.needed),
+    }

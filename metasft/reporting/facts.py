@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from metasft.reporting import counts
-from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, answers, document, losses, pools
+from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, answers, document, groups_of, losses, pools
 from metasft.reporting.costs import number
-from metasft.reporting.statistics import Estimate, crossed_estimate, over_seeds, run_estimate
-from metasft.reporting.tables import nats, points
+from metasft.reporting.statistics import Estimate, crossed_estimate, over_tasks, run_estimate
+from metasft.reporting.tables import nats, points, tasks_named
 
 if TYPE_CHECKING:
     from metasft.reporting.study import Study
@@ -41,7 +41,7 @@ def none(study: Study) -> Fact:
         for pool in pools(arm.evaluations)
         if pool.task != ALL_TASKS
     )
-    return _unmeasured(f"evaluated: {', '.join(tasks)}" if tasks else "nothing was evaluated")
+    return _unmeasured(f"evaluated: {tasks_named(tasks)}" if tasks else "nothing was evaluated")
 
 
 # ---- what was compared ----------------------------------------------------------------------------------------------
@@ -85,8 +85,9 @@ def adaptation(study: Study, arm: str, fewer_steps_than: int) -> Fact:
     if not recorded:
         return _unmeasured("the evaluation records no update steps")
     # There is one run at 0 shots; it is the start of every run.
-    right = over_seeds([answers(groups, t, [n]) - answers(groups, t, [0]) for t in tasks], crossed_estimate)
-    lost = over_seeds([losses(groups, t, [n]) - losses(groups, t, [0]) for t in tasks], run_estimate)
+    of_tasks = groups_of(tasks, groups)
+    right = over_tasks([answers(groups, t, [n]) - answers(groups, t, [0]) for t in tasks], of_tasks, crossed_estimate)
+    lost = over_tasks([losses(groups, t, [n]) - losses(groups, t, [0]) for t in tasks], of_tasks, run_estimate)
     gained = f"loss {nats(_told(lost))}, accuracy {points(_told(right), ' points')}"
     return Fact(
         f"{max(recorded):g} update steps on {n} shots: {gained}", lost.ci95, measured=max(recorded) < fewer_steps_than

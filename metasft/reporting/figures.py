@@ -16,7 +16,7 @@ from typing import Any
 
 from metasft.reporting import counts
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS
-from metasft.reporting.tables import MEAN, largest_unit
+from metasft.reporting.tables import MEAN, baseline, largest_unit
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the yellow is darkened for a white page.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#000000", "#7f7f7f")
@@ -24,7 +24,14 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (6
 MARKERS = "osD^vPX*<>"
 MEASURES = {"accuracy": "Accuracy (%), 95% interval", "loss": "Loss (nats per response token)"}
 MEMORY = {"rss": "resident memory", "device": "device memory"}
-_BASELINE = "most frequent answer"
+GAIN = "meta/adaptation_gain/"
+MOST_PANELS = 5  # of one row; with more, the mean of the tasks is drawn, and a map of them
+MOST_LINES = 12  # in one panel
+# Accuracies without a model: key of a score -> its name, and how it is drawn.
+_BASELINES: dict[str, tuple[str, Any]] = {
+    "majority_baseline": ("most frequent answer", ":"),
+    "trivial_baseline": ("trivial solvers", (0, (5, 4))),
+}
 Arm = Mapping[str, Any]
 
 
@@ -107,19 +114,19 @@ def _scores(arm: Arm, task: str, by: str) -> dict[Any, Mapping[str, Any]]:
 
 def _curves(axis: Any, arms: Sequence[Arm], task: str, ticks: Sequence[int], measure: str, by: str) -> None:
     """A measure of one task against the evenly spaced ``ticks``: 0, 1, 2, 5, 10, 20 would crowd at the left."""
-    baselines = set()
     for order, arm in enumerate(arms):
         found = _scores(arm, task, by)
         measured = [tick for tick in ticks if tick in found]
         if not measured:
             continue
         # Where curves coincide, a small offset keeps all of them visible.
-        x = [ticks.index(tick) + 0.06 * (order - (len(arms) - 1) / 2) for tick in measured]
+        x = [ticks.index(tick) + min(0.06, 0.7 / len(arms)) * (order - (len(arms) - 1) / 2) for tick in measured]
         style = {**_style(arm["style"]), "markersize": 6, "linewidth": 1.7, "label": _label(arm)}
         _measured(axis, x, [found[tick] for tick in measured], measure, **style)
-        baselines |= {found[tick].get("majority_baseline") for tick in measured}
-    if measure == "accuracy" and len(baselines) == 1 and None not in baselines:
-        axis.axhline(100 * baselines.pop(), color="0.45", linestyle=":", linewidth=1.2, label=_BASELINE)
+    for key, (label, dash) in _BASELINES.items() if measure == "accuracy" else ():
+        value = baseline((score for arm in arms for n, score in _scores(arm, task, by).items() if n in ticks), key)
+        if value is not None:
+            axis.axhline(100 * value, color="0.45", linestyle=dash, linewidth=1.2, label=label)
     axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
     axis.set_xlim(-0.45, len(ticks) - 0.55)
     _grid(axis, measure)
@@ -154,14 +161,16 @@ def _seconds(arm: Arm) -> float:
 
 
 def _legend(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
-    """Under the figure, where it covers no data; every label once, the reference line last."""
+    """Under the figure, where it covers no data; every label once, the reference lines last."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    found |= {_BASELINE: found.pop(_BASELINE)} if _BASELINE in found else {}
+    found |= {label: found.pop(label) for label, _ in _BASELINES.values() if label in found}
     if found:
-        place = {"loc": "outside lower center", "ncols": min(columns, len(found)), "frameon": False, "handlelength": 4}
+        wide = 0.85 + 0.075 * max(map(len, found))  # inches, of the longest label with its line
+        columns = max(1, min(columns, len(found), int(figure.get_figwidth() / wide)))
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "handlelength": 4}
         figure.legend(found.values(), found.keys(), **place)
 
 
@@ -172,16 +181,52 @@ def _legend(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
 def curves(
     arms: Sequence[Arm], tasks: Sequence[str], ticks: Sequence[int], by: str = "shots", title: str | None = None
 ) -> Any:
-    """Accuracy (upper row) and loss (lower row) against shots or update steps (``by``): a column per task."""
-    figure, axes = _panels(4.3 * len(tasks) + 0.7, 7.6, 2, len(tasks), sharex="col")
+    """Accuracy and loss against shots or update steps (``by``): a column per task; of a single task abreast."""
+    if len(tasks) == 1:
+        figure, axes = _panels(11, 5.2, 1, 2)
+        axes = axes.T
+    else:
+        figure, axes = _panels(4.3 * len(tasks) + 0.7, 7.6, 2, len(tasks), sharex="col")
     for column, task in enumerate(tasks):
         for axis, measure in zip(axes[:, column], MEASURES, strict=True):
             _curves(axis, arms, task, ticks, measure, by)
             axis.set_ylabel("" if column else MEASURES[measure])
-        axes[0][column].set_title(MEAN if task == ALL_TASKS else task)
-        axes[1][column].set_xlabel("Number of shots" if by == "shots" else "Update steps of the adaptation")
+        abreast = len(tasks) == 1
+        for axis in axes[:, column] if abreast else axes[:1, column]:
+            axis.set_title(MEAN if task == ALL_TASKS else task)
+        for axis in axes[:, column] if abreast else axes[1:, column]:
+            axis.set_xlabel("Number of shots" if by == "shots" else "Update steps of the adaptation")
     figure.suptitle(title or "", fontsize=12)
     _legend(figure, axes[0])
+    return figure
+
+
+@_literal
+def task_map(arms: Sequence[Arm], tasks: Sequence[str], shots: int, trivial: Mapping[str, float]) -> Any:
+    """Accuracy of every arm on every task, the easiest above; ``trivial`` is a column of its own where it is known."""
+    found = [
+        (arm["label"], {task: _scores(arm, task, "shots").get(shots, {}).get("accuracy") for task in tasks})
+        for arm in arms
+    ]
+    found = ([("Trivial solvers", {task: trivial.get(task) for task in tasks})] if trivial else []) + found
+
+    def mean(task: str) -> float:
+        values = [by_task[task] for _, by_task in found if by_task[task] is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    rows = sorted(tasks, key=mean, reverse=True)
+    values = [[float("nan") if by_task[t] is None else 100 * by_task[t] for _, by_task in found] for t in rows]
+    figure, ((axis,),) = _panels(3.6 + 0.85 * len(found), 1.9 + 0.3 * len(rows), 1, 1)
+    image = axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for row, of_task in enumerate(values):
+        for column, value in enumerate(of_task):
+            words = f"{value:.0f}" if value == value else "–"
+            axis.text(
+                column, row, words, ha="center", va="center", fontsize=8, color="black" if value > 60 else "white"
+            )
+    axis.set_yticks(range(len(rows)), rows, fontsize=9)
+    axis.set_xticks(range(len(found)), [textwrap.fill(label, 24) for label, _ in found], rotation=35, ha="right")
+    figure.colorbar(image, label=f"Accuracy at {shots} shots (%)", fraction=0.05)
     return figure
 
 
@@ -303,11 +348,10 @@ def training(arms: Sequence[Arm]) -> Any:
 def gains(arms: Sequence[Arm]) -> Any:
     """Adaptation gain of every training task against meta-steps, a panel per arm."""
     figure, (axes,) = _panels(max(8.8, 1 + 3.6 * len(arms)), 4.4, 1, len(arms), sharey=True)
-    prefix = "meta/adaptation_gain/"
-    tasks = sorted({key.removeprefix(prefix) for arm in arms for key in arm["training"] if key.startswith(prefix)})
+    tasks = sorted({key.removeprefix(GAIN) for arm in arms for key in arm["training"] if key.startswith(GAIN)})
     for axis, arm in zip(axes, arms, strict=True):
         for style, task in enumerate(tasks):
-            _line(axis, arm, prefix + task, style, label=task)
+            _line(axis, arm, GAIN + task, style, label=task)
         axis.axhline(0, color="0.45", linewidth=1)
         _meta_steps(axis, _label(arm))
     axes[0].set_ylabel("Query loss before minus after (nats)")

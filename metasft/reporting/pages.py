@@ -43,6 +43,7 @@ def _environment(dialect: str) -> Environment:
         "dialect": f"{dialect}.j2",
         "table": _markdown_table if dialect == "markdown" else _html_table,
     }
+    environment.tests["shows_nothing"] = tables.shows_nothing
     environment.filters |= {
         **tables.FILTERS,
         "base": lambda path: Path(str(path)).name,

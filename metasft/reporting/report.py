@@ -35,7 +35,7 @@ from metasft.reporting.study import Condition, Study, cost_of
 REPORT_FOLDER = "report"
 REPORT_FILE = "report.json"
 COMPARISON_FIGURE = "comparison_meta_lora_vs_fomaml.png"
-FORMAT = 2
+FORMAT = 3
 METHOD_NAMES = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT"}
 _TRAINING = ("inner/support_loss_first", "inner/support_loss_last", "meta/query_loss_after", "meta/adaptation_gain")
 _ADAPTATION = (
@@ -78,7 +78,11 @@ def write_report(folder: Path, output: Path | None = None, *, study: str = "guid
 
 
 def document(experiments: Experiments, study: str = "guide") -> Document:
-    """Every number of the report as JSON-able values; accuracies are fractions, times seconds, sizes bytes."""
+    """Every number of the report as JSON-able values; accuracies are fractions, times seconds, sizes bytes.
+
+    ``asked`` says whether the folder is about the study's question; ``groups`` and ``trivial`` are the group and the
+    best trivial solver (``name``, ``accuracy``) by task, as far as evaluations recorded them.
+    """
     judged = Study.read(study, experiments)
     source, problems = experiments.document, list(experiments.problems)
     arms = {arm.name: _arm(arm, problems) for arm in experiments.arms.values()}
@@ -95,10 +99,13 @@ def document(experiments: Experiments, study: str = "guide") -> Document:
     verdict = judged.verdict()
     trainings = [run for run in experiments.runs.values() if run["kind"] == "train" and run["state"] == FINISHED]
     keys = ("command", "created", "updated", "scale", "model", "evaluation")
+    recorded = [e.settings for arm in experiments.arms.values() for group in arm.evaluations for e in group]
+    asked = judged.asked or not suites
     return {
         "format": FORMAT,
         "study": study,
-        "title": judged.rules["title"],
+        "title": judged.rules["title"] if asked else "; ".join(suite["title"] for suite in suites.values()),
+        "asked": asked,
         "suite": judged.rules["suite"],
         "experiments": {
             **{key: source.get(key) for key in keys},
@@ -111,6 +118,8 @@ def document(experiments: Experiments, study: str = "guide") -> Document:
         },
         "ratios": judged.ratios,
         "checklists": judged.checklists(),
+        "groups": {task: group for settings in recorded for task, group in (settings.get("group") or {}).items()},
+        "trivial": {task: s for settings in recorded for task, s in (settings.get("trivial_baseline") or {}).items()},
         "arms": arms,
         "suites": suites,
         "runs": {name: {k: v for k, v in run.items() if k != "name"} for name, run in experiments.runs.items()},
@@ -198,7 +207,9 @@ def pages(found: Document, files: Collection[str] = ()) -> dict[str, str]:
         "overview": COMPARISON_FIGURE,
         "speed": _speed(arms),
         "tables": tables,
-        "tasks_of": lambda of: sorted(_tasks(of), key=lambda task: task != ALL_TASKS),
+        "tasks_of": lambda of: sorted(_shown(of), key=lambda task: task != ALL_TASKS),
+        "pooled": next((s for arm in arms.values() for s in arm["scores"] if s["task"] == ALL_TASKS), {}),
+        "many": lambda of: len(_tasks(of)) > figures.MOST_PANELS,
         "commands": _commands(found["runs"]),
         "evaluation": json.dumps(found["experiments"]["evaluation"], indent=2, ensure_ascii=False),
     }
@@ -224,6 +235,12 @@ def _tasks(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*tasks, ALL_TASKS] if len(tasks) > 1 else list(tasks)
 
 
+def _shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks that get a panel of their own: all, or the mean alone where they are many."""
+    tasks = _tasks(arms)
+    return tasks if len(tasks) <= figures.MOST_PANELS else [ALL_TASKS]
+
+
 def _commands(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Shell lines, each with the environment that its run was given."""
     lines = []
@@ -242,6 +259,7 @@ def _figures(found: Document) -> Iterator[tuple[str, Any]]:
         measured = [arm for arm in of if arm["scores"]]
         logged = [arm for arm in of if arm["training"] and arm["method"] in META_LEARNED]
         gained = [arm for arm in logged if arm["training"].get("meta/adaptation_gain", {}).get("values")]
+        learned = {key for arm in logged for key in arm["training"] if key.startswith(figures.GAIN)}
         if axis:
             groups: dict[str, list[tuple[float, Any]]] = {}
             for arm in measured:
@@ -252,21 +270,24 @@ def _figures(found: Document) -> Iterator[tuple[str, Any]]:
                 yield f"figures/{name}-ablation.svg", figures.ablation(groups, axis["label"])
         elif measured:
             ticks = sorted({score["shots"] for arm in measured for score in arm["scores"]} - {ALL_SHOTS})
-            yield f"figures/{name}-few-shot.svg", figures.curves(measured, _tasks(measured), ticks)
+            yield f"figures/{name}-few-shot.svg", figures.curves(measured, _shown(measured), ticks)
+            if len(tasks := _tasks(measured)) > figures.MOST_PANELS:
+                trivial = {task: solver["accuracy"] for task, solver in found.get("trivial", {}).items()}
+                yield f"figures/{name}-tasks.svg", figures.task_map(measured, tasks[:-1], ticks[-1], trivial)
         if name == found["suite"]:
             if any(arm["cost"]["seconds"] for arm in measured):
                 yield f"figures/{name}-trade-off.svg", figures.trade_off(measured)
-            yield COMPARISON_FIGURE, _overview(measured)
+            yield COMPARISON_FIGURE, _overview(measured, found.get("groups"))
         if logged:
             yield f"figures/{name}-training.svg", figures.training(logged)
-        if gained and not axis:
+        if gained and not axis and len(learned) <= figures.MOST_LINES:
             yield f"figures/{name}-gain.svg", figures.gains(gained)
     if curves := _speed(arms):
         ticks = sorted({score["steps"] for arm in curves for score in arm["scores"]})
-        yield "figures/speed.svg", figures.curves(curves, _tasks(curves), ticks, by="steps")
+        yield "figures/speed.svg", figures.curves(curves, _shown(curves), ticks, by="steps")
 
 
-def _overview(arms: Sequence[Mapping[str, Any]]) -> Any:
+def _overview(arms: Sequence[Mapping[str, Any]], groups: Mapping[str, str] | None) -> Any:
     """The guide's own figure; None where the evaluated arms have no task or shot count in common."""
     # Names of arms are shorter than labels, which would run into each other here.
     methods = [
@@ -275,7 +296,7 @@ def _overview(arms: Sequence[Mapping[str, Any]]) -> Any:
             "label": arm["name"],
             "labelled": None,
             "scores": [s for s in arm["scores"] if s["shots"] != ALL_SHOTS and s["task"] != ALL_TASKS],
-            "settings": {"base_model": arm["base_model"]},
+            "settings": {"base_model": arm["base_model"], "group": groups},
             "summary": None,
         }
         for arm in arms

@@ -16,10 +16,11 @@ import yaml
 
 from metasft.reporting import facts
 from metasft.reporting.arms import Arm, Comparison, Experiments, compare
-from metasft.reporting.comparisons import Row
+from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, Row, above_trivial
 from metasft.reporting.costs import cost, ratio
 from metasft.reporting.exports import Export, read_export
 from metasft.reporting.pages import STUDIES
+from metasft.reporting.statistics import NEW_TASKS
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 INCONCLUSIVE, NOT_MEASURED, UNDECIDED = "inconclusive", "not measured", "undecided"
@@ -39,6 +40,11 @@ class Study:
         return cls(experiments, yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8")))
 
     # ---- who is who -------------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        """Whether the experiments are about the study's question at all."""
+        return self.rules["suite"] in self.experiments.suites
 
     def arm(self, role: str) -> Arm | None:
         """The arm that carries the experiment's name; else the suite's only one of the method (and support samples)."""
@@ -67,11 +73,25 @@ class Study:
             self.comparisons[a, b] = found
         return self.comparisons[a, b]
 
-    def above_base(self, role: str) -> bool | None:
-        """Whether the arm is shown to be above the base model adapted on the same shots; None where not measured."""
+    def beneath(self, role: str) -> list[str] | None:
+        """What the arm is not shown to be above, in words: an arm with any of these has shown nothing.
+
+        That is the base model adapted on the same shots, and the best solvers that understand nothing, where the
+        results know them. None where it was not compared with the base model.
+        """
         comparison = self.difference(role, "base")
         row = comparison.at() if comparison else None
-        return None if row is None else row.accuracy.interval()[0] > 0
+        if row is None:
+            return None
+        found = [] if row.accuracy.interval()[0] > 0 else ["the base model adapted on the same shots"]
+        try:
+            scores = comparison.a.scores()
+        except ValueError:  # of seeds that were not compared; the report says so
+            scores = []
+        score = next((s for s in scores if (s["task"], s["shots"]) == (ALL_TASKS, ALL_SHOTS)), {})
+        if above_trivial(score) is False:
+            found.append(f"the trivial solvers ({score['trivial_baseline']:.1%})")
+        return found
 
     def exports(self, role: str) -> list[Export]:
         return [export for r in self.trained(role) if (export := read_export(r.train_folder)) is not None]
@@ -95,17 +115,18 @@ class Study:
             ``outcome``, its ``title``, ``meaning`` and ``tone``; ``comparison``, the first difference; ``conditions``
             of the outcome, or while undecided of the one that the estimates are ``leaning`` to; ``would_decide``, parts
             of a sentence; ``reference``, the comparison that says whether the test can tell methods apart, and
-            ``hollow`` where it is not shown to (None: not measured).
+            ``hollow`` where it is not shown to (None: not measured), its first arm not being above ``beneath``.
         """
         rules = self.rules["verdict"]
         differences = {name: self.difference(*sides) for name, sides in rules["differences"].items()}
         first, reference = next(iter(differences.values())), self.difference(*rules["reference"])
-        row = reference.at() if reference else None
+        beneath = self.beneath(rules["reference"][0])
         found = {
             "comparison": first,
             "reference": reference,
             "margin": first.margin if first else self.rules["margin"],
-            "hollow": None if row is None else row.accuracy.interval()[0] <= 0,
+            "hollow": None if beneath is None else bool(beneath),
+            "beneath": beneath or [],
             "leaning": None,
             "conditions": [],
             "would_decide": [],
@@ -159,8 +180,9 @@ class Study:
         margin = {"margin": fact.margin}
         bound = _bound(bound, margin)
         status = _status(fact.interval, kind, bound, _bound(test.get("refuted_by", bound), margin))
-        if status == SUPPORTED and test.get("beyond_base") and self.above_base(test["of"][1]) is False:
-            return INCONCLUSIVE, f"{fact.text}; that arm is not shown to be above the base model"
+        beneath = self.beneath(test["of"][1]) if status == SUPPORTED and test.get("beyond_base") else None
+        if beneath:
+            return INCONCLUSIVE, f"{fact.text}; that arm is not shown to be above {' and '.join(beneath)}"
         return status, fact.text
 
 
@@ -227,25 +249,29 @@ class Condition:
         distance = abs(row.accuracy.centre - self.bound)
         allowed = (distance / _NORMAL) ** 2  # the variance at which the interval ends at the bound
         variance = row.accuracy.error**2
-        rest = variance - row.item_variance
+        rest = variance - row.sampled_variance
+        count, word = (row.n_tasks, "tasks") if row.of == NEW_TASKS else (row.n_items, "test items")
         if distance < 1e-9:
-            return "no number of test items: the difference lies at the bound"
+            return f"no number of {word}: the difference lies at the bound"
         if allowed > rest:
-            items = math.ceil(row.n_items * row.item_variance / (allowed - rest))
-            if items > row.n_items:
-                return f"about {items:,} test items instead of {row.n_items:,}, all else as it is"
+            enough = math.ceil(count * row.sampled_variance / (allowed - rest))
+            if enough > count:
+                return f"about {enough:,} {word} instead of {count:,}, all else as it is"
         sizes = f"now {sizes_text(vars(row))}"
         times = variance / allowed
+        many = "tasks" if row.of == NEW_TASKS else "test items, shot sets"
         if times <= 1:  # the t quantile of the few degrees of freedom is what is missing, not variance
-            return f"more shot sets or seeds, which settle how far the results vary ({sizes})"
-        return f"about {times:.1f} times as many test items, shot sets and seeds ({sizes})"
+            few = "groups of tasks" if row.of == NEW_TASKS else "shot sets"
+            return f"more {few} or seeds, which settle how far the results vary ({sizes})"
+        return f"about {times:.1f} times as many {many} and seeds ({sizes})"
 
 
 def sizes_text(row: Mapping[str, Any]) -> str:
-    """How much was measured: ``96 test items, 3 shot sets per task, 1 seed``."""
+    """How much was measured: ``16 tasks in 12 groups, 96 test items, 3 shot sets per task, 1 seed``."""
 
     def counted(count: int, word: str) -> str:
         return f"{count:,} {word}{'' if count == 1 else 's'}"
 
+    tasks = f"{row['n_tasks']} tasks in {row['n_groups']} groups, " if row.get("of") == NEW_TASKS else ""
     parts = counted(row["n_items"], "test item"), counted(row["n_runs"], "shot set"), counted(row["n_seeds"], "seed")
-    return "{}, {} per task, {}".format(*parts)
+    return tasks + "{}, {} per task, {}".format(*parts)

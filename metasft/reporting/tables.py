@@ -12,9 +12,12 @@ import pandas as pd
 
 from metasft.config.result_files import model_memory
 from metasft.reporting import counts
+from metasft.reporting.comparisons import above_trivial
+from metasft.reporting.statistics import NEW_TASKS
 
 MEAN = "mean of tasks"
 MINUS, SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+NO_NUMBER = "no number"
 TONES = {
     "supported": "good",
     "finished": "good",
@@ -80,6 +83,12 @@ def accuracy(score: Mapping[str, Any] | None) -> str:
     return f"{score['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def baseline(scores: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """What answers without a model get at a place; None where it is not known, or not the same in all scores."""
+    values = {None if (value := score.get(key)) is None else round(value, 9) for score in scores}
+    return values.pop() if len(values) == 1 else None
+
+
 def loss(score: Mapping[str, Any] | None) -> str:
     """``0.605 [0.557, 0.652]``."""
     if score is None:
@@ -104,6 +113,17 @@ def nats(found: Mapping[str, Any]) -> str:
     if found["ci95"] is not None:
         text += " [{:+.3f}, {:+.3f}]".format(*found["ci95"])
     return text.replace("-", MINUS)
+
+
+def beats(row: Mapping[str, Any] | None) -> str | None:
+    """The probability that one arm is above the other on a new task: ``62% [41, 80]``."""
+    found = (row or {}).get("beats")
+    return found and "{:.0%} [{:.0f}, {:.0f}]".format(found["probability"], *(100 * limit for limit in found["ci95"]))
+
+
+def tasks_named(tasks: Collection[str]) -> str:
+    """Their names, or how many they are where a sentence has no room for them."""
+    return ", ".join(tasks) if len(tasks) <= 5 else f"{len(tasks)} tasks"
 
 
 def moment(value: Any) -> str:
@@ -206,6 +226,8 @@ def paired(found: Mapping[str, Any]) -> Table:
         "p (loss)": lambda row: p_value(row["loss"]["p_holm"]),
         "Accuracy: shown": said,
     }
+    if any(row["beats"] for row in found["rows"]):
+        columns[f"New task: {a} above {b}"] = beats
     return _table("", found["rows"], columns, (0, 1, 13))
 
 
@@ -263,13 +285,41 @@ _COSTS = {
 }
 
 
+def shows_nothing(arm: Arm) -> bool:
+    """Whether the interval of the arm's accuracy with shots reaches down to what trivial solvers get."""
+    return above_trivial(_score(arm, "all", "all > 0")) is False
+
+
+def _above_trivial(arm: Arm) -> str | None:
+    score = _score(arm, "all", "all > 0")
+    if score is None or above_trivial(score) is None:
+        return None
+    return f"{score['trivial_baseline']:.1%}\n{'not shown below' if shows_nothing(arm) else 'below the arm'}"
+
+
+def mean_of(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """In words: what scores or rows over all tasks are the mean of, and what their intervals are."""
+    new = next((e for e in entries if e.get("of") == NEW_TASKS), None)
+    if new is None:
+        return "mean of the unseen tasks", "95% intervals"
+    return f"mean of {new['n_tasks']} unseen tasks in {new['n_groups']} groups", "95% intervals about new tasks"
+
+
+def scores_of(arms: Sequence[Arm]) -> list[Mapping[str, Any]]:
+    return [score for arm in arms for score in arm["scores"]]
+
+
 def summary(caption: str, arms: Sequence[Arm], axis: Mapping[str, Any] | None = None) -> Table:
-    """Every arm: mean of the tasks at 0 shots and above, and its costs; with the value of an ablation's ``axis``."""
+    """Every arm: mean of the tasks at 0 shots and above, and its costs; with the value of an ablation's ``axis``.
+
+    Trivial solvers: their mean, and whether the whole interval with shots lies above it.
+    """
     columns = {
         "Arm": _name,
         **({axis["label"]: lambda arm: f"{axis['values'].get(arm['name'], float('nan')):g}"} if axis else {}),
         "Accuracy, 0 shots": lambda arm: accuracy(_score(arm, "all", 0)) if arm["scores"] else _missing(arm),
         "Accuracy, shots > 0": lambda arm: accuracy(_score(arm, "all", "all > 0")) if arm["scores"] else None,
+        **({"Trivial solvers": _above_trivial} if any(map(_above_trivial, arms)) else {}),
         "Loss, shots > 0": lambda arm: loss(_score(arm, "all", "all > 0")),
         "Hours": _spent("seconds", 3600.0, "no training"),
         **_COSTS,
@@ -299,15 +349,18 @@ def ratios(found: Mapping[str, Any]) -> Table:
 
 
 def by_task(arms: Sequence[Arm], task: str, by: str = "shots", caption: str = "") -> Table:
-    """Every arm at every shot count (or number of update steps) of one task, and its constant answer."""
+    """Every arm at every shot count (or number of update steps) of one task, and what answers without a model get."""
     counts = sorted({s[by] for arm in arms for s in arm["scores"] if s["task"] == task and isinstance(s[by], int)})
-    baselines = {s.get("majority_baseline") for arm in arms for s in arm["scores"] if s["task"] == task}
-    constant = baselines.pop() if len(baselines) == 1 else None
+    baselines = []
+    for key, name in _BASELINES.items():
+        value = baseline((s for s in scores_of(arms) if s["task"] == task), key)
+        if value is not None:
+            baselines.append((name, value))
 
-    def cell(n: int) -> Callable[[Arm | None], str | None]:
-        def read(arm: Arm | None) -> str | None:
-            if arm is None:
-                return f"{constant:.1%}"
+    def cell(n: int) -> Callable[[Any], str | None]:
+        def read(arm: Any) -> str | None:
+            if isinstance(arm, tuple):
+                return f"{arm[1]:.1%}"
             if not arm["scores"]:
                 return _missing(arm) if n == counts[0] else None
             score = _score(arm, task, n, by)
@@ -317,10 +370,59 @@ def by_task(arms: Sequence[Arm], task: str, by: str = "shots", caption: str = ""
 
         return read
 
-    name = {"Arm": lambda arm: _name(arm) if arm else "Most frequent answer\nmajority baseline"}
+    name = {"Arm": lambda arm: arm[0] if isinstance(arm, tuple) else _name(arm)}
     caption = caption or f"{MEAN if task == 'all' else task}: accuracy [95%], loss, format accuracy"
-    rows = [*arms, *([] if constant is None else [None])]
-    return _table(caption, rows, {**name, **{f"{n} {by}": cell(n) for n in counts}})
+    return _table(caption, [*arms, *baselines], {**name, **{f"{n} {by}": cell(n) for n in counts}})
+
+
+def tasks(found: Mapping[str, Any], arms: Sequence[Arm], shots: int) -> Table:
+    """Every task at one shot count, an arm per column, beside the group and what the best trivial solver gets."""
+    arms = [arm for arm in arms if arm["scores"]]
+    rows = dict.fromkeys(s["task"] for s in scores_of(arms) if s["shots"] == shots and s["task"] != "all")
+    groups, trivial = found.get("groups", {}), found.get("trivial", {})
+
+    def right(arm: Arm) -> Callable[[str], str]:
+        def read(task: str) -> str:
+            score = _score(arm, task, shots)
+            return accuracy(score).replace(" [", "\n[") if score else "missing"
+
+        return read
+
+    columns: dict[str, Callable[[Any], Any]] = {
+        "Task": lambda task: "\n".join(filter(None, (task, groups.get(task)))),
+        **(
+            {
+                "Trivial": lambda task: (
+                    f"{(s := trivial[task])['accuracy']:.1%}\n{s['name']}" if task in trivial else None
+                )
+            }
+            if trivial
+            else {}
+        ),
+        **{arm["label"]: right(arm) for arm in arms},
+    }
+    return _table(f"Accuracy at {shots} shots [95%, about the task itself]", rows, columns)
+
+
+def forms(arms: Sequence[Arm]) -> Table:
+    """What the answers look like with shots: read strictly and leniently, whether they could be read, ended."""
+
+    def share(key: str) -> Callable[[Arm], str | None]:
+        def read(arm: Arm) -> str | None:
+            value = (_score(arm, "all", "all > 0") or {}).get(key)
+            return None if value is None else f"{value:.1%}"
+
+        return read
+
+    columns = {
+        "Arm": _name,
+        "Accuracy": share("accuracy"),
+        "Worst shot set": share("accuracy_worst"),
+        "Read leniently": share("accuracy_lenient"),
+        "In the asked form": share("format_accuracy"),
+        "Cut off": share("truncated_share"),
+    }
+    return _table("Answers, mean of tasks and of the shot counts above 0", [a for a in arms if a["scores"]], columns)
 
 
 def adaptations(arms: Sequence[Arm]) -> Table:
@@ -348,6 +450,10 @@ def adaptations(arms: Sequence[Arm]) -> Table:
     return _table("How each arm was trained and adapted", arms, columns, (0, 1, 3))
 
 
+_BASELINES = {
+    "majority_baseline": "Most frequent answer\nmajority baseline",
+    "trivial_baseline": "Trivial solvers\nthe best of each task",
+}
 _DIFFERENCE = {
     "Accuracy (points)": lambda row: row and points(row["accuracy"]),
     "Loss (nats)": lambda row: row and nats(row["loss"]),
@@ -367,11 +473,41 @@ def comparisons(found: Sequence[Mapping[str, Any]]) -> Table:
         "Shots": lambda row: row[1].replace("> 0", f">{SPACE}0"),
         **{name: lambda row, read=read: read(row[2]) for name, read in _DIFFERENCE.items()},
     }
-    return _table("Paired differences, mean of the unseen tasks, with 95% intervals", rows, columns, (0, 1, 4))
+    pooled = [row for _, _, row in rows if row]
+    if any(row.get("beats") for row in pooled):
+        columns["First is higher on a new task"] = lambda row: beats(row[2])
+    return _table("Paired differences, {}, with {}".format(*mean_of(pooled)), rows, columns, (0, 1, 4))
 
 
-def differences(comparison: Mapping[str, Any]) -> Table:
-    """Every task and shot count of one comparison."""
+def needed(found: Sequence[Mapping[str, Any]]) -> Table | None:
+    """How many tasks would decide, of the mean over shot counts above 0; None where nothing is about new tasks."""
+    rows = [
+        (comparison, row, each)
+        for comparison in found
+        for row in comparison["rows"]
+        if (row["task"], row["shots"]) == ("all", "all > 0")
+        for each in row.get("needed", ())
+    ]
+
+    def count(test: str) -> Callable[[Any], str]:
+        return lambda row: NO_NUMBER if row[2][test] is None else f"{row[2][test]:,}"
+
+    def margin(row: Any) -> str:
+        return f"{100 * row[0]['margin']:g}"
+
+    columns = {
+        "Difference": lambda row: " minus ".join(row[0]["labels"]),
+        "Seeds": lambda row: f"{row[2]['seeds']}{' (now)' if row[2]['seeds'] == row[1]['n_seeds'] else ''}",
+        "Tasks now": lambda row: f"{row[1]['n_tasks']} in {row[1]['n_groups']} groups",
+        **({"Points": margin} if len({margin(row) for row in rows}) > 1 else {}),
+        "Tasks that show such a difference": count("superiority"),
+        "Tasks that show equivalence within it": count("equivalence"),
+    }
+    return _table("Tasks and seeds that would decide", rows, columns) if rows else None
+
+
+def differences(comparison: Mapping[str, Any], brief: bool = False) -> Table:
+    """Every task and shot count of one comparison; ``brief``: of single tasks the mean over shot counts above 0."""
     columns = {
         "Task": lambda row: MEAN if row["task"] == "all" else row["task"],
         "Shots": lambda row: str(row["shots"]).replace(" ", SPACE),
@@ -380,6 +516,7 @@ def differences(comparison: Mapping[str, Any]) -> Table:
         "p": lambda row: p_value(row["accuracy"]["p_holm"]),
     }
     rows = [row for row in comparison["rows"] if "p_holm" in row["accuracy"]]
+    rows = [row for row in rows if not brief or row["task"] == "all" or row["shots"] == "all > 0"]
     return _table(" minus ".join(comparison["labels"]), rows, columns, (0, 1, 4))
 
 

@@ -19,8 +19,8 @@ from few_shot_data import (
 from script_runner import ROOT, must_run, run_script, script_environment
 
 KEYS = {
-    "accuracy_mean", "accuracy_lenient", "truncated_share", "accuracy_std", "ci95", "n_runs", "n_test",
-    "loss_mean", "format_accuracy", "majority_baseline", "trivial_baseline", "adapt_steps", "adapt_seconds",
+    "accuracy_mean", "accuracy_lenient", "truncated_share", "accuracy_std", "accuracy_worst", "ci95", "n_runs",
+    "n_test", "loss_mean", "format_accuracy", "majority_baseline", "trivial_baseline", "adapt_steps", "adapt_seconds",
 }  # fmt: skip
 PREDICTION_KEYS = {
     "task", "n_shots", "run", "example_id", "prompt", "gold", "output", "extracted", "correct", "formatted",

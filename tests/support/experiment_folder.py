@@ -109,6 +109,10 @@ def write_experiments(
     items: int = 40,
     runs: int = 2,
     exports: bool = True,
+    tasks: Sequence[str] = TASKS,
+    shots: Sequence[int] = SHOTS,
+    groups: Mapping[str, str] | None = None,
+    trivial: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the folder.
 
@@ -118,6 +122,8 @@ def write_experiments(
         items: test items per task.
         runs: shot sets above 0 shots.
         exports: whether META-LORA's trainings leave their ``.pt`` file and optimizer state.
+        groups: of the tasks; None: the settings have no such key, as before there was one.
+        trivial: accuracy of each task's best trivial solver; None likewise.
 
     Returns:
         ``folder``.
@@ -133,7 +139,7 @@ def write_experiments(
             "device": "a CPU", "cores": 2, "python": "3.11.7",
             "data_sha256": {"meta_test/calculus_test.parquet": "bb" * 32},
         },
-        "evaluation": {"tasks": list(TASKS), "n_shots": list(SHOTS), "n_runs": runs},
+        "evaluation": {"tasks": list(tasks), "n_shots": list(shots), "n_runs": runs},
         "suites": dict(suites or {"matrix": MATRIX_SUITE}), "arms": {},
         "runs": {"data": _record("data", {"needs": []})},
     }  # fmt: skip
@@ -155,7 +161,7 @@ def write_experiments(
                         if kind == "train":
                             _write_training(target, arm, seed, exports)
                         else:
-                            _write_evaluation(target, arm, seed, items, runs)
+                            _write_evaluation(target, arm, seed, items, runs, tasks, shots, groups, trivial)
         document["arms"][name] = {
             "label": arm.label, "experiment": arm.experiment, "method": arm.method,
             "model_type": MODEL_TYPES.get(arm.method, arm.method), **_planned(arm),
@@ -272,7 +278,17 @@ def write_export(
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: int) -> None:
+def _write_evaluation(
+    folder: Path,
+    arm: FakeArm,
+    seed: int,
+    items: int,
+    runs: int,
+    tasks: Sequence[str],
+    shots: Sequence[int],
+    groups: Mapping[str, str] | None,
+    trivial: Mapping[str, float] | None,
+) -> None:
     model_type = MODEL_TYPES.get(arm.method, arm.method)
 
     def right(task: str, n: int, run: int) -> Sequence[bool]:
@@ -287,8 +303,8 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
             right(task, n, run),
             (arm.loss if n == 0 else arm.few_loss) + 0.02 * run,
         )
-        for task in TASKS
-        for n in SHOTS
+        for task in tasks
+        for n in shots
         for run in range(1 if n == 0 else runs)
     ]
     full = arm.method in ("fomaml", "reptile")
@@ -297,10 +313,13 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
         "model_kind": "lora_file" if arm.method == "meta_lora" else "model", "base_model": "models/tiny",
         "adapts": "all parameters" if full else "LoRA, r=16", "protocol": "adaptation", "adaptation_steps": 10,
         "adaptation_optimizer": "adamw", "adaptation_lr": 1e-5 if full else 1e-3, "adaptation_batch_size": 4,
-        "seed": 1, "data_sha256": {f"{task}_test.parquet": "bb" for task in TASKS},
+        "seed": 1, "data_sha256": {f"{task}_test.parquet": "bb" for task in tasks},
+        **({"group": dict(groups)} if groups else {}),
     }  # fmt: skip
+    if trivial:
+        settings["trivial_baseline"] = {task: {"name": "echo", "accuracy": share} for task, share in trivial.items()}
     (folder / f"{model_type}_settings.json").write_text(json.dumps(settings))
-    write_cells(folder, model_type, cells)
+    write_cells(folder, model_type, cells, trivial=trivial)
     if arm.speed:
         cells = [
             (
@@ -308,12 +327,12 @@ def _write_evaluation(folder: Path, arm: FakeArm, seed: int, items: int, runs: i
                 [i < count for i in range(items)],
                 2.0 / (1 + n) + 0.02 * run,
             )
-            for task in TASKS
+            for task in tasks
             for n, count in arm.speed.items()
             for run in range(runs)
         ]
         (folder / f"{model_type}_speed_settings.json").write_text(json.dumps(settings))
-        write_cells(folder, model_type, cells, "step", "speed")
+        write_cells(folder, model_type, cells, "step", "speed", trivial=trivial)
 
 
 def write_evaluation(
@@ -355,6 +374,7 @@ def write_cells(
     items: Sequence[str] | None = None,
     shots: str = "",
     majority: float = 0.25,
+    trivial: Mapping[str, float] | None = None,
 ) -> None:
     """What an evaluation leaves: results, predictions and cells.
 
@@ -363,6 +383,7 @@ def write_cells(
         by: key of a place that the results are listed by.
         items: ids of the test items; None: made of the task and a number.
         shots: in front of the ids of the shots.
+        majority, trivial: accuracies without a model, of every task and by task.
     """
     stem = model_type if kind == "results" else f"{model_type}_{kind}"
     predictions, lines = [], []
@@ -395,7 +416,9 @@ def write_cells(
     results = {
         task: {
             n: summarise_cells(
-                [line for line, _ in pairs], [answers for _, answers in pairs], {"majority_baseline": majority}
+                [line for line, _ in pairs],
+                [answers for _, answers in pairs],
+                {"majority_baseline": majority, **({"trivial_baseline": trivial[task]} if trivial else {})},
             )
             for n, pairs in by_value.items()
         }

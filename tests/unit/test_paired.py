@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from experiment_folder import SETTINGS, write_evaluation
+from scipy import stats
 
 import compare_methods
 from metasft.reporting.compare import paired, parse_side
@@ -59,6 +60,50 @@ def test_rows_of_tasks_shots_and_pools(pair):
     assert rows["all", 5]["loss"]["difference"] == pytest.approx((0.1 + 1.05) / 2)
     for row in rows.values():
         assert row["accuracy"]["p_holm"] >= row["accuracy"]["p"]
+
+
+NINE = {f"rule_{i}": f"group_{i // 2 if i < 2 else i}" for i in range(9)}  # the first two are of one group
+
+
+def test_the_mean_of_enough_groups_is_about_new_tasks(tmp_path):
+    rng = np.random.default_rng(3)
+    right = [  # A knows every other task
+        {(task, 5): (rng.random((2, 12)) < (0.9, 0.2)[i % 2] * side + 0.05).tolist() for i, task in enumerate(NINE)}
+        for side in (1, 0.5)
+    ]
+    for group, of, n_groups in (
+        (NINE, "new tasks", 8),
+        (dict.fromkeys(NINE, "one"), "these tasks", 1),
+        (None, "new tasks", 9),
+    ):
+        a, b = (
+            write_evaluation(
+                tmp_path / f"{of}-{n_groups}-{i}", "base", right[i], changes={"group": group} if group else {}
+            )
+            for i in range(2)
+        )
+        *alone, row = rows_of(read_evaluation("a", a), read_evaluation("b", b))
+        assert {r["of"] for r in alone} == {"these tasks"} and not any(r["beats"] or r["needed"] for r in alone)
+        assert (row["task"], row["of"], row["n_tasks"], row["n_groups"]) == ("all", of, 9, n_groups)
+        if of == "these tasks":
+            assert row["beats"] is None and row["needed"] == []
+    by_task = [np.mean(right[0][task, 5]) - np.mean(right[1][task, 5]) for task in NINE]
+    assert row["accuracy"]["difference"] == pytest.approx(np.mean(by_task))
+    wins = np.mean([0.5 if abs(d) < 1e-9 else d > 0 for d in by_task])
+    assert row["beats"]["probability"] == pytest.approx(wins)
+    assert row["beats"]["ci95"][0] < wins < row["beats"]["ci95"][1]
+    (needed,) = row["needed"]
+    assert needed["seeds"] == 1 and needed["equivalence"] >= needed["superiority"] > 9
+    half = stats.t.ppf(0.975, 8) * np.std(by_task, ddof=1) / 3
+    assert row["accuracy"]["ci95"] == pytest.approx([np.mean(by_task) - half, np.mean(by_task) + half])
+    page = paired(read_evaluation("a", a), read_evaluation("b", b))[1]
+    assert "9 tasks in 9 groups" in page and "new task" in page
+
+
+def test_groups_are_checked(tmp_path):
+    folder = write_evaluation(tmp_path, "base", {("calculus", 0): [[1]]}, changes={"group": {"calculus": 1}})
+    with pytest.raises(ValueError, match=r"group.*1"):
+        read_evaluation("a", folder)
 
 
 def test_items_are_paired_by_their_ids_not_by_their_place(tmp_path):

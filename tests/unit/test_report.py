@@ -19,6 +19,7 @@ from experiment_folder import (
     ITEMS,
     MATRIX_SUITE,
     SHOTS,
+    TASKS,
     FakeArm,
     arm,
     finding,
@@ -298,6 +299,136 @@ def test_arms_are_known_without_the_names_of_the_guide(tmp_path):
     arms = {name: FakeArm(**{**vars(a), "experiment": None}) for name, a in matrix_arms().items()}
     verdict = report_of(tmp_path, arms)["verdict"]
     assert verdict["outcome"] == "success" and verdict["comparison"]["a"] == "meta_lora_100"
+
+
+def test_a_reference_within_reach_of_trivial_solvers_is_hollow(tmp_path):
+    """FOMAML answers 40 of 60 items, the base model 4; what decides is what solvers get that understand nothing."""
+    arms = matrix_arms(**arm("fomaml_300", few=40), **arm("meta_lora_100", few=40))
+    item = "Few-shot accuracy near or above FOMAML"
+    for trivial, hollow in ((0.3, False), (0.62, True)):
+        of_tasks = dict.fromkeys(TASKS, trivial)
+        report = report_of(tmp_path / str(trivial), arms, trivial=of_tasks)
+        assert score_of(report, "fomaml_300", "all", ALL_SHOTS)["trivial_baseline"] == pytest.approx(trivial)
+        assert (report["verdict"]["outcome"], report["verdict"]["hollow"]) == ("success", hollow)
+        assert report["verdict"]["beneath"] == (["the trivial solvers (62.0%)"] if hollow else [])
+        assert finding(report, item)["status"] == ("inconclusive" if hollow else "supported")
+        text = pages(report)["report.md"]
+        assert ("FOMAML itself is not shown to be above the trivial solvers (62.0%)" in text) == hollow
+        nothing = next(line for line in text.split("\n") if "Not shown to be above solvers" in line)
+        assert ("FOMAML-SFT, 300" in nothing) == hollow and "Base model" in nothing
+
+
+# ---- many tasks -----------------------------------------------------------------------------------------------------
+
+RULES = {f"rule_{i:02d}": f"kind_{max(i - 4, 0):02d}" for i in range(16)}  # 12 groups, the first of five rules
+RULES_SUITE = {
+    "title": "Hidden rules",
+    "question": "Does training on rules help with others?",
+    "arms": ["meta_lora", "lora_mixed", "base"],
+    "comparisons": [{"a": "meta_lora", "b": "base", "margin": 0.03}],
+    "axis": None,
+}
+
+
+def write_rules(folder, **options):
+    """Sixteen tasks: META-LORA knows more of each than the base model, by an amount of the task's own."""
+
+    def knows(more):
+        def right(task, n, run, seed):
+            number = int(task[-2:])
+            return [i < (n > 0) * (4 + number % 5 + more * (1 + number % 3)) + run for i in range(40)]
+
+        return right
+
+    arms = {
+        "meta_lora": FakeArm("META-LORA", "meta_lora", answers=knows(4), seeds=(1, 2)),
+        "lora_mixed": FakeArm("Standard LoRA", "lora_mixed", answers=knows(1)),
+        "base": FakeArm("Base model", "base", answers=knows(0)),
+    }
+    suites = {"rules": RULES_SUITE}
+    many = {"tasks": list(RULES), "shots": (0, 5, 10, 25), "groups": RULES, "trivial": dict.fromkeys(RULES, 0.16)}
+    return write_experiments(folder, arms, suites=suites, items=40, **{**many, **options})
+
+
+def test_a_suite_of_many_tasks_is_about_new_ones(tmp_path):
+    report = read_report(write_rules(tmp_path))
+    score, row = score_of(report, "meta_lora", "all", 25), pooled(report["suites"]["rules"]["comparisons"][0])
+    assert score["of"] == row["of"] == "new tasks"
+    assert (row["n_tasks"], row["n_groups"], row["n_items"]) == (16, 12, 640)
+    # By task 4, 8 or 12 of 40 items more: six, five and five tasks.
+    assert row["accuracy"]["difference"] == pytest.approx((6 * 4 + 5 * 8 + 5 * 12) / 16 / 40)
+    assert row["beats"]["probability"] == 1 and row["beats"]["ci95"][0] < 0.8
+    assert [needed["seeds"] for needed in row["needed"]] == [2, 3, 5]
+    assert score["accuracy_worst"] == pytest.approx(score["accuracy"] - 0.5 / 40)  # the second shot set has one more
+    assert score["accuracy_lenient"] == score["accuracy"] and score["truncated_share"] == 0
+    assert report["groups"] == RULES and report["trivial"]["rule_03"] == {"name": "echo", "accuracy": 0.16}
+    alone = score_of(report, "meta_lora", "rule_03", 25)
+    assert alone["of"] == "these tasks" and alone["n_tasks"] == 1
+
+
+def test_a_report_without_the_study_says_nothing_of_it(tmp_path):
+    folder = write_report(write_rules(tmp_path))
+    files = {str(file.relative_to(folder)) for file in folder.glob("**/*") if file.suffix in (".svg", ".png")}
+    names = ("few-shot", "tasks", "training", "gain")
+    assert files == {f"figures/rules-{name}.svg" for name in names}
+    text, page = (folder / "report.md").read_text(), Page((folder / "index.html").read_text())
+    assert page.open == [] and all((folder / link).is_file() for link in page.links if not link.startswith("#"))
+    assert all(f"]({file})" in text for file in files)
+    assert text.startswith("# Hidden rules: tiny")
+    for words in ("FOMAML", "Scenario", "verdict", "Checklists", "Not measured", "Adaptation speed"):
+        assert words not in text, words
+    for words in (
+        "mean of 16 unseen tasks in 12 groups: accuracy and loss with 95% intervals about new tasks",
+        "How many tasks and seeds decide 3 points",
+        "Accuracy at 25 shots [95%, about the task itself]",
+        "| rule_03<br>kind_00 | 16.0%<br>echo |",
+        "Not shown to be above solvers that understand nothing, with shots: Base model.",
+    ):
+        assert words in text, words
+    assert text.index("How many tasks") < text.index("| rule_03<br>kind_00")  # single tasks come last
+    assert len(text) < 40_000
+
+
+def test_results_of_an_earlier_release_are_read(tmp_path):
+    """Entries had neither lenient accuracy nor truncation nor trivial solvers, settings neither groups nor solvers."""
+    write_experiments(tmp_path, items=8)
+    new = ("accuracy_lenient", "accuracy_worst", "truncated_share", "trivial_baseline")
+    for path in tmp_path.glob("runs/*/*_results.json"):
+        entries = {
+            task: {n: {key: value for key, value in entry.items() if key not in new} for n, entry in of.items()}
+            for task, of in json.loads(path.read_text()).items()
+        }
+        path.write_text(json.dumps(entries))
+    report = read_report(tmp_path)
+    score = score_of(report, "fomaml_300", "all", ALL_SHOTS)
+    assert [score[key] for key in ("accuracy_lenient", "truncated_share", "trivial_baseline")] == [None] * 3
+    assert (report["groups"], report["trivial"], report["problems"]) == ({}, {}, [])
+    text = pages(report)["report.md"]
+    assert "Trivial solvers" not in text and "Worst shot set" in text
+
+
+def test_few_groups_are_about_these_tasks(tmp_path):
+    report = read_report(write_rules(tmp_path, groups=dict.fromkeys(RULES, "one kind")))
+    row = pooled(report["suites"]["rules"]["comparisons"][0])
+    assert (row["of"], row["n_groups"], row["beats"], row["needed"]) == ("these tasks", 1, None, [])
+    text = pages(report)["report.md"]
+    assert "with fewer than 8 groups of tasks (1 here)" in text and "How many tasks and seeds" not in text
+
+
+def test_the_verdict_of_many_tasks_is_about_new_ones(tmp_path):
+    """Equal on all items but those of every second task, where META-LORA has 4 of 40 more or fewer."""
+
+    def right(task, n, run, seed):
+        return [i < 20 + (4 if int(task[-2:]) % 4 else -4) * (int(task[-2:]) % 2 == 0) for i in range(40)]
+
+    arms = matrix_arms(**arm("meta_lora_100", answers=right), **arm("fomaml_300", few=20))
+    tasks = list(RULES)
+    report = report_of(tmp_path, arms, items=40, tasks=tasks)
+    verdict = report["verdict"]
+    assert verdict["outcome"] == "undecided" and verdict["leaning"] == "success"
+    assert re.fullmatch(r"about \d+ tasks instead of 16, all else as it is", verdict["would_decide"][0])
+    text = pages(report, {COMPARISON_FIGURE})["report.md"]
+    assert "16 tasks and 5, 25 shots" in text and "about new tasks, of which these are 16 in 16 groups" in text
 
 
 # ---- checklists -----------------------------------------------------------------------------------------------------
