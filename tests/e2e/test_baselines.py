@@ -60,10 +60,10 @@ def losses_of(run):
 
 @pytest.fixture(scope="module")
 def single(work, tiny_model):
-    """The guide's loop, one run per task, through the script in the submodule."""
+    """The guide's loop, a run per task (of one, here), through the script in the submodule."""
     shell(
         f"""
-        for task in algebra number_theory; do
+        for task in algebra; do
             {TORCHRUN} verl/verl/trainer/sft_trainer.py \\
                 --config-path "$PWD/data/meta_train" --config-name ${{task}}_train model.path={tiny_model} {TINY}
         done
@@ -99,9 +99,8 @@ def check_run(run):
     assert load_verl_lora(folder).chat_template == CHAT_TEMPLATE
 
 
-def test_single_task_runs_leave_one_checkpoint_per_task(single):
-    for task in ("algebra", "number_theory"):
-        check_run(single / f"std_lora_{task}")
+def test_a_single_task_run_leaves_its_checkpoint(single):
+    check_run(single / "std_lora_algebra")
 
 
 @pytest.mark.slow
