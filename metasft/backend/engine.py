@@ -9,7 +9,7 @@ to itself without a mask over the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
@@ -35,7 +36,7 @@ from metasft.backend.checks import check_shardable, reading_model
 from metasft.checkpoint.exports import load_adapter_folder
 from metasft.model import packed_attention
 from metasft.model.forward_pass import ForwardPass, Output, ResponseTokens, running
-from metasft.model.inner_loop import local_tensor, upload
+from metasft.model.inner_loop import Adaptation, local_tensor, upload
 from metasft.model.layouts import Layout, Probe
 from metasft.model.packed_attention import PackedSequences
 from metasft.model.response_loss import losses, watch_output_layer
@@ -248,7 +249,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         Returns:
             [T] on the device, this rank's part: their mean over the group is the tasks' loss.
         """
-        means = self._run(batch, num_tasks, backward=True)
+        means = self._run(batch, num_tasks, torch.Tensor.backward)
         if self._is_lora and self.get_data_parallel_size() > 1:
             # FSDP reduces the gradients of its shards; the replicated adapters are ours to reduce.
             if (stacked := self._stacked) is not None:
@@ -261,14 +262,37 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
     def loss_only(self, batch: Any, num_tasks: int = 1) -> torch.Tensor:
         """As :meth:`loss_and_backward`, without gradient."""
-        return self._run(batch, num_tasks, backward=False)
+        return self._run(batch, num_tasks, None)
+
+    def hessian_vector(
+        self, batch: Any, num_tasks: int, adaptation: Adaptation, vector: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The Hessian of the sum of the tasks' losses, with respect to ``adaptation.tensors()``, times a vector.
+
+        Args:
+            batch, num_tasks: as of :meth:`loss_and_backward`.
+            vector: in the shapes of ``adaptation.tensors()``.
+        """
+        assert self.get_data_parallel_size() == 1
+        with adaptation.leaves() as leaves, sdpa_kernel(SDPBackend.MATH):
+            total = [torch.zeros_like(leaf) for leaf in leaves]
+
+            def twice(loss: torch.Tensor) -> None:
+                gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+                products = torch.autograd.grad(gradients, leaves, list(vector), materialize_grads=True)
+                torch._foreach_add_(total, list(products))
+
+            self._run(batch, num_tasks, twice, output="logits" if self.output == "logits" else "selected")
+        return total
 
     @property
     def _stacked(self) -> TaskBatchedLoRA | None:
         """The stacked adapters, where the model currently computes with them."""
         return self.task_batch if self.task_batch is not None and self.task_batch.active else None
 
-    def _run(self, batch: Any, num_tasks: int, *, backward: bool) -> torch.Tensor:
+    def _run(
+        self, batch: Any, num_tasks: int, backward: Callable[[torch.Tensor], Any] | None, output: Output | None = None
+    ) -> torch.Tensor:
         """veRL's ``forward_backward_batch`` with one loss per task, and without its waits for the device.
 
         veRL divides a batch by the token count over the data-parallel group; the weights of :func:`make_batch` do that
@@ -280,30 +304,33 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         micro_batches, _ = prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)
         means = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
         for number, micro_batch in enumerate(micro_batches, start=1):
-            if backward:
+            if backward is not None:
                 with self._gradient_sync_context(is_last_micro_batch=number == len(micro_batches)):
-                    response, nll = self._forward(micro_batch, backward=True)
+                    response, nll = self._forward(micro_batch, backward, output)
             else:
                 with torch.no_grad():
-                    response, nll = self._forward(micro_batch, backward=False)
+                    response, nll = self._forward(micro_batch, None)
             means.index_add_(0, response.tasks, nll * response.weights * self.get_data_parallel_size())
         return means
 
-    def _forward(self, micro_batch: Any, *, backward: bool) -> tuple[ResponseTokens, torch.Tensor]:
-        """Forward, and backward, of one micro-batch; its response tokens and the loss of each, [n]."""
+    def _forward(
+        self, micro_batch: Any, backward: Callable[[torch.Tensor], Any] | None, output: Output | None = None
+    ) -> tuple[ResponseTokens, torch.Tensor]:
+        """Forward, and what ``backward`` does with the loss, of one micro-batch; its response tokens and the loss of
+        each, [n]."""
         device = torch.device(get_device_id())
         packed = self.layout.rows != "padded"
         tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
         micro_batch = self._grouped_by_task(micro_batch)
         # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
         lengths = micro_batch["input_ids"].offsets().diff()
-        response = self._response_of(micro_batch, lengths, packed)
+        response = self._response_of(micro_batch, lengths, packed, output or self.output)
         rows = self._packed_rows(micro_batch, response, device) if self.layout.rows == "shared" else None
         counts = outputs = None
         if self._stacked is not None:
             per_example = lengths if packed else torch.ones_like(lengths)
             counts = rows.counts if rows is not None else self._per_task(micro_batch["task"], per_example)
-            if self.output != "logits":  # the output layer sees response positions alone
+            if response.output != "logits":  # the output layer sees response positions alone
                 outputs = self._per_task(response.tasks, torch.ones_like(response.tasks))
         for name in ("index", "labels", "weights", "tasks"):
             setattr(response, name, upload(getattr(response, name), device))
@@ -320,10 +347,10 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         with running(ForwardPass(rows, counts, outputs, response)):
             with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
                 loss, nll = losses(self.module(**model_inputs, use_cache=False).logits, response)
-            if backward:
+            if backward is not None:
                 # FSDP averages over the ranks of the group, each of which holds a part of the sum.
-                (loss * self.get_data_parallel_size()).backward()
-        if not backward:
+                backward(loss * self.get_data_parallel_size())
+        if backward is None:
             # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
             # computing with them when the shards have changed.
             for part in self.module.modules():
@@ -338,7 +365,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             return micro_batch
         return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
 
-    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool) -> ResponseTokens:
+    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool, output: Output) -> ResponseTokens:
         # Position t predicts token t + 1.
         is_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
         flat = is_response.nonzero().squeeze(-1)
@@ -349,7 +376,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             labels=torch.roll(micro_batch["input_ids"].values(), shifts=-1, dims=0)[flat],
             weights=micro_batch["loss_weight"][row],
             tasks=micro_batch["task"][row],
-            output=self.output,
+            output=output,
         )
 
     def _packed_rows(self, micro_batch: Any, response: ResponseTokens, device: torch.device) -> PackedSequences:
@@ -394,7 +421,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         tasks = [example.task for example in examples]
         _, nll = self._forward(
             make_batch([example.tensors for example in examples], tasks, [1.0] * len(examples), settings),
-            backward=False,
+            None,
         )
         lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
         return list(nll.float().split(lengths))

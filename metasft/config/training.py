@@ -75,6 +75,12 @@ class MetaConfig(Schema):
         0.0,
         methods=("meta_lora", "fomaml"),
     )
+    order: Literal[1, 2] = key(
+        "2 = the meta-gradient is differentiated through the inner steps, exactly", 1, methods=("meta_lora",)
+    )
+    second_order_steps: int | None = key(
+        "with order 2: through the last so many inner steps; null = all", None, ge=1, methods=("meta_lora",)
+    )
     aggregation: Literal["mean", "sum"] = key("how tasks combine", "mean", methods=("meta_lora", "fomaml"))
     update_shared: bool = key("false = tasks adapt, the shared parameters are never updated", True)
     task_group_size: int | None = key(
@@ -160,6 +166,7 @@ class MetaConfig(Schema):
                     raise ValueError(
                         f"meta.{name}={_written(value)} has no effect with meta.num_inner_steps=0; remove one of them"
                     )
+        self._check_order()
         least, most = self.shots_of_an_episode
         if least > most or most > self.set_sizes()[0]:
             raise ValueError(
@@ -184,6 +191,30 @@ class MetaConfig(Schema):
         if method == "reptile" and self.reptile_step_size is None:
             raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
         return self
+
+    def _check_order(self) -> None:
+        if self.order == 1:
+            if self.second_order_steps is not None:
+                raise ValueError(
+                    f"meta.second_order_steps={self.second_order_steps} has no effect with meta.order=1; set "
+                    "meta.order=2, or remove it"
+                )
+            return
+        if self.inner_clip_grad is not None:
+            raise ValueError(
+                f"meta.inner_clip_grad={self.inner_clip_grad}: meta.order=2 does not go through clipped steps; remove "
+                "it, or set meta.order=1"
+            )
+        if not self.num_inner_steps or (self.second_order_steps or 1) > self.num_inner_steps:
+            raise ValueError(
+                f"meta.order=2 with meta.second_order_steps={self.second_order_steps}: there are "
+                f"meta.num_inner_steps={self.num_inner_steps} to go through; lower the one or raise the other"
+            )
+
+    @property
+    def exact_steps(self) -> int:
+        """The last inner steps that the meta-gradient is differentiated through; 0 where it is first order."""
+        return min(self.second_order_steps or self.num_inner_steps, self.num_inner_steps) if self.order == 2 else 0
 
     @property
     def shots_of_an_episode(self) -> tuple[int, int]:
@@ -321,6 +352,8 @@ def resolve_task_group(meta: MetaConfig, *, world_size: int, lora: bool) -> int:
             f"meta.task_group_size={group} does not divide the {world_size} processes; use one of "
             f"{', '.join(map(str, divisors))}"
         )
+    if meta.order == 2 and group > 1:
+        raise ValueError(f"meta.task_group_size={group}: meta.order=2 needs the whole model on every rank; set it to 1")
     groups = world_size // group
     if meta.meta_batch_size % groups:
         below = meta.meta_batch_size // groups * groups

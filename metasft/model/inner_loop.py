@@ -79,6 +79,25 @@ class Adaptation(Protocol):
         """Sum over the tasks of the gradients since the last step, one tensor (local shard) per parameter; None where
         there is none."""
 
+    # What differentiating through inner steps needs (:mod:`metasft.model.second_order`):
+
+    lr: float
+
+    def tensors(self) -> list[torch.Tensor]:
+        """theta_i of all tasks, as they lie in memory."""
+
+    def task_gradients(self) -> list[torch.Tensor]:
+        """Their gradients since the last step, to be changed in place."""
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put earlier :meth:`tensors` in their place."""
+
+    def moment_scale(self) -> list[torch.Tensor] | None:
+        """c of the last step, whose direction was c times the first moment; None for sgd."""
+
+    def leaves(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """Inside, losses can be differentiated twice with respect to these tensors, which are :meth:`tensors`."""
+
     def gradient_norms(self) -> torch.Tensor:
         """Norm of each task's gradients since the last step, of this rank's shard, fp32 [T]."""
 
@@ -112,7 +131,7 @@ class InnerLoop:
         self.parameters = list(parameters)
         if not self.parameters:
             raise ValueError("there is no trainable parameter to adapt; check model.lora_rank and model.target_modules")
-        self._lr = lr
+        self.lr = lr
         self._optimizer_name = optimizer
         self._clip_grad = clip_grad
         # Allocated once: the snapshot is the only extra copy of theta that meta-training needs.
@@ -123,7 +142,7 @@ class InnerLoop:
         """Remember theta, let the caller adapt one task, and restore theta even when the caller raises."""
         assert num_tasks == 1, num_tasks
         self._remember()
-        self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self._lr)
+        self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self.lr)
         try:
             yield self
         finally:
@@ -167,6 +186,52 @@ class InnerLoop:
     def difference(self) -> list[torch.Tensor]:
         """As :meth:`Adaptation.difference`, of one task."""
         return [local_tensor(p) - theta for p, theta in zip(self.parameters, self._theta, strict=True)]
+
+    # ---- differentiating through steps ------------------------------------------------------------------------------
+
+    def tensors(self) -> list[torch.Tensor]:
+        """As :meth:`Adaptation.tensors`, of one task."""
+        return [parameter.data for parameter in self.parameters]
+
+    def task_gradients(self) -> list[torch.Tensor]:
+        """As :meth:`Adaptation.task_gradients`."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> None:
+        """As :meth:`Adaptation.load`."""
+        torch._foreach_copy_(self.tensors(), list(tensors))
+
+    def moment_scale(self) -> list[torch.Tensor] | None:
+        """As :meth:`Adaptation.moment_scale`."""
+        return moment_scale(self._optimizer, self.parameters)
+
+    @contextmanager
+    def leaves(self) -> Iterator[list[torch.Tensor]]:
+        """As :meth:`Adaptation.leaves`: PEFT's layers are plain products."""
+        yield list(self.parameters)
+
+
+BETA_1 = 0.9
+"""Of AdamW, torch's default."""
+
+
+def moment_scale(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+) -> list[torch.Tensor] | None:
+    """c in AdamW's last direction c * m: 1 / ((1 - beta_1^t) (sqrt(v / (1 - beta_2^t)) + eps)); None for sgd."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return None
+    scales = []
+    for parameter in parameters:
+        state, settings = optimizer.state[parameter], optimizer.defaults
+        (beta_1, beta_2), t = settings["betas"], float(state["step"])
+        assert beta_1 == BETA_1, beta_1
+        root = (state["exp_avg_sq"] / (1 - beta_2**t)).sqrt_().add_(settings["eps"])
+        scales.append(root.reciprocal_().div_(1 - beta_1**t))
+    return scales
 
 
 def clip_grad_norm(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from metasft.model.forward_pass import current
-from metasft.model.inner_loop import make_inner_optimizer, upload
+from metasft.model.inner_loop import make_inner_optimizer, moment_scale, upload
 
 REMEDY = "set meta.task_batching=false to adapt one task at a time"
 
@@ -125,6 +125,13 @@ def rows_times(x: torch.Tensor, weight: torch.Tensor, blocks: Blocks) -> torch.T
     for task, rows in blocks.slices():
         torch.mm(x[rows], weight[task], out=out[rows])
     return out
+
+
+def differentiable_rows_times(x: torch.Tensor, weight: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """:func:`rows_times` by torch's own products, which autograd differentiates as often as asked."""
+    if blocks.equal:
+        return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight).view(x.shape[0], -1)
+    return torch.cat([x[rows] @ weight[task] for task, rows in blocks.slices()])
 
 
 def add_rows_times(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, alpha: float, blocks: Blocks) -> None:
@@ -260,6 +267,7 @@ class _Layer:
         # A plain frozen matrix can share its products with the adapters; what else a base layer does is its own.
         self.fused = isinstance(self.base, torch.nn.Linear) and not getattr(self.base, "quant_state", None)
         self.stack: _Stack  # while stacked adapters are active
+        self.leaves: tuple[torch.Tensor, torch.Tensor] | None = None  # A and B, while passes are differentiated twice
 
 
 # ------------------------------------------------------------------------------------------------- all layers
@@ -305,7 +313,7 @@ class TaskBatchedLoRA:
     ) -> None:
         self._layers = find_lora_layers(model)
         self._dtype = dtype
-        self._lr, self._optimizer_name, self._clip_grad = lr, optimizer, clip_grad
+        self.lr, self._optimizer_name, self._clip_grad = lr, optimizer, clip_grad
         self._output_layer = model.get_output_embeddings()
         self._theta = torch.nn.Parameter(torch.empty(0))
         self._compute = self._theta.data
@@ -336,7 +344,7 @@ class TaskBatchedLoRA:
         """
         assert num_tasks > 0 and not self.active, (num_tasks, self.num_tasks)
         self._allocate(num_tasks, self._dtype)
-        self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self._lr)
+        self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self.lr)
         self.num_tasks = num_tasks
         try:
             for layer in self._layers:
@@ -385,6 +393,44 @@ class TaskBatchedLoRA:
         """Bring the copy that the products read up to date, where they are not computed in fp32."""
         if self._compute.dtype != torch.float32:
             self._compute.copy_(self._theta.data)
+
+    # ---- differentiating through steps ------------------------------------------------------------------------------
+
+    def tensors(self) -> list[torch.Tensor]:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`: A [T, r, in] and B [T, r, out] of every layer."""
+        return [part for layer in self._layers for part in (layer.stack.theta_a, layer.stack.theta_b)]
+
+    def task_gradients(self) -> list[torch.Tensor]:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        self._has_gradient = True
+        return [part for layer in self._layers for part in (layer.stack.grad_a, layer.stack.grad_b)]
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[torch.Tensor]) -> None:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        torch._foreach_copy_(self.tensors(), list(tensors))
+        self._refresh()
+
+    def moment_scale(self) -> list[torch.Tensor] | None:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        scale = moment_scale(self._optimizer, [self._theta])
+        if scale is None:
+            return None
+        shapes = [tensor.shape for tensor in self.tensors()]
+        parts = scale[0].split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @contextmanager
+    def leaves(self) -> Iterator[list[torch.Tensor]]:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`: the layers compute with plain products meanwhile."""
+        found = [tensor.detach().requires_grad_() for tensor in self.tensors()]
+        for layer, a, b in zip(self._layers, found[::2], found[1::2], strict=True):
+            layer.leaves = a, b
+        try:
+            yield found
+        finally:
+            for layer in self._layers:
+                layer.leaves = None
 
     # ---- one batch --------------------------------------------------------------------------------------------------
 
@@ -539,6 +585,12 @@ def _forward_with_stack(owner: TaskBatchedLoRA, layer: _Layer) -> Any:
             owner.mark_gradient()
         flat = x.reshape(rows, x.shape[-1])
         compute = stack.a.dtype
+        if layer.leaves is not None:
+            a, b = (leaf.to(compute) for leaf in layer.leaves)
+            result = base(x, *args, **kwargs)
+            hidden = differentiable_rows_times(flat.to(compute), a.mT, blocks)
+            delta = differentiable_rows_times(hidden, b, blocks) * stack.scaling
+            return result + delta.view(result.shape).to(result.dtype)
         if layer.fused and _plain_dtype(x, base) == compute:
             bias = base.bias.to(compute) if base.bias is not None else None
             result = _StackedLinear.apply(flat.to(compute), base.weight.to(compute), bias, anchor, stack, blocks)

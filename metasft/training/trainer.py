@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
 from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, local_tensor, total_norm
 from metasft.model.layouts import Probe
+from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
 from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
@@ -177,11 +178,21 @@ class EpisodicSFTTrainer(SFTTrainer):
             examples = self._examples_to_prove()
             not_used = choose_layout(self.engine, examples, self._batch_settings)
             inner_loop = self._build_inner_loop(examples, not_used)
+        own = self.engine.own_attention
+        if self.meta.exact_steps and self.engine.layout.attention == "own" and own not in ("eager", "sdpa"):
+            raise ValueError(
+                f"meta.order=2: the attention {own} cannot be differentiated twice; set "
+                "+model.override_config.attn_implementation=sdpa, or meta.order=1"
+            )
         if self.rank == 0:
             rows = {"shared": "packed, with shared openings computed once", "packed": "packed", "padded": "padded"}
             batched = isinstance(inner_loop, TaskBatchedLoRA)
             tasks = "several tasks in a pass" if batched else "one task at a time" if self.lora else "all parameters"
             print(f"rows: {rows[self.engine.layout.rows]}; {tasks} (compared with the model's own losses)", flush=True)
+            if steps := self.meta.exact_steps:
+                size = sum(parameter.numel() for parameter in inner_loop.parameters) * 4 / 2**20
+                each = steps * size * (2 if self.meta.inner_optimizer == "adamw" else 1)
+                print(f"order 2 keeps {each:.0f} MiB per task of a pass for {steps} inner steps", flush=True)
             for note in not_used:
                 logger.warning("not used: %s", note)
         return inner_loop
@@ -459,10 +470,12 @@ class EpisodicSFTTrainer(SFTTrainer):
             if batch.measures_gain:
                 self.measure_before(records)
             with self.inner_loop.adapting(len(records)):
-                self.adapt(records, meta_gradient if share else None)
+                tape = self.adapt(records, meta_gradient if share else None)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
                 self.query_backward(records)
+                if tape is not None:
+                    tape.backward(partial(self._hessian_vector, records))
                 for record, norm in zip(records, self.inner_loop.gradient_norms().unbind(), strict=True):
                     record.contribution_norm = norm
             meta_gradient.accumulate()
@@ -502,20 +515,39 @@ class EpisodicSFTTrainer(SFTTrainer):
             sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
-    def adapt(self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None) -> None:
+    def adapt(self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None) -> Tape | None:
         """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports.
 
         Args:
             trajectory: takes the support gradients in, before they are clipped.
+
+        Returns:
+            The steps that the meta-gradient goes through; None where it is first order.
         """
-        sets = [self.support_sets[record.episode.task] for record in records]
-        for indices in zip(*(record.episode.support_batches for record in records), strict=True):
-            losses = self.engine.loss_and_backward(self._batch(sets, indices, records), len(records))
+        tape = Tape(self.inner_loop) if self.meta.exact_steps else None
+        steps = list(zip(*(record.episode.support_batches for record in records), strict=True))
+        for k, indices in enumerate(steps):
+            losses = self._support_backward(records, indices)
             for record, loss in zip(records, losses.unbind(), strict=True):
                 record.support_losses.append(loss)
             if trajectory is not None:
                 trajectory.add_support(self.inner_loop.gradients())
-            self.inner_loop.step()
+            if tape is not None and k >= len(steps) - self.meta.exact_steps:
+                tape.step(indices)
+            else:
+                self.inner_loop.step()
+        return tape
+
+    def _support_backward(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> torch.Tensor:
+        sets = [self.support_sets[record.episode.task] for record in records]
+        return self.engine.loss_and_backward(self._batch(sets, indices, records), len(records))
+
+    def _hessian_vector(
+        self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]], vector: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        sets = [self.support_sets[record.episode.task] for record in records]
+        batch = self._batch(sets, indices, records)
+        return self.engine.hessian_vector(batch, len(records), self.inner_loop, vector)
 
     def query_backward(self, records: Sequence[EpisodeRecord]) -> None:
         """Backward of the query losses at whatever parameters are loaded."""

@@ -109,6 +109,33 @@ class Reference:
         scale = 1 / len(episodes) if aggregation == "mean" else 1.0
         return {n: t * scale for n, t in total.items()}
 
+    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None):
+        """MAML: the query loss after adaptation, differentiated through the last ``steps`` inner steps (None: all)."""
+        total = {n: torch.zeros_like(t) for n, t in theta.items()}
+        for task, support_batches, query_batch in episodes:
+            start = 0 if steps is None else len(support_batches) - steps
+            at = {n: t.detach().clone().requires_grad_(True) for n, t in theta.items()}
+            leaves, first, second = at, dict.fromkeys(theta, 0.0), dict.fromkeys(theta, 0.0)
+            for k, indices in enumerate(support_batches):
+                if k == start:
+                    at = leaves = {n: t.detach().clone().requires_grad_(True) for n, t in at.items()}
+                    first = {n: m if isinstance(m, float) else m.detach() for n, m in first.items()}
+                loss = response_loss(self.model, at, self.examples(task, "support", indices))
+                gradients = torch.autograd.grad(loss, list(at.values()), create_graph=True, materialize_grads=True)
+                for n, g in zip(list(at), gradients, strict=True):
+                    update = g
+                    if optimizer == "adamw":  # sqrt(v) + eps is held constant
+                        first[n] = 0.9 * first[n] + 0.1 * g
+                        second[n] = 0.999 * second[n] + 0.001 * (g * g).detach()
+                        root = (second[n] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
+                        update = first[n] / (1 - 0.9 ** (k + 1)) / root
+                    at = {**at, n: at[n] - lr * update}
+            loss = response_loss(self.model, at, self.examples(task, "query", query_batch))
+            exact = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            for n, g in zip(leaves, exact, strict=True):
+                total[n] += g / len(episodes)
+        return total
+
     def mean_difference(self, theta, episodes, lr, optimizer="sgd"):
         """Reptile's direction: mean over tasks of theta_i - theta."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
