@@ -6,8 +6,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from metasft.cli.errors import ArgumentParser, report_error
+from metasft.data.unseen_tasks import FOLDERS
 from metasft.evaluation.evaluate import evaluate
-from metasft.evaluation.protocol import DTYPES, FOLDERS, MODEL_TYPES, SEARCH_GRID, EvaluationConfig
+from metasft.evaluation.protocol import DTYPES, MODEL_TYPES, SEARCH_GRID, EvaluationConfig
 from metasft.reporting.tables import results_text
 
 
