@@ -20,6 +20,9 @@ from metasft.files.untrusted import DataFile, printable, reason
 SUPPORT_SUFFIX = "_support.parquet"
 QUERY_SUFFIX = "_query.parquet"
 ROLES = ("system", "developer", "user", "assistant", "tool")
+VALIDATION_SHOTS = (5, 10)
+VALIDATION_ITEMS = 16
+"""What ``trainer.test_freq`` adapts on, and how many test items it measures on."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,10 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
     return [_check_task(folder, task, meta, messages_key) for task in wanted]
 
 
-VALIDATION_SHOTS = (5, 10)
-VALIDATION_ITEMS = 16
-
-
 def find_validation_files(meta: MetaConfig, *, messages_key: str = "messages") -> list[TaskFiles]:
-    """Locate and check what ``trainer.test_freq`` measures on: the validation tasks in ``meta_valid/`` beside
-    ``meta.task_dir``, with the role ``valid`` where a manifest tells roles.
+    """Locate and check what ``trainer.test_freq`` measures on: the tasks of ``meta_valid/`` beside ``meta.task_dir``.
+
+    Where a manifest tells roles, those with the role ``valid``.
 
     Returns:
         The shot pool as support set and the first :data:`VALIDATION_ITEMS` test items as query set of each,

@@ -434,7 +434,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                     self.measure_after(records)
                     self.engine.module.train()
                 found += [record.query_loss_after for record in records]
-        losses = torch.zeros(len(self.validation), dtype=torch.float32, device=get_device_id())
+        losses = torch.zeros(len(self.validation), dtype=torch.float32, device=torch.device(get_device_id()))
         if found:
             losses[first : first + len(mine)] = torch.stack(found) / self.engine.get_data_parallel_size()
         if dist.get_world_size() > 1:
