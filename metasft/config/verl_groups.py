@@ -198,7 +198,7 @@ class Data(_DataFlags):
     apply_chat_template_kwargs: TemplateArguments
     num_workers: int = Field(ge=0)
     train_files: Annotated[Any, replaced(None, by="episodes are read from meta.task_dir")] = None
-    val_files: Annotated[Any, replaced(None, by="use evaluate_few_shot.py on the unseen tasks")] = None
+    val_files: Annotated[Any, replaced(None, by="use trainer.test_freq, which reads meta_valid")] = None
     train_batch_size: Annotated[Any, replaced(None, by="use meta.meta_batch_size and meta.inner_batch_size")] = None
     train_max_samples: Annotated[Any, replaced(-1, None, by="use meta.support_samples and meta.query_samples")] = None
     val_max_samples: Annotated[Any, replaced(-1, None, by="use evaluate_few_shot.py --limit")] = None
@@ -219,6 +219,9 @@ class Trainer(Schema):
     save_freq: Literal[-1, "after_each_epoch"] | Positive = Field(
         description="a whole number of meta-steps, at least 1, -1 for only at the end"
     )
+    test_freq: Literal[-1, "after_each_epoch"] | Positive = Field(
+        description="a whole number of meta-steps between measurements on the validation tasks, at least 1, -1 for none"
+    )
     max_ckpt_to_keep: int | None = Field(ge=-1, description="a whole number of checkpoints, or null for all")
     resume_mode: Literal["auto", "disable", "resume_path"] = Field(description="auto, disable or resume_path")
     resume_from_path: Text | None = Field(description="the path of a global_step_<N> folder, or null")
@@ -227,7 +230,6 @@ class Trainer(Schema):
     profile_interval: Annotated[tuple[int, int], Tuple] = Field(description="two meta-steps, [-1,-1] for no profile")
     balance_batch: bool
     device: Any = None
-    test_freq: Annotated[Any, replaced(-1, None, by="use evaluate_few_shot.py on the unseen tasks")] = None
 
     @model_validator(mode="after")
     def _rules(self) -> Trainer:

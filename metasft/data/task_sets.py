@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 from metasft.config.prompts import Prompts
 from metasft.config.training import MetaConfig
+from metasft.data.unseen_tasks import FOLDERS, TEST_SUFFIX, describe_tasks, tasks_of
 from metasft.files.paths import user_path
 from metasft.files.untrusted import DataFile, printable, reason
 
 SUPPORT_SUFFIX = "_support.parquet"
 QUERY_SUFFIX = "_query.parquet"
 ROLES = ("system", "developer", "user", "assistant", "tool")
+VALIDATION_SHOTS = (5, 10)
+VALIDATION_ITEMS = 16
+"""What ``trainer.test_freq`` adapts on, and how many test items it measures on."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,49 @@ def find_task_files(meta: MetaConfig, *, messages_key: str = "messages") -> list
         names = ", ".join(map(printable, unknown))
         raise ValueError(f"meta.tasks names {names}, but {meta.task_dir} has {', '.join(found)}; choose among those")
     return [_check_task(folder, task, meta, messages_key) for task in wanted]
+
+
+def find_validation_files(meta: MetaConfig, *, messages_key: str = "messages") -> list[TaskFiles]:
+    """Locate and check what ``trainer.test_freq`` measures on: the tasks of ``meta_valid/`` beside ``meta.task_dir``.
+
+    Where a manifest tells roles, those with the role ``valid``.
+
+    Returns:
+        The shot pool as support set and the first :data:`VALIDATION_ITEMS` test items as query set of each,
+        ``meta_valid/<task>`` by name: training tasks may be called as they are.
+
+    Raises:
+        ValueError: there is none, a file is unusable, a pool has less than the most :data:`VALIDATION_SHOTS` or holds
+            a test item.
+    """
+    data_dir = user_path(meta.task_dir).absolute().parent
+    folder = data_dir / FOLDERS["valid"]
+    otherwise = "or set trainer.test_freq=-1"
+    found = []
+    for task in tasks_of(data_dir, "valid", describe_tasks(data_dir)):
+        pool, shots = _read_messages(folder / f"{task}{SUPPORT_SUFFIX}", messages_key)
+        test, items = _read_messages(folder / f"{task}{TEST_SUFFIX}", messages_key)
+        items = items[:VALIDATION_ITEMS]
+        if not items or len(shots) < max(VALIDATION_SHOTS):
+            raise ValueError(
+                f"trainer.test_freq adapts on {max(VALIDATION_SHOTS)} shots of {pool.path}, which holds {len(shots)}, "
+                f"and measures on {test.path.name}, which holds {len(items)}; prepare more (--shot-pool, "
+                f"--test-samples), {otherwise}"
+            )
+        _check_responses(pool.path, shots)
+        _check_responses(test.path, items)
+        if shared := _shared(shots, items):
+            raise ValueError(
+                f"{shared} test items of {test.path} occur in {pool.path.name} too; shots must not be test items: "
+                f"prepare the data again, {otherwise}"
+            )
+        found.append(TaskFiles(f"{FOLDERS['valid']}/{task}", pool, test, len(shots), len(items)))
+    if not found:
+        raise ValueError(
+            f"trainer.test_freq measures on the validation tasks beside meta.task_dir, but {folder} holds no "
+            f"<task>{TEST_SUFFIX} with the role valid; prepare data with validation tasks, {otherwise}"
+        )
+    return found
 
 
 def _check_task(folder: Path, task: str, meta: MetaConfig, messages_key: str) -> TaskFiles:

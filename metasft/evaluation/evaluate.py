@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metasft.config.prompts import Prompts
+from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.model_source import Adaptation, ModelSource, candidate_name, find_model_source
 from metasft.evaluation.protocol import (
     Cell,
@@ -19,7 +20,6 @@ from metasft.evaluation.protocol import (
     plan_cells,
     read_search_tasks,
     read_test_tasks,
-    shot_indices,
 )
 from metasft.evaluation.store import ResultStore
 from metasft.files.atomic import sole_user, write_json

@@ -18,6 +18,7 @@ from metasft.checkpoint.exports import attach_adapter
 from metasft.data.episodes import ShuffledStream
 from metasft.data.in_context import in_context
 from metasft.data.task_sets import TokenizedSet
+from metasft.data.unseen_tasks import order_of_shots
 from metasft.evaluation.model_source import Adaptation
 from metasft.evaluation.open_model import OpenedModel, attach_fresh_lora, load_transformers
 from metasft.evaluation.packed_runner import Example, PackedRunner, Tested, TestItem, response_targets
@@ -251,7 +252,7 @@ class FewShotModel:
     def _run_together(self, jobs: Sequence[Job], test_after: Sequence[int], generate: bool) -> Iterator[Any]:
         config = self._config
         streams = {
-            slot: ShuffledStream(len(job.shots), f"{config.seed}/adaptation/{job.task}/{job.run}")
+            slot: order_of_shots(len(job.shots), seed=config.seed, task=job.task, run=job.run)
             for slot, job in enumerate(jobs)
             if job.shots and not self._config.shots_in_prompt
         }

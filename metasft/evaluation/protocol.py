@@ -11,7 +11,6 @@ Chosen so that numbers can be compared across N and across methods:
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from pydantic import Field, create_model
 
 from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.schema import Count, Line, Record, Schema, Share, Unique, read_checked, rule, validated
+from metasft.config.schema import Count, Schema, Unique, rule, validated
 from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
-from metasft.data.task_sets import check_turns
+from metasft.data.task_sets import SUPPORT_SUFFIX, check_turns
+from metasft.data.unseen_tasks import FOLDERS, TEST_SUFFIX, describe_tasks, tasks_in, tasks_of
 from metasft.files.atomic import check_place
 from metasft.files.untrusted import DataFile, printable
 
@@ -37,9 +37,6 @@ DEFAULT_LR_LORA = 1e-3
 DEFAULT_LR_ALL = 1e-5
 SEARCH_GRID = ("sgd:0.005", "sgd:0.05", "sgd:0.5", "adamw:1e-5", "adamw:1e-4", "adamw:1e-3", "adamw:3e-3")
 """Of rates for all parameters and for LoRA alike: neither kind is given a grid of its own."""
-FOLDERS = {"test": "meta_test", "valid": "meta_valid", "search": "meta_valid"}
-"""Split -> the folder of its tasks; those of meta_valid are told apart by their role in the manifest."""
-_SUPPORT, _TEST = "_support.parquet", "_test.parquet"
 _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
 
@@ -249,12 +246,12 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
             f"--data-dir is {config.data_dir}, which holds no {unseen.name} folder, the tasks of --split "
             f"{config.split}: {remedy}"
         )
-    about = _manifest_tasks(config.data_dir)
-    default = _split_tasks(config.data_dir, config.split, about)
+    about = describe_tasks(config.data_dir)
+    default = tasks_of(config.data_dir, config.split, about)
     if not default:
-        raise ValueError(f"{unseen} holds no <task>{_TEST} of --split {config.split}: {remedy}")
+        raise ValueError(f"{unseen} holds no <task>{TEST_SUFFIX} of --split {config.split}: {remedy}")
     found = {name: ("unseen", unseen) for name in default}
-    for name in _tasks_in(known):
+    for name in tasks_in(known):
         found.setdefault(name, ("in_domain", known))
     missing = [task for task in config.eval_tasks if task not in found]
     if missing:
@@ -271,39 +268,6 @@ def read_test_tasks(config: EvaluationConfig) -> list[TestTask]:
     ]
 
 
-def _split_tasks(data_dir: Path, split: str, about: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the tasks of a split, in alphabetical order; none where the data have no such tasks.
-
-    A task of meta_valid without a role in the manifest belongs to ``valid``.
-
-    Args:
-        about: of :func:`_manifest_tasks`.
-    """
-    names = _tasks_in(data_dir / FOLDERS[split])
-    if split == "test":
-        return names
-    return [name for name in names if about.get(name, {}).get("role", "valid") == split]
-
-
-class _Described(Record):
-    role: Line = "valid"
-    group: Line | None = None
-    trivial: Annotated[dict[Line, Share], Field(min_length=1)] | None = None
-
-
-class _Manifest(Record):
-    tasks: dict[str, _Described] = Field({})
-
-
-def _manifest_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
-    """Task -> what the manifest says about it; nothing where there is no manifest."""
-    path = data_dir / "manifest.json"
-    if not path.is_file():
-        return {}
-    script = "prepare_math_science_data.py"
-    return read_checked(path, _Manifest, writer=script, remedy="prepare the data again").get("tasks", {})
-
-
 def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
     """What ``--search-adaptation`` chooses on, ``search_limit`` test items each.
 
@@ -314,20 +278,16 @@ def read_search_tasks(config: EvaluationConfig) -> list[TestTask]:
         ValueError: there are neither, or a file is unusable.
     """
     domain, folder = "unseen", config.data_dir / FOLDERS["search"]
-    names = _split_tasks(config.data_dir, "search", _manifest_tasks(config.data_dir))
+    names = tasks_of(config.data_dir, "search", describe_tasks(config.data_dir))
     if not names:
         domain, folder = "in_domain", config.data_dir / "meta_train"
-        names = [name for name in _tasks_in(folder) if name not in config.eval_tasks]
+        names = [name for name in tasks_in(folder) if name not in config.eval_tasks]
     if not names:
         raise ValueError(
             f"--search-adaptation needs search tasks in meta_valid, or training tasks that are not under evaluation, "
-            f"and {folder} holds no other <task>{_TEST}: give --adaptation-lr and --adaptation-optimizer instead"
+            f"and {folder} holds no other <task>{TEST_SUFFIX}: give --adaptation-lr and --adaptation-optimizer instead"
         )
     return [_read_task(domain, folder, name, config.largest_n, config.search_limit, {}) for name in names]
-
-
-def _tasks_in(folder: Path) -> list[str]:
-    return sorted(file.name.removesuffix(_TEST) for file in folder.glob(f"*{_TEST}"))
 
 
 def _read_task(
@@ -338,7 +298,7 @@ def _read_task(
     limit: int | None,
     about: Mapping[str, Any],
 ) -> TestTask:
-    pool_path, test_path = folder / f"{name}{_SUPPORT}", folder / f"{name}{_TEST}"
+    pool_path, test_path = folder / f"{name}{SUPPORT_SUFFIX}", folder / f"{name}{TEST_SUFFIX}"
     pool = _read_rows(pool_path)
     test = _read_rows(test_path)[:limit]
     if len(pool) < shots:
@@ -380,14 +340,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                     f"{path} row {number} has no {column} ({row[column]!r} is no text): complete or remove it"
                 )
     return rows
-
-
-def shot_indices(pool_size: int, n_shots: int, *, seed: int, task: str, run: int) -> list[int]:
-    """The shots of one run as indices into the shot pool: the first N of a permutation that does not depend on N."""
-    order = list(range(pool_size))
-    # A string seeds random.Random through SHA-512: the same in every process and Python build.
-    random.Random(f"{seed}/shots/{task}/{run}").shuffle(order)
-    return order[:n_shots]
 
 
 class Cell(NamedTuple):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from metasft.config.result_files import read_search_file
+from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.model_source import Adaptation, candidate_name
-from metasft.evaluation.protocol import EvaluationConfig, TestTask, shot_indices
+from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.files.atomic import write_json
 from metasft.files.untrusted import sha256_of
 

@@ -57,7 +57,7 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
 
     from metasft.checkpoint.model_folder import check_model_files
     from metasft.config.training import check_micro_batches, check_training_config, resolve_task_group
-    from metasft.data.task_sets import find_task_files
+    from metasft.data.task_sets import find_task_files, find_validation_files
 
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -67,9 +67,12 @@ def check(config: Any, trainer_class: type[EpisodicSFTTrainer]) -> dict[str, Any
     meta = check_training_config(plain, trainer_class.method)
     group_size = resolve_task_group(meta, world_size=read_ranks().world_size, lora=plain["model"]["lora_rank"] > 0)
     check_micro_batches(plain, meta, group_size)
-    task_files = find_task_files(meta, messages_key=plain["data"]["messages_key"])
+    messages_key = plain["data"]["messages_key"]
+    task_files = find_task_files(meta, messages_key=messages_key)
+    validates = plain["trainer"]["test_freq"] != -1
+    validation_files = find_validation_files(meta, messages_key=messages_key) if validates else []
     check_model_files(plain["model"]["path"], "model.path")
-    return {"meta": meta, "group_size": group_size, "task_files": task_files}
+    return {"meta": meta, "group_size": group_size, "task_files": task_files, "validation_files": validation_files}
 
 
 def build(

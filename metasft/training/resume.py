@@ -26,6 +26,7 @@ from metasft.files.atomic import PARTIAL, flush, put_in_place, remove, replacing
 from metasft.files.paths import user_path
 from metasft.files.untrusted import is_inside, read_json
 from metasft.training.faults import Divergence, DivergenceWatch, writing
+from metasft.training.validation import Measured, better
 
 LAYOUT_FILE = "layout.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -102,17 +103,18 @@ def _files(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.rglob("*") if entry.is_file())
 
 
-def prune(run_dir: Path, exports: Sequence[str], keep: int | None) -> None:
-    """Delete all states and their exports but the newest ``keep`` (None or < 1 keeps all).
+def prune(run_dir: Path, exports: Sequence[str], keep: int | None, best: int | None = None) -> None:
+    """Delete all states and their exports but the newest ``keep`` (None or < 1 keeps all) and the best.
 
     Args:
         run_dir: ``trainer.default_local_dir``.
         exports: names of what one export consists of, with ``{step}`` in the place of the meta-step.
         keep: ``trainer.max_ckpt_to_keep``.
+        best: the meta-step of the lowest loss on the validation tasks, where they are measured.
     """
     if keep is None or keep < 1:
         return
-    for step, _ in _states(run_dir)[keep:]:
+    for step in [step for step, _ in _states(run_dir)[keep:] if step != best]:
         for name in (*exports, STATE):  # the state last: without it nobody would know that the export may go
             entry = run_dir / name.format(step=step)
             if entry.exists():
@@ -301,6 +303,7 @@ class MetricsLog:
         costs: of each meta-step. Whole records, with several numbers per task, would make a long run grow by hundreds
             of megabytes.
         divergence: the watch over the losses; after a resume it knows those of the meta-steps before.
+        best: the lowest loss on the validation tasks so far, likewise; None where none was measured.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -310,14 +313,17 @@ class MetricsLog:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         self.costs = [StepCost.of(record) for record in records]
         self.divergence = DivergenceWatch()
+        self.best: Measured | None = None
         for record in records:
             self.divergence.add(record)
+            self.best = better(self.best, record)
         self._size = path.stat().st_size
         self._waiting = ""
 
     def append(self, record: dict[str, Any]) -> list[Divergence]:
         """Add one meta-step's metrics; returns the losses that it shows to diverge for the first time."""
         self.costs.append(StepCost.of(record))
+        self.best = better(self.best, record)
         self._waiting += json.dumps(record) + "\n"
         try:
             self._write()

@@ -73,6 +73,8 @@ def write_summary(
             "meta_steps": trainer.total_training_steps,
             "skipped_meta_steps": trainer.skipped_steps,
             "diverged": {found.metric: round(found.factor, 2) for found in log.divergence.found},
+            "best_step": log.best and log.best.step,
+            "best_valid_loss": log.best and log.best.loss,
             "tokens": sum(cost.tokens for cost in costs),
             "seconds_total": seconds,
             "seconds_per_step_median": statistics.median(cost.seconds for cost in costs) if costs else None,

@@ -59,6 +59,7 @@ from metasft.training.preemption import Preemption
 from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state
 from metasft.training.run_summary import peaks_of_ranks, write_summary
 from metasft.training.update_rules import MetaGradient
+from metasft.training.validation import LOSS, Measured, fixed_masks, validation_episodes, validation_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         meta: its validated ``meta`` group.
         group_size: ranks per task group, from :func:`metasft.config.training.resolve_task_group`.
         task_files: from :func:`metasft.data.task_sets.find_task_files`.
+        validation_files: from :func:`metasft.data.task_sets.find_validation_files`; none without ``trainer.test_freq``.
 
     Raises:
         ValueError: a setting that only shows once the model is loaded (for instance no module to adapt).
@@ -82,9 +84,18 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     method: ClassVar[Method]
 
-    def __init__(self, config: Any, *, meta: MetaConfig, group_size: int, task_files: Sequence[TaskFiles]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        meta: MetaConfig,
+        group_size: int,
+        task_files: Sequence[TaskFiles],
+        validation_files: Sequence[TaskFiles] = (),
+    ) -> None:
         self.meta = meta
-        self.task_files = list(task_files)
+        self.task_files, self.validation_files = list(task_files), list(validation_files)
+        self.validation = validation_episodes(validation_files, meta, config.trainer.seed)
         self.lora = config.model.lora_rank > 0
         config.engine.fsdp_size = group_size
         if self.lora:
@@ -128,7 +139,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         load = {"tokenizer": tokenizer, "processor": processor, "data_config": self.config.data}
         self.support_sets: dict[str, TokenizedSet] = {}
         self.query_sets: dict[str, TokenizedSet] = {}
-        for t in self.task_files:
+        for t in [*self.task_files, *self.validation_files]:
             # A query set out of the support file is the end of one set of examples, which are kept once.
             is_one = t.query is t.support
             examples = TokenizedSet(t.support, t.labelled if is_one else t.support_samples, **load)
@@ -331,16 +342,21 @@ class EpisodicSFTTrainer(SFTTrainer):
             unit="meta-step",
             disable=log is None,
         )
+        shown: dict[str, str] = {}
         with self._preemption:
             for step in progress:
                 metrics, is_stopping = self.train_step(step)
+                is_last = step == self.total_training_steps
+                if self.validation and (is_last or step % self.test_freq == 0):
+                    metrics |= self.validate(step)
                 tracker.track(metrics, step)
                 if log is not None:
                     for divergence in log.append({"step": step, **metrics}):
                         logger.warning("%s; %s", divergence.text(), self._calmer_settings())
-                    progress.set_postfix({"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)})
-                    self._preemption.check_notice(metrics["perf/step_seconds"])
-                is_last = step == self.total_training_steps
+                    shown |= {"support": _short(metrics, "inner/support_loss"), "query": _query(metrics)}
+                    shown |= {"valid": _short(metrics, LOSS)} if LOSS in metrics else {}
+                    progress.set_postfix(shown)
+                    self._preemption.check_notice(metrics["perf/step_seconds"] + metrics.get("valid/seconds", 0.0))
                 is_due = is_last or is_stopping or (self.save_freq > 0 and step % self.save_freq == 0)
                 self._check_theta(step, is_due)
                 if is_due:
@@ -356,10 +372,18 @@ class EpisodicSFTTrainer(SFTTrainer):
             if log is not None:
                 write_summary(self, checkpoint, log, seconds, peaks)
                 print(f"{METHOD_TITLES[self.method]} finished: {checkpoint}")
+                if log.best is not None:
+                    print(self._best(log.best))
                 for divergence in log.divergence.found:
                     print(f"but {divergence.text()}")
         tracker.finish()
         dist.barrier()
+
+    def _best(self, best: Measured) -> str:
+        """The sentence about the meta-step with the lowest loss on the validation tasks."""
+        export = self._export_path(best.step)
+        where = str(export) if export.exists() else "not exported (trainer.save_freq=trainer.test_freq exports each)"
+        return f"best on the validation tasks: meta-step {best.step}, {best.loss:.4f} nats per response token, {where}"
 
     def _nothing_to_do(self, log: MetricsLog | None) -> None:
         """The run has its meta-steps; write its summary where it was killed between the last checkpoint and that."""
@@ -398,6 +422,38 @@ class EpisodicSFTTrainer(SFTTrainer):
         metrics["perf/peak_memory_gb"] = get_torch_device().max_memory_allocated() / 1024**3
         metrics["perf/tokens_per_second"] = metrics["perf/tokens"] / seconds
         return metrics, result.is_stopping
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss after adaptation on the validation tasks. Theta, ``.grad`` and all random states stay as they are.
+
+        Returns:
+            The losses, equal on every rank, in nats per response token; NaN where an adaptation left the finite range.
+        """
+        started = time.perf_counter()
+        per_group = -(-len(self.validation) // self.engine.num_task_groups)
+        first = self.engine.task_group_index * per_group
+        mine = self.validation[first : first + per_group]
+        found: list[Any] = []  # 0-dim tensors, this rank's part of each loss
+        with (
+            self.engine.train_mode(disable_auto_offload=not self._offloads),
+            fixed_masks(self.device_name, self.config.trainer.seed),
+        ):
+            # With several groups, the last ones may have no episode.
+            for records in self.passes(MetaBatch(step, (), mine, measures_gain=False)) if mine else ():
+                with self.inner_loop.adapting(len(records)):
+                    self.adapt(records)
+                    self.engine.module.eval()
+                    self.measure_after(records)
+                    self.engine.module.train()
+                found += [record.query_loss_after for record in records]
+        losses = torch.zeros(len(self.validation), dtype=torch.float32, device=torch.device(get_device_id()))
+        if found:
+            losses[first : first + len(mine)] = torch.stack(found) / self.engine.get_data_parallel_size()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(losses)
+        metrics = validation_metrics(losses.tolist())
+        metrics["valid/seconds"] = time.perf_counter() - started
+        return metrics
 
     def _draw(self, step: int) -> MetaBatch:
         """The next meta-batch, with the contiguous part of its episodes that this rank's task group works on."""
@@ -509,7 +565,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         """What the episode's largest batch adds to a pass of one rank: tokens, or examples in fixed micro-batches."""
         group = self.engine.get_data_parallel_size()
         if not self.config.data.use_dynamic_bsz:
-            return max(self.meta.inner_batch_size, self.meta.query_batch_size) // group
+            return -(-max(map(len, (*episode.support_batches, episode.query_batch))) // group)
         sizes = [self.support_sets[episode.task].tokens(batch) for batch in episode.support_batches]
         if episode.query_batch:
             sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
@@ -614,19 +670,27 @@ class EpisodicSFTTrainer(SFTTrainer):
         indices: Sequence[Sequence[int]],
         counted: Sequence[EpisodeRecord] | None = None,
     ) -> Any:
-        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``counted``."""
+        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``counted``.
+
+        Batches that the ranks or their fixed micro-batches do not divide, such as 5 shots, are filled up with an
+        example that has no weight.
+        """
         rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        unit = size if self.config.data.use_dynamic_bsz else size * self.config.data.micro_batch_size_per_gpu
         examples: list[Any] = []
         tasks: list[int] = []
         weights: list[float] = []
         lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
         for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
+            fill = -len(chosen) % unit
+            filled = [*chosen, *[chosen[0]] * fill]
             for other, lengths in enumerate(lengths_of_ranks):
-                lengths += [task_set.tokens([index]) for index in chosen[other::size]]
-            share = task_set.batch(chosen[rank::size])
+                lengths += [task_set.tokens([index]) for index in filled[other::size]]
+            share = task_set.batch(filled[rank::size])
             examples += share
             tasks += [task] * len(share)
-            weights += [1.0 / task_set.response_tokens(chosen)] * len(share)
+            weight = 1.0 / task_set.response_tokens(chosen)
+            weights += [*[weight] * len(chosen), *[0.0] * fill][rank::size]
         if counted is not None:
             lengths = [len(example["input_ids"]) for example in examples]
             width = max(lengths) if self.engine.layout.rows == "padded" else 0
@@ -663,7 +727,8 @@ class EpisodicSFTTrainer(SFTTrainer):
                 # Where every meta-step since the last save was skipped, theta may be past saving, and what is kept of
                 # earlier ones may be the only way back.
                 if self._updates_since_save:
-                    prune(self.run_dir, self._export_names, self.config.trainer.max_ckpt_to_keep)
+                    best = None if log is None or log.best is None else log.best.step
+                    prune(self.run_dir, self._export_names, self.config.trainer.max_ckpt_to_keep, best)
                 if self.config.trainer.default_hdfs_dir:
                     copy_to_hdfs(self.run_dir / STATE.format(step=step), self.config.trainer.default_hdfs_dir)
         self._updates_since_save = 0

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from few_shot_data import write_unseen_tasks
 from safetensors.torch import load_file, save_file
 from script_runner import ROOT, run_script
 from spoilt_inputs import (
@@ -177,6 +178,11 @@ def long_prompt(folder):
     change_turn(folder / QUERY, 11, 0, content="many words " * 500)
 
 
+def long_validation_item(folder):
+    write_unseen_tasks(folder, tasks=("logic",), side="meta_valid")
+    change_turn(folder / "meta_valid/logic_test.parquet", 5, 0, content="many words " * 500)
+
+
 def pictures(folder):
     table = pq.read_table(folder / QUERY)
     pq.write_table(table.append_column("images", pa.array(["x.png"] * len(table))), folder / QUERY)
@@ -257,6 +263,8 @@ LATE = [
     ("reptile", "data.max_token_len_per_gpu=16", ("data.max_token_len_per_gpu",), None),
     ("meta_lora", f"model.path=./{'a' * 256}", ("a" * 256, "File name too long", "another path"), None),
     ("meta_lora", "", (f"{QUERY} row 11", "data.max_length", "data.truncation"), long_prompt),
+    ("meta_lora", "trainer.test_freq=2", ("meta_valid", "role valid", "set trainer.test_freq=-1"), None),
+    ("fomaml", "trainer.test_freq=2", ("logic_test.parquet row 5", "data.max_length"), long_validation_item),
     ("fomaml", "", (f"{QUERY} row 5", "one by one"), merged_turns),
     ("meta_lora", "", (QUERY, "images", "remove"), pictures),
     ("meta_lora", "", (SUPPORT, "add_query.parquet", "other examples"), repeated_in_the_query_set),

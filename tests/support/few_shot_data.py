@@ -132,7 +132,7 @@ def load(config):
 
 def run_cell(model, tasks, task: str, n_shots: int, run: int = 0, seed: int = 1):
     """The outcome of one cell."""
-    from metasft.evaluation.protocol import shot_indices
+    from metasft.data.unseen_tasks import shot_indices
 
     shots = shot_indices(len(tasks[task].pool), n_shots, seed=seed, task=task, run=run)
     return model.adapt_and_test(task, shots, run=run)

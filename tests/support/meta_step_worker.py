@@ -5,20 +5,25 @@
 A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null, "no_waits": false}; the last ends
 the process where a pass of the last step waits for a GPU. For each, rank r writes
 ``OUT/<name>_rank<r>.pt`` with theta before and after, the meta-gradient that reached the optimizer, the episodes of the
-whole meta-batch, the metrics, and the collectives counted during the last step.
+whole meta-batch, the metrics, and the collectives counted during the last step. Where ``trainer.test_freq`` is set, the
+validation tasks are measured behind it, and the names of what that has changed are saved too.
 """
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import io
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from resume_state import same
 from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +64,19 @@ def full(tensor):
 
 def theta_of(trainer):
     return {n: full(p) for n, p in trainer.engine.module.named_parameters() if p.requires_grad}
+
+
+def state_of(trainer):
+    """Everything that a resumed run would go on from, and the gradients."""
+    engine = trainer.engine
+    return {
+        "theta": theta_of(trainer),
+        "gradients": [n for n, p in engine.module.named_parameters() if p.grad is not None],
+        "optimizer": copy.deepcopy(engine.optimizer.state_dict()),
+        "schedule": copy.deepcopy(engine.lr_scheduler.state_dict()),
+        "sampler": copy.deepcopy(trainer.train_dataloader.state_dict()),
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+    }
 
 
 class CollectiveCounter:
@@ -154,6 +172,11 @@ def run_case(case, out):
         with CollectiveCounter() as counter:
             result["metrics"], _ = trainer.train_step(step)
     result.update(captured, theta_after=theta_of(trainer), collectives=counter.calls)
+    if trainer.validation:
+        before = state_of(trainer)
+        result["valid"] = trainer.validate(steps)
+        after = state_of(trainer)
+        result["changed"] = [name for name in before if not same(before[name], after[name])]
     result["passes"] = [
         [trainer._size_in_a_pass(record.episode) for record in records]
         for records in trainer.passes(captured["meta_batch"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-TIMES = ("perf/step_seconds", "perf/peak_memory_gb", "perf/tokens_per_second")
+TIMES = ("perf/step_seconds", "perf/peak_memory_gb", "perf/tokens_per_second", "valid/seconds")
 
 
 def same(a, b) -> bool:

@@ -155,7 +155,7 @@ BOUNDS = [
     ("meta_lora", "trainer.total_training_steps", [0, 10**20], "trainer.total_training_steps"),
     ("meta_lora", "trainer.save_freq", ["often", 0, -5], "at least 1, -1 for only at the end"),
     ("meta_lora", "trainer.seed", [-1, 10**20], "trainer.seed"),
-    ("meta_lora", "trainer.test_freq", [5], "evaluate_few_shot.py"),
+    ("meta_lora", "trainer.test_freq", [0, -5, 2.5, "often", None], "at least 1, -1 for none"),
     ("meta_lora", "trainer.logger", [["pigeon"], 3], "console"),
     ("reptile", "trainer.resume_mode", ["sometimes"], "resume_path"),
     ("reptile", "trainer.resume_from_path", ["nowhere"], "global_step_<N>"),
@@ -168,7 +168,7 @@ BOUNDS = [
     ("meta_lora", "data.apply_chat_template_kwargs", [{"tokenize": True}], "none of which is"),
     ("meta_lora", "data.custom_cls", [{"name": None, "path": "mine.py"}], "no effect"),
     ("meta_lora", "data.train_files", ["x.parquet"], "meta.task_dir"),
-    ("meta_lora", "data.val_files", ["x.parquet"], "evaluate_few_shot.py"),
+    ("meta_lora", "data.val_files", ["x.parquet"], "trainer.test_freq"),
     ("meta_lora", "data.train_batch_size", [16], "meta.meta_batch_size"),
 ]  # fmt: skip
 
@@ -247,6 +247,7 @@ def test_what_is_unusual_but_good_passes(configs):
         "engine.mixed_precision.param_dtype": ["bf16"],
         "engine.mixed_precision": [None, {"param_dtype": "bf16"}],
         "trainer.save_freq": [-1, 1, "after_each_epoch"],
+        "trainer.test_freq": [-1, 1, "after_each_epoch"],
         "trainer.total_training_steps": [None, 1, 10**9],
         "trainer.logger": ["console", [], ["console", "file"]],
         "data.apply_chat_template_kwargs": [{}, {"enable_thinking": False}],

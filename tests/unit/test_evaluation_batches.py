@@ -13,10 +13,10 @@ import torch
 from few_shot_data import base_config, load, random_adapter, without_lora_flags
 from transformers import AutoModelForCausalLM
 
+from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.few_shot_model import CELLS_CPU, Job
 from metasft.evaluation.packed_runner import PackedRunner
 from metasft.evaluation.padded_runner import PaddedRunner
-from metasft.evaluation.protocol import shot_indices
 from metasft.evaluation.row_cache import RowCache, why_not_packed
 from metasft.model.forward_pass import ForwardPass, running
 from metasft.model.packed_attention import PackedSequences, use_packed_attention

@@ -19,10 +19,11 @@ from few_shot_data import (
 
 from metasft.data.embedded_tasks import constant_per_form, majority_baseline
 from metasft.data.in_context import in_context
+from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.evaluate import evaluate, trivial_baseline
 from metasft.evaluation.few_shot_model import Job
 from metasft.evaluation.model_source import candidate_name
-from metasft.evaluation.protocol import SEARCH_GRID, EvaluationConfig, read_search_tasks, read_test_tasks, shot_indices
+from metasft.evaluation.protocol import SEARCH_GRID, EvaluationConfig, read_search_tasks, read_test_tasks
 from metasft.evaluation.search import candidates, choose, read_losses, read_search, search
 
 

@@ -138,8 +138,8 @@ def test_the_newest_states_and_their_exports_are_kept(tmp_path):
         make_state(tmp_path, step)
         (tmp_path / f"step_{step}").mkdir()
         (tmp_path / f"run_checkpoint_step_{step}.pt").write_text("")
-    for keep, left in ((None, {2, 4, 6}), (0, {2, 4, 6}), (2, {4, 6}), (1, {6})):
-        prune(tmp_path, exports, keep)
+    for keep, best, left in ((None, 2, {2, 4, 6}), (0, None, {2, 4, 6}), (1, 2, {2, 6}), (1, 6, {6}), (1, None, {6})):
+        prune(tmp_path, exports, keep, best)
         for name in ("global_step_{step}", *exports):
             assert {step for step in (2, 4, 6) if (tmp_path / name.format(step=step)).exists()} == left
 
@@ -171,6 +171,15 @@ def test_a_resumed_run_compares_its_losses_with_those_at_its_start_and_warns_onc
     assert [(one.metric, one.step, one.factor) for one in found] == [(metric, 20, 9.0)]
     assert MetricsLog(path, 25).divergence.found == found
     assert MetricsLog(path, 15).divergence.found == []  # gone back to a state before
+
+
+def test_the_best_measured_meta_step_is_known_after_a_resume(tmp_path):
+    path, losses = tmp_path / "metrics.jsonl", {2: 3.0, 4: float("nan"), 6: 1.0, 8: 2.0}
+    for step in range(1, 9):  # as if it were resumed behind every meta-step
+        MetricsLog(path, step - 1).append(measured(step, **({"valid/loss": losses[step]} if step in losses else {})))
+    assert MetricsLog(path, 8).best == (6, 1.0)
+    assert MetricsLog(path, 5).best == (2, 3.0)  # gone back to a state before
+    assert MetricsLog(path, 1).best is None
 
 
 def test_a_long_run_does_not_keep_its_metrics_in_memory(tmp_path):
