@@ -37,7 +37,8 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_the_better_half_goes_on(tmp_path, trained, capsys):
-    (suite,) = read_suites([str(write_suite(tmp_path, {name: META_LORA for name in LOSSES}))])
+    arms = {a: {**META_LORA, "overrides": {"meta.inner_lr": n + 0.5}} for n, a in enumerate(LOSSES)}
+    (suite,) = read_suites([str(write_suite(tmp_path, arms))])
     scale = read_scale(str(write_scale(tmp_path, model=model_folder(tmp_path / "model"))))
     entries = sweep.halve(suite, scale, tmp_path / "out", [10, 20, 40], 1)
     kept = {steps: [e["arm"] for e in entries if e["meta_steps"] == steps] for steps in (10, 20, 40)}
