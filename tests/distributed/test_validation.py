@@ -149,7 +149,7 @@ def expected(reference, theta, settings):
     return {shots: sum(values) / len(values) for shots, values in losses.items()}
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, references):
     worst = 0.0
     for method, settings, ranks in outcomes(world):
@@ -167,7 +167,7 @@ def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, refere
     print(f"\n{world} processes: {len(outcomes(world))} layouts, largest relative error {worst:.1e}")
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_nothing_is_changed(world, outcomes):
     """Theta, gradients, optimizer, schedule, the position in every stream, random states; with dropout, too."""
     for method, settings, ranks in outcomes(world):

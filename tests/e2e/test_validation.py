@@ -63,7 +63,9 @@ def summary(folder):
     return json.loads((folder / "run_summary.json").read_text())
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize(
+    "method", ["meta_lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fomaml", "reptile"))]
+)
 def test_a_run_that_measures_trains_the_same_weights(method, train):
     without, _ = train(method, "without")
     measuring, finished = train(method, "measuring", trainer__test_freq=2)
@@ -83,6 +85,7 @@ def test_a_run_that_measures_trains_the_same_weights(method, train):
     assert said + str(measuring / export) + "\n" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_best_of_its_earlier_part_which_is_kept(train):
     # A rate that rises and is too high soon: the first measurement is the best.
     rising = {"optim__lr": 3, "optim__lr_warmup_steps": 30}
@@ -112,11 +115,13 @@ def test_losses_are_those_that_the_evaluation_measures(train, data_dir, tmp_path
         assert metrics(folder)[-1][f"valid/loss_{shots}_shots"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_with_dropout_the_same_theta_has_the_same_loss(train):
     folder, _ = train("meta_lora", "run", trainer__test_freq=1, meta__update_shared="false")
     assert len({record["valid/loss"] for record in metrics(folder)}) == 1
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_recorded_and_never_the_best(train):
     folder, finished = train("reptile", "run", trainer__test_freq=1, meta__inner_lr=1e4, trainer__save_freq=-1)
     records = metrics(folder)
