@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from metasft.model.forward_pass import current
-from metasft.model.inner_loop import make_inner_optimizer, upload
+from metasft.model.inner_loop import RatedSteps, Rates, make_inner_optimizer, upload
 
 REMEDY = "set meta.task_batching=false to adapt one task at a time"
 
@@ -325,7 +325,7 @@ class TaskBatchedLoRA:
     # ---- life of an adaptation --------------------------------------------------------------------------------------
 
     @contextmanager
-    def adapting(self, num_tasks: int) -> Iterator[TaskBatchedLoRA]:
+    def adapting(self, num_tasks: int, rates: Rates | None = None) -> Iterator[TaskBatchedLoRA]:
         """Give ``num_tasks`` tasks a copy of theta each, and let the model compute with the copies.
 
         On leaving, the gradients since the last step (the query gradients), summed over the tasks, are in ``.grad`` of
@@ -333,10 +333,15 @@ class TaskBatchedLoRA:
 
         Args:
             num_tasks: T.
+            rates: in place of the one rate, in the order of :attr:`parameters`; the same for all tasks.
         """
         assert num_tasks > 0 and not self.active, (num_tasks, self.num_tasks)
         self._allocate(num_tasks, self._dtype)
-        self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self._lr)
+        self._optimizer: torch.optim.Optimizer | RatedSteps
+        if rates is None:
+            self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self._lr)
+        else:
+            self._optimizer = RatedSteps(self._views(), self._optimizer_name, rates)
         self.num_tasks = num_tasks
         try:
             for layer in self._layers:
@@ -380,6 +385,16 @@ class TaskBatchedLoRA:
         self._refresh()
         widths = [w for layer in self._layers for w in (*layer.a.shape, layer.b.shape[0])]
         self._strategy = choose_strategy(device, dtype, widths)
+
+    def _views(self) -> list[torch.nn.Parameter]:
+        """The stacks of all tasks, A and B of every layer, as parameters that share the flat buffers."""
+        views = []
+        for layer in self._layers:
+            stack = layer.stack
+            for theta, gradient in ((stack.theta_a, stack.grad_a), (stack.theta_b, stack.grad_b)):
+                views.append(torch.nn.Parameter(theta))
+                views[-1].grad = gradient
+        return views
 
     def _refresh(self) -> None:
         """Bring the copy that the products read up to date, where they are not computed in fp32."""
@@ -432,6 +447,15 @@ class TaskBatchedLoRA:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         parts = ((layer.stack.grad_a.sum(dim=0), layer.stack.grad_b.sum(dim=0).t()) for layer in self._layers)
         return [part for pair in parts for part in pair]
+
+    @torch.no_grad()
+    def rate_gradients(self) -> torch.Tensor:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        assert isinstance(self._optimizer, RatedSteps), "there are no rates"
+        # A product over the stacks of all tasks, before anything is added up: of each task's own gradient and steps.
+        gradients = [part for layer in self._layers for part in (layer.stack.grad_a, layer.stack.grad_b)]
+        theta = [part for layer in self._layers for part in (layer.a, layer.b.t())]
+        return self._optimizer.rate_gradients(gradients, theta)
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:

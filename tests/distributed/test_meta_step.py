@@ -43,6 +43,7 @@ WORLDS = {
     2: ["group=1", "group=2"],
     4: ["group=1", "group=2", "group=4"],
 }
+RATES = ["meta.inner_lr_meta_lr=0.2"]  # at the second meta-step every tensor has a rate of its own
 VARIANTS = {
     "packed": [],
     "padded": ["model.use_remove_padding=false"],
@@ -63,6 +64,31 @@ VARIANTS = {
         "model.enable_gradient_checkpointing=true",
     ],
     "episode_shots": ["meta.episode_shots=[2,5]"],  # fewer than an inner batch, and more
+    "rates": [*RATES, "meta.learned_inner_lr=per_tensor"],
+    "rates_adamw": [*RATES, "meta.learned_inner_lr=per_tensor", "meta.inner_optimizer=adamw"],
+    "rates_per_step": [*RATES, "meta.learned_inner_lr=per_tensor_per_step"],
+    "rates_per_step_padded": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.trajectory_weight=null",  # of no account to the rates, and neither is the sum
+        "meta.aggregation=sum",
+        "meta.inner_clip_grad=0.1",
+        "model.enable_gradient_checkpointing=true",
+        "model.use_remove_padding=false",
+    ],
+    "rates_per_step_adamw": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.inner_optimizer=adamw",
+        "model.enable_gradient_checkpointing=true",
+    ],
+    "one_at_a_time_rates_per_step": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.task_batching=false",
+        "meta.task_batch_limit=null",
+    ],
+    "limited_rates": [*RATES, "meta.learned_inner_lr=per_tensor", "meta.task_batch_limit=3"],
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
     # META-LORA runs the variants above with all tasks of a rank in one pass; these are its other ways.
     "automatic": ["meta.task_batch_limit=null"],
@@ -85,7 +111,7 @@ LEFT_FOR_SLOW = {
     1: ("-checkpointed", "-offloaded", "-no_gain"),
     2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain", "group1-trajectory"),
     4: (
-        "-trajectory",
+        *("-trajectory", "-rates_per_step"),
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
         *("reptile-group1-packed", "reptile-group4-checkpointed_padded"),
@@ -104,7 +130,7 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
     for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
         for group in (int(g.split("=")[1]) for g in WORLDS[world]):
             # All variants on one process; the two most different ones on several, where groups of 2 of 4 need one.
-            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory")
+            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory", "rates_per_step")
             if (world, group) == (4, 2):
                 variants = ("checkpointed_padded",)
             if group == world > 1:
@@ -114,7 +140,7 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
                     continue  # there is no frozen base to share
                 if method == "reptile" and variant not in ("packed", "adamw", "checkpointed_padded", *RESHARDING):
                     continue  # its inner loop is the one that the other two run in every variant
-                lr = 0.01 if variant == "adamw" else LR[method]
+                lr = 0.01 if variant.endswith("adamw") else LR[method]
                 cases.append(
                     {
                         "name": f"{method}-group{group}-{variant}",
@@ -231,14 +257,20 @@ def load(out, case, rank=0):
     return torch.load(out / f"{case['name']}_rank{rank}.pt", weights_only=False)
 
 
+def optimizer_of(case):
+    return "adamw" if case["variant"].endswith("adamw") else "sgd"
+
+
 def expected(reference, case, result):
     """What the equations give for the last meta-step of ``case``: the meta-gradient, or Reptile's mean difference."""
     theta, episodes = result["theta_before"], result["episodes"]
-    optimizer = "adamw" if case["variant"] == "adamw" else "sgd"
+    optimizer = optimizer_of(case)
     if case["method"] == "reptile":
         return reference.mean_difference(theta, episodes, case["lr"], optimizer)
-    aggregation = "sum" if case["variant"] == "sum" else "mean"
-    more = {}
+    aggregation = "sum" if "meta.aggregation=sum" in case["overrides"] else "mean"
+    more = {"rates": result.get("rates")}
+    if case["variant"] == "rates_per_step_padded":
+        more |= {"trajectory": 2 / 3, "clip": 0.1}
     if "trajectory" in case["variant"]:
         padded = case["variant"] == "trajectory_padded"
         more = {"trajectory": 0.5} if padded else {"trajectory": 2 / 3, "clip": 0.1}
@@ -270,6 +302,31 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         # result is that step itself.
         tolerance = 1e-3 if name.startswith("reptile") and name.endswith("adamw") else TOLERANCE
         assert error < tolerance, (name, f"{error:.1e}")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "every layout"])
+def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outcomes, references):
+    cases, out, path = outcomes(world, whole=whole)
+    errors = {}
+    for case in cases.values():
+        if "rates" not in case["variant"]:
+            continue
+        results = [load(out, case, rank) for rank in range(world)]
+        result = results[0]
+        rates = result["rates"]
+        assert len({tuple(rate.tolist()) for rate in rates.values()}) > 1, "the rates are all the same"
+        assert {len(rate) for rate in rates.values()} == {2 if "per_step" in case["variant"] else 1}
+        reference = references(path, case["method"] == "meta_lora")
+        clip = 0.1 if case["variant"] == "rates_per_step_padded" else None
+        gradient = reference.rate_gradient(result["theta_before"], result["episodes"], rates, optimizer_of(case), clip)
+        errors[case["name"]] = relative_error(result["rate_gradient"], gradient)
+        for other in results[1:]:
+            assert all(torch.equal(other["rates_after"][name], rate) for name, rate in result["rates_after"].items())
+    worst = max(errors, key=errors.get)
+    print(f"\n{world} processes: {len(errors)} layouts, largest error of the rates {errors[worst]:.1e} ({worst})")
+    for name, error in errors.items():
+        assert error < TOLERANCE, (name, f"{error:.1e}")
 
 
 def test_untied_model_with_biases_over_two_processes(outcomes, references, task_dir):

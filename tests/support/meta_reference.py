@@ -73,8 +73,12 @@ class Reference:
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
-    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None):
-        """theta_i after one inner step per batch. ``clip``: largest norm of a step's gradient."""
+    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None):
+        """theta_i after one inner step per batch.
+
+        ``clip``: largest norm of a step's gradient; ``rates``: name -> a rate, or one for every step, in the place of
+        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step.
+        """
         adapted = dict(theta)
         first = {n: torch.zeros_like(t) for n, t in theta.items()}
         second = {n: torch.zeros_like(t) for n, t in theta.items()}
@@ -82,6 +86,7 @@ class Reference:
             gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
             norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
             scale = 1.0 if clip is None else min(1.0, clip / float(norm))
+            updates = {}
             for name, g in gradients.items():
                 g = g * scale
                 if optimizer == "sgd":
@@ -90,19 +95,45 @@ class Reference:
                     first[name] = 0.9 * first[name] + 0.1 * g
                     second[name] = 0.999 * second[name] + 0.001 * g * g
                     update = (first[name] / (1 - 0.9**k)) / ((second[name] / (1 - 0.999**k)).sqrt() + 1e-8)
-                adapted[name] = adapted[name] - lr * update
+                rate = lr if rates is None else float(rates[name][k - 1 if len(rates[name]) > 1 else 0])
+                adapted[name] = adapted[name] - rate * update
+                updates[name] = update
+            if taken is not None:
+                taken.append(updates)
         return adapted
 
-    def first_order_gradient(self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None):
+    def rate_gradient(self, theta, episodes, rates, optimizer="sgd", clip=None):
+        """Name -> derivatives of the mean query loss by the logarithms of ``rates``, to first order.
+
+        Autograd's, through theta_i,K = theta - sum_k exp(a_k) u_k with constant u_k.
+        """
+        total = {n: torch.zeros_like(r) for n, r in rates.items()}
+        for task, support_batches, query_batch in episodes:
+            taken = []
+            self.adapt(theta, task, support_batches, None, optimizer, clip, rates, taken)
+            logarithms = {n: r.log().requires_grad_(True) for n, r in rates.items()}
+            adapted = {}
+            for name, start in theta.items():
+                steps = logarithms[name].exp().expand(len(taken))
+                adapted[name] = start - sum(rate * u[name] for rate, u in zip(steps, taken, strict=True))
+            loss = response_loss(self.model, adapted, self.examples(task, "query", query_batch))
+            gradients = torch.autograd.grad(loss, list(logarithms.values()), materialize_grads=True)
+            for name, g in zip(logarithms, gradients, strict=True):
+                total[name] += g / len(episodes)
+        return total
+
+    def first_order_gradient(
+        self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None, rates=None
+    ):
         """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
         for task, support_batches, query_batch in episodes:
             for k in range(len(support_batches) if trajectory else 0):
-                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip)
+                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip, rates)
                 gradients, _ = self.gradient(at_k, self.examples(task, "support", support_batches[k]))
                 for name, g in gradients.items():
                     total[name] += trajectory / len(support_batches) * g
-            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip)
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip, rates)
             gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
             for name, g in gradients.items():
                 total[name] += (1 - trajectory) * g

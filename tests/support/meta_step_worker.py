@@ -5,7 +5,8 @@
 A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null, "no_waits": false}; the last ends
 the process where a pass of the last step waits for a GPU. For each, rank r writes
 ``OUT/<name>_rank<r>.pt`` with theta before and after, the meta-gradient that reached the optimizer, the episodes of the
-whole meta-batch, the metrics, and the collectives counted during the last step.
+whole meta-batch, the metrics, the collectives counted during the last step; and learned inner rates before and after
+it, with the gradient of their logarithms.
 """
 
 import contextlib
@@ -59,6 +60,13 @@ def full(tensor):
 
 def theta_of(trainer):
     return {n: full(p) for n, p in trainer.engine.module.named_parameters() if p.requires_grad}
+
+
+def rates_of(trainer):
+    """Name of each trained parameter -> its learned inner rates."""
+    names = {id(p): n for n, p in trainer.engine.module.named_parameters()}
+    order = [names[id(p)] for p in trainer.inner_loop.parameters]
+    return dict(zip(order, trainer.inner_rates.values.clone(), strict=True))
 
 
 class CollectiveCounter:
@@ -137,6 +145,17 @@ def run_case(case, out):
         batch = original_draw()
         captured["episodes"] = [(e.task, e.support_batches, e.query_batch) for e in batch]
         return batch
+
+    if trainer.inner_rates is not None:
+        original_rates_step = trainer.inner_rates.step
+
+        def rates_step(gradient, lr):
+            captured["rates"] = rates_of(trainer)
+            captured["rate_gradient"] = dict(zip(captured["rates"], gradient.clone(), strict=True))
+            original_rates_step(gradient, lr)
+            captured["rates_after"] = rates_of(trainer)
+
+        trainer.inner_rates.step = rates_step
 
     def meta_step(batch):
         captured["meta_batch"] = batch
