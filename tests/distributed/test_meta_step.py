@@ -108,7 +108,7 @@ VARIANTS = {
 }
 RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
-    1: ("-checkpointed", "-offloaded", "-no_gain"),
+    1: ("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_per_step_adamw"),
     2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain", "group1-trajectory"),
     4: (
         *("-trajectory", "-rates_per_step"),
@@ -220,6 +220,9 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                         "overrides": [*case["overrides"], "meta.reptile_update=pseudo_gradient"],
                     }
                 )
+                case = next(c for c in cases if c["name"] == "meta_lora-group1-rates_per_step")
+                frozen = [*case["overrides"], "meta.update_shared=false"]
+                cases.append({**case, "name": "frozen", "method": "frozen", "variant": "frozen", "overrides": frozen})
                 case = next(c for c in cases if c["name"] == "meta_lora-group1-packed")
                 cases.append(
                     {
@@ -304,8 +307,9 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         assert error < tolerance, (name, f"{error:.1e}")
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "every layout"])
+@pytest.mark.parametrize(
+    ("world", "whole"), [(1, False), (2, False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in WORLDS)]
+)
 def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outcomes, references):
     cases, out, path = outcomes(world, whole=whole)
     errors = {}
@@ -327,6 +331,15 @@ def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outco
     print(f"\n{world} processes: {len(errors)} layouts, largest error of the rates {errors[worst]:.1e} ({worst})")
     for name, error in errors.items():
         assert error < TOLERANCE, (name, f"{error:.1e}")
+
+
+def test_rates_are_left_alone_where_theta_is(outcomes):
+    cases, out, _ = outcomes(1)
+    result = load(out, cases["frozen"])
+    assert "rates_after" not in result and "gradient" not in result
+    metrics = result["metrics"]
+    for name in ("mean", "least", "largest"):
+        assert metrics[f"inner/rate_{name}"] == pytest.approx(cases["frozen"]["lr"], rel=1e-6)
 
 
 def test_untied_model_with_biases_over_two_processes(outcomes, references, task_dir):

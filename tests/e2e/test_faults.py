@@ -344,13 +344,14 @@ def test_a_number_that_is_not_finite_costs_its_meta_step_alone(name, what, inner
     assert "meta-step 2: " in warning and words in warning and "(1 of at most 10)" in warning
     states = {step: read_state(run.folder, step) for step in (1, 2, 3)}
     for file in states[1]:
-        if file.startswith(("model", "optim")):
+        if file.startswith(("model", "optim", "inner_rates")):
             unmoved = {k: states[s][file] for k, s in (("before", 1), ("after", 2))}
-            if file.startswith("model"):
-                assert same(unmoved["before"], unmoved["after"]), "theta is left as it was"
+            if file.startswith(("model", "inner_rates")):
+                assert same(unmoved["before"], unmoved["after"]), "theta and learned rates are left as they were"
                 assert not same(states[2][file], states[3][file]), "and goes on to move"
             elif unmoved["before"]["state"]:
                 assert same(unmoved["before"]["state"], unmoved["after"]["state"])
+    assert ("inner_rates.pt" in states[1]) is (name in ("meta_lora_2", "fomaml_2"))
     assert [record["meta/skipped_steps"] for record in metrics(run.folder)] == [0, 1, 1]
     last = metrics(run.folder)[-1]
     assert all(value == value for value in last.values()), "nothing of it is left in the meta-step behind"
