@@ -15,6 +15,10 @@ within the margin; as JSON and as a table (metasft/reporting/statistics.py says 
 
 draws accuracy and loss against the update steps of the adaptation, from the <model type>_speed.json files.
 
+    python compare_methods.py --rates checkpoints/meta_lora/adapter_step_3000
+
+draws the inner rates that a training with meta.learned_inner_lr has learned, layer by layer and step by step.
+
     python compare_methods.py --report results/experiments/cpu
 
 writes the comparison report of what run_experiments.py ran, as one folder of Markdown, HTML, JSON and plots.

@@ -6,7 +6,9 @@ First-order variant of Finn et al. 2017, arXiv 1703.03400 (section 5.2). Per met
     outer loop    g = aggregate_i  d/dtheta L(theta_i,K; Q_i);  veRL's optimizer steps theta along g
 
 The inner loop's support gradients, which are computed anyway, take a share w of g with `meta.trajectory_weight=w`;
-`meta.episode_shots=N` has an episode learn from N examples, as at test time.
+`meta.episode_shots=N` has an episode learn from N examples, as at test time. With `meta.learned_inner_lr` every trained
+tensor has an inner rate of its own, learned as well (Meta-SGD, arXiv 1707.09835; for every inner step MAML++, arXiv
+1810.09502).
 
 Launch (any number of processes; the ranks of a task group share one model, sharded by FSDP2):
 

@@ -6,8 +6,10 @@ MeTA-LoRA, arXiv 2510.11598. Per meta-step, for every task i of the meta-batch:
     stage 2    g = aggregate_i  d/dtheta L(theta_i; Q_i);  veRL's optimizer steps theta along g
 
 The inner loop's support gradients, which stage 1 computes anyway, take a share w of g with `meta.trajectory_weight=w`;
-`meta.episode_shots=N` has an episode learn from N examples, as at test time. With `meta.order=2` the derivative is taken
-with respect to theta itself, through the inner steps (MAML, arXiv 1703.03400), not at theta_i.
+`meta.episode_shots=N` has an episode learn from N examples, as at test time. With `meta.learned_inner_lr` every trained
+tensor has an inner rate of its own, learned as well (Meta-SGD, arXiv 1707.09835; for every inner step MAML++, arXiv
+1810.09502). With `meta.order=2` the derivative is taken with respect to theta itself, through the inner steps (MAML,
+arXiv 1703.03400), not at theta_i.
 
 Launch (any number of processes; settings in the YAML, overrides on the command line):
 

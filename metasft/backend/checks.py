@@ -45,8 +45,12 @@ def _unreadable_model(path: str, error: BaseException) -> str:
     return f"model.path={path} cannot be loaded ({why_not_loaded(error)}); mend the folder, or use another model"
 
 
-def check_optimizer(optimizer_config: Any) -> None:
+def check_optimizer(optimizer_config: Any, device: Any = None) -> None:
     """Take a step with the optimizer, which veRL would look up only after loading the model.
+
+    Args:
+        optimizer_config: the group ``optim``.
+        device: of what it will step; None = the run's.
 
     Raises:
         ValueError: there is none, or it cannot be built from the settings or step as the trainers do.
@@ -55,7 +59,7 @@ def check_optimizer(optimizer_config: Any) -> None:
 
     module, name = optimizer_config.optimizer_impl, optimizer_config.optimizer
     others = optimizer_config.override_optimizer_config
-    parameter = torch.nn.Parameter(torch.zeros(2, 2, device=get_device_id()))
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, device=get_device_id() if device is None else device))
     parameter.grad = torch.ones_like(parameter)
     try:
         getattr(importlib.import_module(module), name)  # veRL's own words list the whole module

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,18 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
 
         # veRL passes all parameters; the frozen base has no business in an optimizer.
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
+
+    def optimizer_of_rates(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimizer of the class and settings of theta's, without weight decay; its user sets the rate."""
+        from verl.workers.config.optimizer import build_optimizer
+
+        settings = {**(self.optimizer_config.override_optimizer_config or {}), "weight_decay": 0.0}
+        return build_optimizer(parameters, replace(self.optimizer_config, override_optimizer_config=settings))
+
+    @property
+    def schedule_share(self) -> float:
+        """The current learning rate of theta over ``optim.lr``."""
+        return self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """theta: the parameters that inner and outer steps change, in a fixed order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +28,10 @@ FORMAT_VERSION = 1
 ADAPTATION_FILE = "adaptation.json"
 TEMPLATE_FILE = "chat_template.jinja"
 """Of a tokenizer, as transformers calls it."""
+RATES_FILE = "inner_rates.safetensors"
+"""Learned inner rates in an adapter folder."""
+MODEL_RATES_FILE = "inner_rates/rates.safetensors"
+"""Those in a model folder, out of the way of what reads all weights of one."""
 LARGEST_ALPHA = 1e6
 """Of an adapter from a file; what trainers take has no use beyond hundreds, and far larger ones overflow."""
 # Peft would warn of the base model's name, which differs where the folder lies elsewhere: whether it fits is checked.
@@ -47,6 +51,7 @@ class AdapterCheckpoint:
             of the chat template.
         step: meta-steps done (None when unknown).
         chat_template: that it was trained with (None when unknown: the base model's own).
+        inner_rates: learned inner rates, name -> fp32 [S], of every tensor; None without them.
     """
 
     tensors: Mapping[str, Any]
@@ -55,6 +60,7 @@ class AdapterCheckpoint:
     adaptation: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     chat_template: str | None = None
+    inner_rates: Mapping[str, Any] | None = None
 
 
 def plain_adapter_config(config: Any) -> dict[str, Any]:
@@ -97,6 +103,7 @@ def save_meta_lora(
     tensors: Mapping[str, Any],
     method: str = "meta_lora",
     chat_template: str | None = None,
+    inner_rates: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``<method>_checkpoint_step_<N>.pt`` and the PEFT folder ``adapter_step_<N>/`` under ``folder``.
 
@@ -109,11 +116,13 @@ def save_meta_lora(
         tensors: full (unsharded) LoRA tensors by PEFT state-dict name, as ``peft.get_peft_model_state_dict`` gives.
         method: which meta-learner wrote it; names the file.
         chat_template: that the run rendered its examples with; ``chat_template.jinja`` of the folder.
+        inner_rates: learned, fp32 [S] for every name of ``tensors``; ``inner_rates.safetensors`` of the folder.
 
     Returns:
         The path of the ``.pt`` file.
     """
     import torch
+    from safetensors.torch import save_file
 
     config = peft_model.peft_config["default"]
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -129,6 +138,7 @@ def save_meta_lora(
                 "adaptation": dict(adaptation),
                 "lora": on_cpu,
                 **({} if chat_template is None else {"chat_template": chat_template}),
+                **({} if inner_rates is None else {"inner_rates": dict(inner_rates)}),
             },
             temporary,
         )
@@ -143,9 +153,16 @@ def save_meta_lora(
             config.base_model_name_or_path = config_base
         if chat_template is not None:
             (temporary / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+        if inner_rates is not None:
+            save_file(dict(inner_rates), temporary / RATES_FILE)
         write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
         write_sums(temporary)
     return pt_path
+
+
+def export_name(name: str) -> str:
+    """The name in an export of a trained tensor of a model (``lora_A.default.weight`` -> ``lora_A.weight``)."""
+    return re.sub(r"\.(lora_[A-Za-z_]+)\.default\.weight$", r".\1.weight", name)
 
 
 def _with_adapter_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +171,13 @@ def _with_adapter_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_hf_model(
-    folder: Path, state_dict: Mapping[str, Any], config: Any, tokenizer: Any, adaptation: Mapping[str, Any], step: int
+    folder: Path,
+    state_dict: Mapping[str, Any],
+    config: Any,
+    tokenizer: Any,
+    adaptation: Mapping[str, Any],
+    step: int,
+    inner_rates: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``step_<N>/``: a plain Hugging Face model folder that ``from_pretrained`` loads.
 
@@ -165,8 +188,10 @@ def save_hf_model(
         tokenizer: saved beside the weights, with its chat template.
         adaptation: inner-loop settings of the run and ``chat_template_kwargs``, saved as ``adaptation.json``.
         step: N, meta-steps done.
+        inner_rates: learned, name inside the model -> fp32 [S]; ``inner_rates/rates.safetensors``.
     """
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     target = folder / f"step_{step}"
@@ -185,6 +210,9 @@ def save_hf_model(
     with replacing_folder(target) as temporary:
         skeleton.save_pretrained(temporary, state_dict=tensors)
         tokenizer.save_pretrained(temporary)
+        if inner_rates is not None:
+            (temporary / MODEL_RATES_FILE).parent.mkdir()
+            save_file(dict(inner_rates), temporary / MODEL_RATES_FILE)
         write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
         write_sums(temporary)
     return target
@@ -220,6 +248,7 @@ def load_meta_lora(path: Path) -> AdapterCheckpoint:
         adaptation=content.get("adaptation"),
         step=content.get("step"),
         chat_template=content.get("chat_template"),
+        inner_rates=content.get("inner_rates"),
     )
 
 
@@ -240,7 +269,41 @@ def checked_adapter(path: Path, **values: Any) -> AdapterCheckpoint:
     _check(_Export, values, path)
     if (name := first_not_finite(tensors)) is not None:
         raise ValueError(f"{path} has numbers that are not finite in {printable(name)}; export the adapter again")
+    if values.get("inner_rates") is not None:
+        check_rates(path, values["inner_rates"], tensors, values["adaptation"])
     return AdapterCheckpoint(**values)
+
+
+def check_rates(path: Path, rates: Any, tensors: Collection[str], adaptation: Mapping[str, Any]) -> None:
+    """Check learned inner rates out of a file.
+
+    Args:
+        path: of the file, for the message.
+        rates: what it holds.
+        tensors: names of those that are adapted.
+        adaptation: the inner-loop settings that were recorded beside it.
+
+    Raises:
+        ValueError: they are not one or K positive rates for each of ``tensors``, or nothing says of which optimizer.
+    """
+    import torch
+
+    if not isinstance(rates, dict) or rates.keys() != set(tensors):
+        raise ValueError(f"{path}: the learned inner rates are not those of the adapted tensors; export it again")
+    shape = None
+    for name, rate in rates.items():
+        if not isinstance(rate, torch.Tensor) or rate.dtype != torch.float32 or rate.ndim != 1 or not len(rate):
+            raise ValueError(
+                f"{path}: the learned inner rates of {printable(name)} are no list in fp32; export it again"
+            )
+        shape = shape or rate.shape
+        if rate.shape != shape or not (rate.isfinite() & (rate > 0)).all():
+            raise ValueError(
+                f"{path}: the learned inner rates of {printable(name)} are not {shape[0]} finite numbers above 0; "
+                "export it again"
+            )
+    if adaptation.get("inner_lr") is None or adaptation.get("inner_optimizer") is None:
+        raise ValueError(f"{path}: nothing says which optimizer the learned inner rates belong to; export it again")
 
 
 Alpha = Annotated[float, Field(gt=0, le=LARGEST_ALPHA)]
@@ -338,6 +401,7 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
     except Exception as error:  # the reader has an exception of its own, and the bytes may lead it into any other
         raise ValueError(f"{weights_path} cannot be read ({reason(error)}); export the adapter again") from error
     check_sums(path)
+    rates = path / RATES_FILE
     return checked_adapter(
         path,
         tensors=tensors,
@@ -346,7 +410,18 @@ def load_adapter_folder(path: Path) -> AdapterCheckpoint:
         adaptation=adaptation,
         step=step,
         chat_template=template,
+        inner_rates=read_rates(rates) if rates.is_file() else None,
     )
+
+
+def read_rates(path: Path) -> dict[str, Any]:
+    """Learned inner rates as they are in the file, for :func:`check_rates`; ValueError where it cannot be read."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # as of the adapter's own file
+        raise ValueError(f"{path} cannot be read ({reason(error)}); export it again") from error
 
 
 def attach_adapter(base_model: Any, checkpoint: AdapterCheckpoint) -> Any:

@@ -177,6 +177,13 @@ class Chosen(Record):
     at_steps_edge: bool
 
 
+class ScaledRates(Record):
+    """Learned inner rates: a candidate of their optimizer is a factor of them, relative to the rate they started at."""
+
+    optimizer: Literal["sgd", "adamw"]
+    start: Annotated[float, Field(gt=0, lt=1e300)]
+
+
 class SearchSettings(Record):
     adaptation_steps: Count
     adaptation_batch_size: Count
@@ -185,6 +192,7 @@ class SearchSettings(Record):
     n_test: dict[Line, Count]
     grid: list[Line]
     steps: Annotated[list[Count], Field(min_length=1)]
+    learned_rates: ScaledRates | None = None
 
 
 class SearchFile(Record):

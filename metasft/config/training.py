@@ -81,6 +81,19 @@ class MetaConfig(Schema):
     second_order_steps: int | None = key(
         "with order 2: through the last so many inner steps; null = all", None, ge=1, methods=("meta_lora",)
     )
+    learned_inner_lr: Literal["none", "per_tensor", "per_tensor_per_step"] = key(
+        "inner learning rates that meta-training learns, started at inner_lr: of each trained tensor, or of each at "
+        "every inner step",
+        "none",
+        methods=("meta_lora", "fomaml"),
+    )
+    inner_lr_meta_lr: float | None = key(
+        "learning rate of the logarithms of learned inner rates, for example 0.01",
+        None,
+        gt=0,
+        le=LARGEST_RATE,
+        methods=("meta_lora", "fomaml"),
+    )
     aggregation: Literal["mean", "sum"] = key("how tasks combine", "mean", methods=("meta_lora", "fomaml"))
     update_shared: bool = key("false = tasks adapt, the shared parameters are never updated", True)
     task_group_size: int | None = key(
@@ -161,12 +174,20 @@ class MetaConfig(Schema):
                 "batch or meta.query_samples, or use more examples"
             )
         if self.num_inner_steps == 0:
-            for name, off in (("episode_shots", None), ("trajectory_weight", 0.0)):
+            for name, off in (("episode_shots", None), ("trajectory_weight", 0.0), ("learned_inner_lr", "none")):
                 if (value := getattr(self, name)) != off:
                     raise ValueError(
                         f"meta.{name}={_written(value)} has no effect with meta.num_inner_steps=0; remove one of them"
                     )
         self._check_order()
+        if (self.learned_inner_lr == "none") != (self.inner_lr_meta_lr is None):
+            raise ValueError(
+                f"meta.inner_lr_meta_lr={self.inner_lr_meta_lr} has no effect with meta.learned_inner_lr=none; remove "
+                "it, or set meta.learned_inner_lr=per_tensor"
+                if self.learned_inner_lr == "none"
+                else f"meta.inner_lr_meta_lr is not set, which meta.learned_inner_lr={self.learned_inner_lr} needs; "
+                "give a learning rate of the logarithms of the rates, for example 0.01"
+            )
         least, most = self.shots_of_an_episode
         if least > most or most > self.set_sizes()[0]:
             raise ValueError(
@@ -227,6 +248,11 @@ class MetaConfig(Schema):
         """The sizes that the batches of inner steps can have: fewer than ``inner_batch_size`` with fewer shots."""
         least, most = (min(shots or self.inner_batch_size, self.inner_batch_size) for shots in self.shots_of_an_episode)
         return range(least, most + 1)
+
+    @property
+    def inner_rate_columns(self) -> int:
+        """Learned rates of a tensor: K, or 1 where they are the same for every inner step; 0 without them."""
+        return {"none": 0, "per_tensor": 1, "per_tensor_per_step": self.num_inner_steps}[self.learned_inner_lr]
 
     def trajectory_share(self, progress: float) -> float:
         """w of the support gradients.

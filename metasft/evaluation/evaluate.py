@@ -71,15 +71,16 @@ def _evaluate(
     from metasft.evaluation.open_model import open_model
     from metasft.evaluation.search import read_search
 
-    searched = None if config.adaptation_settings is None else read_search(Path(config.adaptation_settings), config)
-    opened = open_model(config, source)
+    opened, searched = open_model(config, source), None
+    if config.adaptation_settings is not None:
+        searched = read_search(Path(config.adaptation_settings), config, opened.learned)
     by_name = {task.name: task for task in tasks}
     largest = plan_cells(list(by_name), [config.largest_n], config.n_runs)  # the shots of smaller N are among its
     prompts = check_before_loading(config, opened, tasks, needed_shots(config, largest, by_name))
     settings = _settings(config, tasks, source, opened, prompts)
     loaded = _LoadedOnce(config, opened)
     if search_tasks:
-        searched = read_search(_search(config, settings, search_tasks, loaded), config)
+        searched = read_search(_search(config, settings, search_tasks, loaded), config, opened.learned)
     adaptations, settings["search"] = searched or (dict.fromkeys(config.adapted_shots, opened.adaptation), None)
     # Without shots nothing is adapted: one more cell of the first group.
     adaptations = {0: next(iter(adaptations.values()), opened.adaptation), **adaptations}
@@ -212,7 +213,7 @@ def _search(
     from metasft.evaluation.search import choose, search, search_settings, write_search
 
     path = config.output_dir / f"{config.model_type}_search.json"
-    own = search_settings(config, settings, tasks)
+    own = search_settings(config, settings, tasks, loaded.opened.learned)
     if config.overwrite:
         path.unlink(missing_ok=True)
     losses = search(loaded.get, tasks, own, path)
@@ -296,13 +297,14 @@ def _adaptation_settings(
 ) -> dict[str, Any]:
     """Optimizer, rate and steps; null, and by shot count beside it, where they differ between shot counts."""
     used = {n: adaptations[n] for n in sorted(n_shots) if n} or {0: adaptations[0]}
-    optimizers, rates, steps, origins = (set(values) for values in zip(*used.values(), strict=True))
+    optimizers, rates, steps, origins, factors = (set(values) for values in zip(*used.values(), strict=True))
     by_shots = {str(n): candidate_name(one) for n, one in used.items()}
     return {
         "adaptation_steps": 0 if config.shots_in_prompt else steps.pop() if len(steps) == 1 else None,
         "adaptation_optimizer": optimizers.pop() if len(optimizers) == 1 else None,
         "adaptation_lr": rates.pop() if len(rates) == 1 else None,
-        "adaptation_origin": origins.pop(),
+        "adaptation_origin": " or ".join(sorted(origins)),
+        **({} if factors == {None} else {"adaptation_factor": factors.pop() if len(factors) == 1 else None}),
         **({"adaptation_by_shots": by_shots} if len(set(used.values())) > 1 else {}),
     }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metasft.checkpoint.exports import attach_adapter
+from metasft.checkpoint.exports import attach_adapter, export_name
 from metasft.data.episodes import ShuffledStream
 from metasft.data.in_context import in_context
 from metasft.data.task_sets import TokenizedSet
@@ -25,7 +25,7 @@ from metasft.evaluation.packed_runner import Example, PackedRunner, Tested, Test
 from metasft.evaluation.padded_runner import PaddedRunner
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.evaluation.row_cache import why_not_packed
-from metasft.model.inner_loop import InnerLoop
+from metasft.model.inner_loop import InnerLoop, Rates
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class FewShotModel:
         self.model = model.to(self.device).eval()
         self._dropout = _has_dropout(self.model)
         self._dtype, self._all_parameters, self._unpacked = dtype, all_parameters, unpacked
+        self._learned = opened.learned
         self.use(opened.adaptation)
         self.trained_parameters = sum(parameter.numel() for parameter in self._adapter.parameters)
         if self.one_at_a_time_because is not None and not all_parameters:
@@ -147,6 +148,12 @@ class FewShotModel:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self._adapter = InnerLoop(trained, **settings)
         self.one_at_a_time_because: str | None = reason
+        self._rates: Rates | None = None
+        if adaptation.factor is not None:
+            assert self._learned is not None and adaptation.optimizer == self._learned.optimizer, adaptation
+            names = {id(parameter): export_name(name) for name, parameter in self.model.named_parameters()}
+            tensors = [names[id(parameter)] for parameter in self._adapter.parameters]
+            self._rates = self._learned.for_tensors(tensors, adaptation.factor)
 
     @property
     def cells_per_batch(self) -> int:
@@ -262,7 +269,7 @@ class FewShotModel:
         in_prompt = self._config.shots_in_prompt
         # In the prompt, shots leave the parameters as they are: one slot serves all.
         slots = [0] * len(jobs) if in_prompt else list(range(len(jobs)))
-        with self._adapter.adapting(slots[-1] + 1) as adaptation, random_state:
+        with self._adapter.adapting(slots[-1] + 1, self._rates) as adaptation, random_state:
             torch.manual_seed(config.seed + jobs[0].run)  # for dropout, with which jobs come one at a time
             for stop in test_after:
                 started = time.perf_counter()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.checkpoint.exports import ADAPTATION_FILE, check_recorded
+from metasft.checkpoint.exports import ADAPTATION_FILE, MODEL_RATES_FILE, check_recorded
 from metasft.evaluation.protocol import (
     DEFAULT_LR_ALL,
     DEFAULT_LR_LORA,
@@ -182,6 +182,7 @@ def _hash_weights(place: Path) -> str:
             "model_world_size_*.pt",
             "config.json",
             "adapter_config.json",
+            MODEL_RATES_FILE,
         )
         files = sorted(file for pattern in patterns for file in place.glob(pattern))
     total = hashlib.sha256()
@@ -191,21 +192,32 @@ def _hash_weights(place: Path) -> str:
 
 
 class Adaptation(NamedTuple):
-    """How parameters are adapted: ``steps`` of ``optimizer`` at learning rate ``lr``, and where that comes from."""
+    """How parameters are adapted: ``steps`` of ``optimizer`` at learning rate ``lr``, and where that comes from.
+
+    With a ``factor`` the checkpoint's learned rates times that factor take the place of ``lr``, which is the rate they
+    started at times the factor.
+    """
 
     optimizer: str
     lr: float
     steps: int
     origin: str
+    factor: float | None = None
 
 
 def candidate_name(adaptation: Adaptation) -> str:
     """As in the files of a search and in settings: ``adamw 0.001, 10 steps``."""
-    return f"{adaptation.optimizer} {adaptation.lr:g}, {adaptation.steps} steps"
+    factor = "" if adaptation.factor is None else f" (learned rates x {adaptation.factor:g})"
+    return f"{adaptation.optimizer} {adaptation.lr:g}{factor}, {adaptation.steps} steps"
 
 
-def resolve_adaptation(config: EvaluationConfig, recorded: Mapping[str, Any], *, lora: bool) -> Adaptation:
+def resolve_adaptation(
+    config: EvaluationConfig, recorded: Mapping[str, Any], *, lora: bool, learned: bool = False
+) -> Adaptation:
     """Flags over what the checkpoint records (``inner_optimizer``, ``inner_lr``) over the defaults.
+
+    Args:
+        learned: whether the checkpoint has learned rates, which take the place of ``inner_lr``.
 
     Raises:
         ValueError: another optimizer than the recorded or default one, without its learning rate.
@@ -216,12 +228,15 @@ def resolve_adaptation(config: EvaluationConfig, recorded: Mapping[str, Any], *,
         optimizer, lr, origin = DEFAULT_OPTIMIZER, DEFAULT_LR_LORA if lora else DEFAULT_LR_ALL, "default"
     wanted = config.adaptation_optimizer or optimizer
     if config.adaptation_lr is not None:
-        return Adaptation(wanted, config.adaptation_lr, config.adaptation_steps, "flags")
+        instead = ", not the learned rates" if learned else ""
+        return Adaptation(wanted, config.adaptation_lr, config.adaptation_steps, f"flags{instead}")
     if wanted != optimizer and not config.search_adaptation:  # a search finds the rate
         raise ValueError(
             f"--adaptation-optimizer is {wanted}, but the learning rate {lr:g} ({origin}) belongs to {optimizer}: give "
             "--adaptation-lr too"
         )
+    if learned:
+        return Adaptation(optimizer, lr, config.adaptation_steps, f"{origin}, learned rates", 1.0)
     return Adaptation(optimizer, lr, config.adaptation_steps, origin)
 
 

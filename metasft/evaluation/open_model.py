@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from metasft.checkpoint.exports import (
+    MODEL_RATES_FILE,
     TEMPLATE_FILE,
     AdapterCheckpoint,
+    check_rates,
     checked_adapter,
     first_not_finite,
     load_adapter_folder,
     load_meta_lora,
+    read_rates,
 )
 from metasft.checkpoint.model_folder import check_chat_template, why_not_loaded
 from metasft.checkpoint.tensors import read_tensors
@@ -32,10 +35,39 @@ from metasft.evaluation.model_source import (
 )
 from metasft.evaluation.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
 from metasft.files.untrusted import read_json, read_template
+from metasft.model.inner_loop import Rates
 
 # Lengths are checked in words of the evaluation, not of a training's configuration. Turns are tokenised one by one, as
 # in training, whether or not that is how the template renders them together: prompts have to agree with that.
 UNLIMITED = {"pad_mode": "no_padding", "truncation": "error", "max_length": 2**31, "ignore_input_ids_mismatch": True}
+
+
+@dataclass(frozen=True)
+class LearnedRates:
+    """Inner rates that meta-training learned.
+
+    Attributes:
+        optimizer: that they were learned with.
+        start: the rate that all of them started at.
+        by_name: name of the tensor in the export -> fp32 [1], or [K] of the inner steps.
+    """
+
+    optimizer: str
+    start: float
+    by_name: Mapping[str, torch.Tensor]
+
+    def for_tensors(self, names: Sequence[str], factor: float) -> Rates:
+        """For an adaptation of these tensors.
+
+        Raises:
+            ValueError: they are not those that the rates belong to.
+        """
+        if set(names) != self.by_name.keys():
+            raise ValueError(
+                "--model-path has learned inner rates of other tensors than the model has: export it again, or give "
+                "--adaptation-lr"
+            )
+        return Rates([(self.by_name[name] * factor).tolist() for name in names])
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,7 @@ class OpenedModel:
         device: where it will run.
         chat_template: in place of the tokenizer's own; None: that one.
         chat_template_kwargs: its arguments, as recorded or given.
+        learned: the inner rates that meta-training learned, where an adaptation can use them.
     """
 
     load_from: str
@@ -63,6 +96,7 @@ class OpenedModel:
     device: torch.device
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    learned: LearnedRates | None = None
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -93,7 +127,10 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             base_model=base_model,
             adapter=adapter,
             fresh_lora=None,
-            adaptation=resolve_adaptation(config, adapter.adaptation, lora=True),
+            adaptation=resolve_adaptation(
+                config, adapter.adaptation, lora=True, learned=adapter.inner_rates is not None
+            ),
+            learned=_learned(adapter.adaptation, adapter.inner_rates),
             adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}",
             device=device,
             **_prompts(config, adapter.chat_template, adapter.adaptation),
@@ -111,16 +148,25 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             device=device,
             **_prompts(config, None, recorded),
         )
+    rates_path = Path(source.path) / MODEL_RATES_FILE
+    rates = read_rates(rates_path) if rates_path.is_file() else None
+    if rates is not None:
+        check_rates(rates_path, rates, rates.keys(), recorded)  # whose they are, the model tells
     return OpenedModel(
         load_from=source.path,
         base_model=None,
         adapter=None,
         fresh_lora=None,
-        adaptation=resolve_adaptation(config, recorded, lora=False),
+        adaptation=resolve_adaptation(config, recorded, lora=False, learned=rates is not None),
+        learned=_learned(recorded, rates),
         adapts="all parameters",
         device=device,
         **_prompts(config, None, recorded),
     )
+
+
+def _learned(recorded: Mapping[str, Any], rates: Mapping[str, torch.Tensor] | None) -> LearnedRates | None:
+    return None if rates is None else LearnedRates(recorded["inner_optimizer"], float(recorded["inner_lr"]), rates)
 
 
 def _prompts(config: EvaluationConfig, template: str | None, recorded: Mapping[str, Any]) -> dict[str, Any]:

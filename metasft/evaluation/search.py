@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metasft.config.result_files import read_search_file
 from metasft.data.unseen_tasks import shot_indices
@@ -16,6 +16,9 @@ from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.files.atomic import write_json
 from metasft.files.untrusted import sha256_of
 
+if TYPE_CHECKING:
+    from metasft.evaluation.open_model import LearnedRates
+
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, dict[str, dict[str, float | None]]]
@@ -23,12 +26,16 @@ Losses = dict[str, dict[str, dict[str, float | None]]]
 
 
 def search_settings(
-    config: EvaluationConfig, evaluation: Mapping[str, Any], tasks: Sequence[TestTask]
+    config: EvaluationConfig,
+    evaluation: Mapping[str, Any],
+    tasks: Sequence[TestTask],
+    learned: LearnedRates | None = None,
 ) -> dict[str, Any]:
     """What a search depends on; a finished search with the same settings is used again.
 
     Args:
         evaluation: the settings of the evaluation.
+        learned: the checkpoint's, which the candidates of their optimizer scale.
     """
     shared = (
         "model_type", "weights_sha256", "base_model", "adapts", "adaptation_batch_size", "seed", "max_length",
@@ -44,6 +51,7 @@ def search_settings(
         "data_sha256": {file.name: sha256_of(file) for t in tasks for file in (t.pool_path, t.test_path)},
         "grid": list(config.search_grid),
         "steps": sorted(config.search_steps) or [config.adaptation_steps],
+        **({} if learned is None else {"learned_rates": {"optimizer": learned.optimizer, "start": learned.start}}),
     }
 
 
@@ -63,8 +71,18 @@ def read_losses(path: Path, settings: Mapping[str, Any]) -> Losses:
 
 def candidates(settings: Mapping[str, Any]) -> list[Adaptation]:
     """Every optimizer and rate of the grid with every number of steps."""
-    grid = (entry.split(":") for entry in settings["grid"])
-    return [Adaptation(optimizer, float(lr), n, "search") for optimizer, lr in grid for n in settings["steps"]]
+    grid = [(optimizer, float(lr)) for optimizer, lr in (entry.split(":") for entry in settings["grid"])]
+    return [
+        Adaptation(optimizer, lr, n, "search", _factor(settings, optimizer, lr))
+        for optimizer, lr in grid
+        for n in settings["steps"]
+    ]
+
+
+def _factor(settings: Mapping[str, Any], optimizer: str, lr: float) -> float | None:
+    """What learned rates are multiplied with: the candidate's rate over the one they started at; None without them."""
+    learned = settings.get("learned_rates")
+    return lr / learned["start"] if learned is not None and learned["optimizer"] == optimizer else None
 
 
 def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], path: Path) -> Losses:
@@ -155,15 +173,26 @@ def write_search(path: Path, settings: Mapping[str, Any], losses: Losses, choice
     write_json(path, {"settings": settings, "losses": losses, "mean": mean, "choice": choice})
 
 
-def read_search(path: Path, config: EvaluationConfig) -> tuple[dict[int, Adaptation], dict[str, Any]]:
+def read_search(
+    path: Path, config: EvaluationConfig, learned: LearnedRates | None = None
+) -> tuple[dict[int, Adaptation], dict[str, Any]]:
     """What a search chose: shot count -> adaptation, and its summary for the settings of an evaluation.
 
+    Args:
+        learned: as of :func:`search_settings`.
+
     Raises:
-        ValueError: the file cannot be read, has no choice for a shot count of ``config``, or is of another number of
-            update steps or batch size.
+        ValueError: the file cannot be read, has no choice for a shot count of ``config``, is of another number of
+            update steps or batch size, or of learned rates that the checkpoint does not have.
     """
     found = read_search_file(path)
     settings, choice = found["settings"], found["choice"]
+    scaled = settings.get("learned_rates")
+    if scaled is not None and (learned is None or scaled != {"optimizer": learned.optimizer, "start": learned.start}):
+        raise ValueError(
+            f"--adaptation-settings {path} has chosen factors of learned inner rates, {scaled['optimizer']} from "
+            f"{scaled['start']:g}, which --model-path {config.model_path} does not have: search again"
+        )
     for key in ("adaptation_steps", "adaptation_batch_size"):
         if settings[key] != getattr(config, key):
             flag = key.replace("_", "-")
@@ -178,7 +207,11 @@ def read_search(path: Path, config: EvaluationConfig) -> tuple[dict[int, Adaptat
         )
     origin = f"search on {settings['searched_on']}"
     chosen = {n: choice[str(n)] for n in config.adapted_shots}
-    adaptations = {n: Adaptation(c["optimizer"], c["lr"], c["steps"], origin) for n, c in chosen.items()}
+    adaptations = {}
+    for n, c in chosen.items():
+        factor = _factor(settings, c["optimizer"], c["lr"])
+        used = "" if learned is None else ", learned rates" if factor is not None else ", not the learned rates"
+        adaptations[n] = Adaptation(c["optimizer"], c["lr"], c["steps"], origin + used, factor)
     summary = {
         **{key: settings[key] for key in ("searched_on", "tasks", "n_test")},
         "trials_per_shot_count": len(settings["grid"]) * len(settings["steps"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, Self, TypedDict
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -36,8 +36,11 @@ def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([norm.to(torch.float32) for norm in norms]).norm()
 
 
-def make_inner_optimizer(parameters: Sequence[torch.nn.Parameter], name: str, lr: float) -> torch.optim.Optimizer:
+def make_inner_optimizer(parameters: Iterable[Any], name: str, lr: float) -> torch.optim.Optimizer:
     """A fresh inner optimizer. Plain SGD, or AdamW without weight decay (decay would pull towards 0, not theta).
+
+    Args:
+        parameters: or parameter groups, whose own ``lr`` counts.
 
     Raises:
         ValueError: ``name`` is neither ``sgd`` nor ``adamw``.
@@ -57,6 +60,74 @@ class InnerSettings(TypedDict):
     clip_grad: float | None
 
 
+class Rates(NamedTuple):
+    """Inner learning rates of one's own for every adapted tensor (Meta-SGD, Li et al. 2017, arXiv 1707.09835) and,
+    where S > 1, every inner step (MAML++, Antoniou et al. 2019, arXiv 1810.09502).
+
+    Attributes:
+        values: [tensors][S], of the host: to set them never waits for the device. Beyond S steps the last.
+        are_learned: whether :meth:`Adaptation.rate_gradients` is going to be asked for.
+    """
+
+    values: Sequence[Sequence[float]]
+    are_learned: bool = False
+
+
+class RatedSteps:
+    """The inner optimizer with :class:`Rates`: a parameter group per tensor, and what their gradients need.
+
+    To first order, d theta_K / d a_k = theta_k+1 - theta_k for the logarithm a_k of a tensor's rate at step k, so that
+    d L / d a_k = <d L / d theta_K, theta_k+1 - theta_k>. With one rate for all steps (S = 1) the sum of these is taken
+    from theta_K - theta; with S > 1 every step is remembered: S buffers of the size of the adapted tensors.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], name: str, rates: Rates) -> None:
+        assert len(parameters) == len(rates.values), (len(parameters), len(rates.values))
+        groups = ({"params": [p], "lr": row[0]} for p, row in zip(parameters, rates.values, strict=True))
+        self.optimizer = make_inner_optimizer(groups, name, lr=0.0)
+        self._rates, self._done = rates.values, 0
+        self._tensors = [local_tensor(parameter.detach()) for parameter in parameters]
+        steps = len(rates.values[0])
+        self._moves: list[torch.Tensor] = []  # [S, *shape] of each tensor
+        if rates.are_learned and steps > 1:
+            self._moves = [torch.zeros(steps, *t.shape, dtype=t.dtype, device=t.device) for t in self._tensors]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One inner step along ``.grad``."""
+        for group, row in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = row[min(self._done, len(row) - 1)]
+        moves = [move[self._done] for move in self._moves]
+        if moves:
+            torch._foreach_copy_(moves, self._tensors)
+        self.optimizer.step()
+        if moves:
+            torch._foreach_neg_(moves)
+            torch._foreach_add_(moves, self._tensors)
+        self._done += 1
+
+    @torch.no_grad()
+    def rate_gradients(self, gradients: Sequence[torch.Tensor | None], theta: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As :meth:`Adaptation.rate_gradients`.
+
+        Args:
+            gradients: of each tensor, at its current value.
+            theta: what each tensor started from, of a shape that broadcasts to its own.
+        """
+        moves = self._moves or [(t - start)[None] for t, start in zip(self._tensors, theta, strict=True)]
+        return torch.stack(
+            [
+                move.new_zeros(len(move)) if gradient is None else move.flatten(1) @ gradient.flatten().to(move.dtype)
+                for move, gradient in zip(moves, gradients, strict=True)
+            ]
+        ).to(torch.float32)
+
+
+def plain_optimizer(optimizer: torch.optim.Optimizer | RatedSteps) -> torch.optim.Optimizer:
+    """torch's own."""
+    return optimizer.optimizer if isinstance(optimizer, RatedSteps) else optimizer
+
+
 class Adaptation(Protocol):
     """Adapts theta to tasks and puts it back: one task at a time in place (:class:`InnerLoop`), or T at once, each in a
     copy of the LoRA adapter (:class:`~metasft.model.stacked_lora.TaskBatchedLoRA`)."""
@@ -65,9 +136,10 @@ class Adaptation(Protocol):
     def parameters(self) -> list[torch.nn.Parameter]:
         """theta, in the order of the model's parameters."""
 
-    def adapting(self, num_tasks: int) -> AbstractContextManager[Self]:
+    def adapting(self, num_tasks: int, rates: Rates | None = None) -> AbstractContextManager[Self]:
         """Everything that needs theta_i happens inside; afterwards theta is as it was, bit for bit, and ``.grad`` of
-        theta holds the sum over the tasks of the gradients since the last :meth:`step`."""
+        theta holds the sum over the tasks of the gradients since the last :meth:`step`. With ``rates``, in the order of
+        :attr:`parameters`, these take the place of the one rate."""
 
     def step(self) -> None:
         """One inner step of every task along its own gradients; clears them."""
@@ -79,9 +151,11 @@ class Adaptation(Protocol):
         """Sum over the tasks of the gradients since the last step, one tensor (local shard) per parameter; None where
         there is none."""
 
-    # What differentiating through inner steps needs (:mod:`metasft.model.second_order`):
+    def rate_gradients(self) -> torch.Tensor:
+        """Sum over the tasks of the derivatives of the loss whose gradients these are by the logarithm of each rate, to
+        first order; of this rank's shard, fp32 [tensors, S] on its device. After at most S steps at learned rates."""
 
-    lr: float
+    # What differentiating through inner steps needs (:mod:`metasft.model.second_order`):
 
     def tensors(self) -> list[torch.Tensor]:
         """theta_i of all tasks, as they lie in memory."""
@@ -91,6 +165,9 @@ class Adaptation(Protocol):
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put earlier :meth:`tensors` in their place."""
+
+    def step_rates(self) -> list[float]:
+        """The rate of each of :meth:`tensors` in the last step."""
 
     def moment_scale(self) -> list[torch.Tensor] | None:
         """c of the last step, whose direction was c times the first moment; None for sgd."""
@@ -138,11 +215,15 @@ class InnerLoop:
         self._theta: list[torch.Tensor] = []
 
     @contextmanager
-    def adapting(self, num_tasks: int = 1) -> Iterator[InnerLoop]:
+    def adapting(self, num_tasks: int = 1, rates: Rates | None = None) -> Iterator[InnerLoop]:
         """Remember theta, let the caller adapt one task, and restore theta even when the caller raises."""
         assert num_tasks == 1, num_tasks
         self._remember()
-        self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self.lr)
+        self._optimizer: torch.optim.Optimizer | RatedSteps
+        if rates is None:
+            self._optimizer = make_inner_optimizer(self.parameters, self._optimizer_name, self.lr)
+        else:
+            self._optimizer = RatedSteps(self.parameters, self._optimizer_name, rates)
         try:
             yield self
         finally:
@@ -177,6 +258,11 @@ class InnerLoop:
         """As :meth:`Adaptation.gradients`, of one task."""
         return [None if p.grad is None else local_tensor(p.grad) for p in self.parameters]
 
+    def rate_gradients(self) -> torch.Tensor:
+        """As :meth:`Adaptation.rate_gradients`, of one task."""
+        assert isinstance(self._optimizer, RatedSteps), "there are no rates"
+        return self._optimizer.rate_gradients(self.gradients(), self._theta)
+
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:
         """As :meth:`Adaptation.gradient_norms`, [1]."""
@@ -204,9 +290,13 @@ class InnerLoop:
         """As :meth:`Adaptation.load`."""
         torch._foreach_copy_(self.tensors(), list(tensors))
 
+    def step_rates(self) -> list[float]:
+        """As :meth:`Adaptation.step_rates`."""
+        return step_rates(self._optimizer, len(self.parameters))
+
     def moment_scale(self) -> list[torch.Tensor] | None:
         """As :meth:`Adaptation.moment_scale`."""
-        return moment_scale(self._optimizer, self.parameters)
+        return moment_scale(self._optimizer)
 
     @contextmanager
     def leaves(self) -> Iterator[list[torch.Tensor]]:
@@ -218,14 +308,19 @@ BETA_1 = 0.9
 """Of AdamW, torch's default."""
 
 
-def moment_scale(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
-) -> list[torch.Tensor] | None:
+def step_rates(optimizer: torch.optim.Optimizer | RatedSteps, tensors: int) -> list[float]:
+    """The rate of each adapted tensor in the last step."""
+    rates = [group["lr"] for group in plain_optimizer(optimizer).param_groups]
+    return rates * tensors if len(rates) == 1 else rates
+
+
+def moment_scale(optimizer: torch.optim.Optimizer | RatedSteps) -> list[torch.Tensor] | None:
     """c in AdamW's last direction c * m: 1 / ((1 - beta_1^t) (sqrt(v / (1 - beta_2^t)) + eps)); None for sgd."""
+    optimizer = plain_optimizer(optimizer)
     if not isinstance(optimizer, torch.optim.AdamW):
         return None
     scales = []
-    for parameter in parameters:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         state, settings = optimizer.state[parameter], optimizer.defaults
         (beta_1, beta_2), t = settings["betas"], float(state["step"])
         assert beta_1 == BETA_1, beta_1

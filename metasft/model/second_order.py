@@ -10,6 +10,8 @@ Hessian and a vector (Pearlmutter 1994): with u_k the direction of step k and al
         adamw   v_k = (1 - beta_1) mu_k,  mu_k = beta_1 mu_k+1 - alpha c_k lambda_k+1,  c_k: of the first moment in u_k;
                 sqrt(v) + eps in it is held constant: where a gradient is 0 its derivative is not defined
 
+Learned rates, alpha = exp(a) of a tensor: d / d a_k = <lambda_k+1, theta_k+1 - theta_k>, of the steps gone through.
+
 A step's memory is that of one pass with its two backwards, whatever K is; theta_k and c_k of the steps are kept.
 """
 
@@ -30,6 +32,7 @@ HessianVector = Callable[[Any, Tensors], Tensors]
 class _Step(NamedTuple):
     batch: Any
     theta: list[torch.Tensor]
+    rates: list[float]  # of each tensor
     scale: list[torch.Tensor] | None  # c_k
 
 
@@ -49,19 +52,27 @@ class Tape:
         """An inner step along the gradients of ``batch``."""
         theta = [tensor.clone() for tensor in self._adaptation.tensors()]
         self._adaptation.step()
-        self._steps.append(_Step(batch, theta, self._adaptation.moment_scale()))
+        rates, scale = self._adaptation.step_rates(), self._adaptation.moment_scale()
+        self._steps.append(_Step(batch, theta, rates, scale))
 
     @torch.no_grad()
-    def backward(self, hessian_vector: HessianVector) -> None:
+    def backward(self, hessian_vector: HessianVector) -> torch.Tensor:
         """Turn the gradients at theta_K, which are those of the adaptation now, into those at the first theta kept.
 
         The adaptation is left at that theta.
+
+        Returns:
+            The derivatives by the logarithm of each tensor's rate at each step kept, fp32 [tensors, steps].
         """
+        of_rates: list[torch.Tensor] = []
         adaptation = self._adaptation
         gradients = adaptation.task_gradients()
         momentum: list[torch.Tensor] | None = None
-        for batch, theta, scale in reversed(self._steps):
-            vector = torch._foreach_mul(gradients, -adaptation.lr)
+        for batch, theta, rates, scale in reversed(self._steps):
+            moves = torch._foreach_sub(adaptation.tensors(), theta)
+            products = [(move * gradient).sum() for move, gradient in zip(moves, gradients, strict=True)]
+            of_rates.insert(0, torch.stack(products).float())
+            vector = torch._foreach_mul(gradients, [-rate for rate in rates])
             if scale is not None:
                 torch._foreach_mul_(vector, scale)
                 if momentum is not None:
@@ -72,3 +83,4 @@ class Tape:
             with torch.enable_grad():
                 product = hessian_vector(batch, vector)
             torch._foreach_add_(gradients, list(product))
+        return torch.stack(of_rates, dim=1)

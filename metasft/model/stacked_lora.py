@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from metasft.model.forward_pass import current
-from metasft.model.inner_loop import make_inner_optimizer, moment_scale, upload
+from metasft.model.inner_loop import RatedSteps, Rates, make_inner_optimizer, moment_scale, step_rates, upload
 
 REMEDY = "set meta.task_batching=false to adapt one task at a time"
 
@@ -333,7 +333,7 @@ class TaskBatchedLoRA:
     # ---- life of an adaptation --------------------------------------------------------------------------------------
 
     @contextmanager
-    def adapting(self, num_tasks: int) -> Iterator[TaskBatchedLoRA]:
+    def adapting(self, num_tasks: int, rates: Rates | None = None) -> Iterator[TaskBatchedLoRA]:
         """Give ``num_tasks`` tasks a copy of theta each, and let the model compute with the copies.
 
         On leaving, the gradients since the last step (the query gradients), summed over the tasks, are in ``.grad`` of
@@ -341,10 +341,15 @@ class TaskBatchedLoRA:
 
         Args:
             num_tasks: T.
+            rates: in place of the one rate, in the order of :attr:`parameters`; the same for all tasks.
         """
         assert num_tasks > 0 and not self.active, (num_tasks, self.num_tasks)
         self._allocate(num_tasks, self._dtype)
-        self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self.lr)
+        self._optimizer: torch.optim.Optimizer | RatedSteps
+        if rates is None:
+            self._optimizer = make_inner_optimizer([self._theta], self._optimizer_name, self.lr)
+        else:
+            self._optimizer = RatedSteps(self._views(), self._optimizer_name, rates)
         self.num_tasks = num_tasks
         try:
             for layer in self._layers:
@@ -389,6 +394,16 @@ class TaskBatchedLoRA:
         widths = [w for layer in self._layers for w in (*layer.a.shape, layer.b.shape[0])]
         self._strategy = choose_strategy(device, dtype, widths)
 
+    def _views(self) -> list[torch.nn.Parameter]:
+        """:meth:`tensors` as parameters that share the flat buffers."""
+        views = [torch.nn.Parameter(tensor) for tensor in self.tensors()]
+        for view, gradient in zip(views, self._stacked_gradients(), strict=True):
+            view.grad = gradient
+        return views
+
+    def _stacked_gradients(self) -> list[torch.Tensor]:
+        return [part for layer in self._layers for part in (layer.stack.grad_a, layer.stack.grad_b)]
+
     def _refresh(self) -> None:
         """Bring the copy that the products read up to date, where they are not computed in fp32."""
         if self._compute.dtype != torch.float32:
@@ -403,7 +418,7 @@ class TaskBatchedLoRA:
     def task_gradients(self) -> list[torch.Tensor]:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         self._has_gradient = True
-        return [part for layer in self._layers for part in (layer.stack.grad_a, layer.stack.grad_b)]
+        return self._stacked_gradients()
 
     @torch.no_grad()
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -411,11 +426,15 @@ class TaskBatchedLoRA:
         torch._foreach_copy_(self.tensors(), list(tensors))
         self._refresh()
 
+    def step_rates(self) -> list[float]:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        return step_rates(self._optimizer, 2 * len(self._layers))
+
     def moment_scale(self) -> list[torch.Tensor] | None:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
-        scale = moment_scale(self._optimizer, [self._theta])
-        if scale is None:
-            return None
+        scale = moment_scale(self._optimizer)
+        if scale is None or isinstance(self._optimizer, RatedSteps):
+            return scale
         shapes = [tensor.shape for tensor in self.tensors()]
         parts = scale[0].split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -478,6 +497,14 @@ class TaskBatchedLoRA:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         parts = ((layer.stack.grad_a.sum(dim=0), layer.stack.grad_b.sum(dim=0).t()) for layer in self._layers)
         return [part for pair in parts for part in pair]
+
+    @torch.no_grad()
+    def rate_gradients(self) -> torch.Tensor:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        assert isinstance(self._optimizer, RatedSteps), "there are no rates"
+        # A product over the stacks of all tasks, before anything is added up: of each task's own gradient and steps.
+        theta = [part for layer in self._layers for part in (layer.a, layer.b.t())]
+        return self._optimizer.rate_gradients(self._stacked_gradients(), theta)
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor:

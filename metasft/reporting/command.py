@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "task": None,
         "output": Path("results/adaptation_speed.png"),
     },
+    "rates": {"output": Path("results/inner_rates.png")},
     "report": {"output": None, "comparison_figure": Path("results/comparison_meta_lora_vs_fomaml.png")},
 }
 
@@ -43,6 +44,7 @@ def parser(description: str | None = None) -> ArgumentParser:
     way = command.add_mutually_exclusive_group()
     way.add_argument("--paired", nargs=2, metavar=("A", "B"), help="result folders, or label=folder: A minus B")
     way.add_argument("--speed", action="store_true", help="draw the adaptation speed")
+    way.add_argument("--rates", type=Path, metavar="FOLDER", help="draw the learned inner rates of an exported folder")
     way.add_argument("--report", type=Path, metavar="FOLDER", help="report on the folder that run_experiments.py wrote")
     add("--results", nargs="+", metavar="LABEL=PATH", help="result folders or files (default: all in --results-dir)")
     add("--results-dir", type=Path, help="(default: results)")
@@ -64,8 +66,9 @@ def parser(description: str | None = None) -> ArgumentParser:
     add(
         "--output",
         type=Path,
-        help="figure (default: results/comparison_meta_lora_vs_fomaml.png; --speed: results/adaptation_speed.png), or "
-        "JSON file (--paired: results/paired_<A>_<B>.json), or folder (--report: <FOLDER>/report)",
+        help="figure (default: results/comparison_meta_lora_vs_fomaml.png; --speed: results/adaptation_speed.png; "
+        "--rates: results/inner_rates.png), or JSON file (--paired: results/paired_<A>_<B>.json), or folder (--report: "
+        "<FOLDER>/report)",
     )
     add("--table", type=Path, help="Markdown (default: results/comparison.md; --paired: results/paired_<A>_<B>.md)")
     add(
@@ -78,7 +81,7 @@ def parser(description: str | None = None) -> ArgumentParser:
 
 def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(way of use, its flags with their defaults filled in)."""
-    ways = {"paired": options.paired, "speed": options.speed, "report": options.report}
+    ways = {"paired": options.paired, "speed": options.speed, "rates": options.rates, "report": options.report}
     way = next((name for name, asked in ways.items() if asked), "overview")
     given = {k: v for k, v in vars(options).items() if k not in ways and v is not None}
     foreign = [key for key in given if key not in _DEFAULTS[way]]
@@ -171,6 +174,15 @@ def _speed(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}")
 
 
+def _rates(folder: Path, options: argparse.Namespace) -> None:
+    from metasft.reporting import figures
+    from metasft.reporting.exports import RATES_FILES, read_rates
+
+    _check_targets([folder / name for name in RATES_FILES], output=options.output)
+    figures.save(figures.rates(read_rates(folder)), options.output)
+    print(f"wrote {options.output}")
+
+
 def _report(folder: Path, options: argparse.Namespace) -> None:
     from metasft.reporting.report import COMPARISON_FIGURE, write_report
 
@@ -195,6 +207,8 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
             _paired(options.paired, argparse.Namespace(**settings))
         elif way == "speed":
             _speed(argparse.Namespace(**settings))
+        elif way == "rates":
+            _rates(options.rates, argparse.Namespace(**settings))
         elif way == "report":
             _report(options.report, argparse.Namespace(**settings))
         else:

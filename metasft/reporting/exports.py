@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+RATES_FILES = ("inner_rates.safetensors", "inner_rates/rates.safetensors")
+
 
 @dataclass(frozen=True)
 class Export:
@@ -32,6 +34,30 @@ class Export:
     moved: int
     inner_steps: int | None = None
     optimizer_matches: bool | None = None
+
+
+def read_rates(folder: Path) -> dict[str, np.ndarray]:
+    """Learned inner rates beside an exported adapter or model: name of the tensor -> one, or one for every inner step.
+
+    Raises:
+        ValueError: there are none, or they cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    files = [file for name in RATES_FILES if (file := folder / name).is_file()]
+    if not files:
+        raise ValueError(
+            f"--rates is {folder}, which has no {' or '.join(RATES_FILES)}: give an adapter_step_<N> or step_<N>"
+        )
+    try:
+        rates = load_file(files[0])
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{files[0]} cannot be read ({error}): export it again") from error
+    shapes = {rate.shape for rate in rates.values()}
+    if len(shapes) != 1 or len(min(shapes)) != 1 or not all((np.isfinite(r) & (r > 0)).all() for r in rates.values()):
+        raise ValueError(f"{files[0]} holds something else than rates, as many for every tensor: export it again")
+    return rates
 
 
 def read_export(folder: Path) -> Export | None:

@@ -9,6 +9,7 @@ figures and differ in all three, so that no figure needs colour.
 from __future__ import annotations
 
 import functools
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -364,3 +365,46 @@ def _meta_steps(axis: Any, title: str) -> None:
     axis.set_xlabel("Meta-step")
     axis.xaxis.get_major_locator().set_params(integer=True)
     _grid(axis)
+
+
+# ---- learned inner rates --------------------------------------------------------------------------------------------
+
+
+@_literal
+def rates(by_name: Mapping[str, Any]) -> Any:
+    """Learned inner rates, a panel per kind of tensor: layers downwards, inner steps to the right, one scale for all.
+
+    Args:
+        by_name: name of the tensor -> its rates, one or K.
+    """
+    from matplotlib.colors import LogNorm
+
+    kinds: dict[str, dict[int, Any]] = {}
+    for name, values in by_name.items():
+        layer = re.search(r"\.(\d+)\.", name)
+        kind = name[layer.end() :] if layer else name.removeprefix("base_model.model.")
+        kinds.setdefault(kind.removesuffix(".weight"), {})[int(layer[1]) if layer else 0] = values
+    steps = len(next(iter(by_name.values())))
+    least, largest = (choose(choose(values) for values in by_name.values()) for choose in (min, max))
+    norm = LogNorm(least * 0.999, largest * 1.001)  # all of them may be equal
+    columns = min(7, len(kinds))
+    rows = -(-len(kinds) // columns)
+    tallest = max(map(len, kinds.values()))
+    figure, axes = _panels(2.2 * columns + 1.2, (1.1 + 0.09 * tallest) * rows + 0.6, rows, columns)
+    places = [ax for row in axes for ax in row]
+    for ax in places[len(kinds) :]:
+        ax.remove()
+    # The A matrices of all modules, then the B matrices.
+    for ax, kind in zip(places, sorted(kinds, key=lambda kind: kind.rpartition(".")[::-1]), strict=False):
+        layers, order = kinds[kind], sorted(kinds[kind])
+        image = ax.imshow([layers[layer] for layer in order], norm=norm, cmap="viridis", aspect="auto")
+        ax.set_title("\n".join(kind.rsplit(".", 1)), fontsize=8)
+        ax.set_yticks([0, len(order) - 1] if len(order) > 1 else [0], [order[0], order[-1]][: min(len(order), 2)])
+        ax.set_xticks([0, steps - 1] if steps > 1 else [], [1, steps] if steps > 1 else [])
+        ax.tick_params(labelsize=8)
+    figure.supxlabel("inner step" if steps > 1 else "one rate for all inner steps", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    bar = figure.colorbar(image, ax=places[: len(kinds)], label="learned inner rate", format="%.2g")
+    bar.set_ticks(sorted({least * (largest / least) ** (part / 4) for part in range(5)}))
+    bar.minorticks_off()
+    return figure

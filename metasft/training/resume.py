@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from metasft.checkpoint.tensors import read_tensors
 from metasft.files.atomic import PARTIAL, flush, put_in_place, remove, replacing_file, write_json
 from metasft.files.paths import user_path
 from metasft.files.untrusted import is_inside, read_json
@@ -29,6 +30,7 @@ from metasft.training.faults import Divergence, DivergenceWatch, writing
 from metasft.training.validation import Measured, better
 
 LAYOUT_FILE = "layout.json"
+RATES_FILE = "inner_rates.pt"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE = "global_step_{step}"
 SHARDS = ("model", "optim", "extra_state")
@@ -41,6 +43,8 @@ LAYOUT_KEYS = {
     "lora_rank": "model.lora_rank",
     "lora_alpha": "model.lora_alpha",
     "optimizer": "optim.optimizer",
+    "learned_inner_lr": "meta.learned_inner_lr",
+    "inner_rate_columns": "learned rates per tensor (meta.num_inner_steps)",
     "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
     "custom_chat_template": "model.custom_chat_template (SHA-256)",
     "chat_template_kwargs": "data.apply_chat_template_kwargs",
@@ -51,6 +55,8 @@ LAYOUT_KEYS = {
 
 LATER_KEYS = ("lora_alpha", "optimizer", "seed", "custom_chat_template", "chat_template_kwargs", "base_model", "data")
 """Those that states of earlier releases do not hold."""
+_BEFORE = {"learned_inner_lr": "none", "inner_rate_columns": 0}
+"""What states of earlier releases were saved with."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +64,15 @@ logger = logging.getLogger(__name__)
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: Mapping[str, Any]) -> None:
+def save_state(
+    run_dir: Path,
+    step: int,
+    *,
+    engine: Any,
+    sampler: Any,
+    layout: Mapping[str, Any],
+    rates: Mapping[str, Any] | None = None,
+) -> None:
     """Write ``global_step_<step>/`` and let the tracker file point to it; called by every rank.
 
     Args:
@@ -67,6 +81,7 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
         engine: writes model, optimizer, schedule and random states of this rank.
         sampler: its state dict is the position in every stream of examples.
         layout: what :func:`check_layout` and the trainer need again.
+        rates: state of learned inner rates, the same on every rank; None without them.
 
     Raises:
         RunFault: a rank could not write; nothing is left behind.
@@ -83,6 +98,8 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
             # What is kept is decided once the new state is complete, not before it is written.
             engine.save_checkpoint(str(partial), global_step=step, max_ckpt_to_keep=None)
             torch.save(sampler.state_dict(), partial / f"data_{rank}.pt")
+            if rates is not None and rank == 0:
+                torch.save(dict(rates), partial / RATES_FILE)
             for file in partial.rglob("*"):
                 # Each rank flushes its own files (on a network drive nobody else can), rank 0 the rest.
                 if rank == 0 or file.stem.endswith(f"_{rank}"):
@@ -97,6 +114,18 @@ def save_state(run_dir: Path, step: int, *, engine: Any, sampler: Any, layout: M
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_rates(state: Path) -> dict[str, Any]:
+    """The ``rates`` of :func:`save_state`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        return read_tensors(state / RATES_FILE)
+    except ValueError as error:
+        raise ValueError(f"{state / RATES_FILE} cannot be read ({error}); delete {state} to resume earlier") from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -224,6 +253,8 @@ def _damage(folder: Path, run_dir: Path) -> str | None:
     if "files" in written:
         ranks = [(f"_world_size_{size}_rank_{rank}.pt", f"data_{rank}.pt") for rank in range(size)]
         needed = [name for shard, data in ranks for name in (*(part + shard for part in SHARDS), data)]
+        if written.get("inner_rate_columns"):
+            needed.append(RATES_FILE)
         lacking = next((name for name in needed if name not in files), None)
         if lacking is not None:
             return f"its {LAYOUT_FILE} does not list {lacking}"
@@ -257,9 +288,10 @@ def check_layout(folder: Path, layout: Mapping[str, Any]) -> dict[str, Any]:
         )
     saved = read_json(path, "use another state")
     for key, name in LAYOUT_KEYS.items():
-        if saved.get(key, layout[key] if key in LATER_KEYS else None) != layout[key]:
+        found = saved.get(key, layout[key] if key in LATER_KEYS else _BEFORE.get(key))
+        if found != layout[key]:
             raise ValueError(
-                f"{folder} was saved with {name} = {saved.get(key)}, this run has {layout[key]}; resume with the same, "
+                f"{folder} was saved with {name} = {found}, this run has {layout[key]}; resume with the same, "
                 "or give another trainer.default_local_dir"
             )
     return saved

@@ -39,7 +39,7 @@ from metasft.backend.engine import (
 from metasft.backend.layout_proof import check_stacked, choose_layout
 from metasft.backend.sft_trainer import SFTTrainer
 from metasft.backend.tracking import Tracker
-from metasft.checkpoint.exports import first_not_finite, save_hf_model, save_meta_lora
+from metasft.checkpoint.exports import export_name, first_not_finite, save_hf_model, save_meta_lora
 from metasft.checkpoint.model_folder import check_chat_template, check_vocabulary, fingerprint
 from metasft.config.prompts import Prompts, check_arguments, given_arguments
 from metasft.config.result_files import SUMMARY_FILE
@@ -48,15 +48,24 @@ from metasft.data.episodes import Episode, EpisodeSampler
 from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
-from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, local_tensor, total_norm
+from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, Rates, local_tensor, total_norm
 from metasft.model.layouts import Probe
 from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
+from metasft.training.inner_rates import InnerRates
 from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
 from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.training.preemption import Preemption
-from metasft.training.resume import STATE, MetricsLog, check_layout, find_state, prune, save_state
+from metasft.training.resume import (
+    STATE,
+    MetricsLog,
+    check_layout,
+    find_state,
+    prune,
+    read_rates,
+    save_state,
+)
 from metasft.training.run_summary import peaks_of_ranks, write_summary
 from metasft.training.update_rules import MetaGradient
 from metasft.training.validation import LOSS, Measured, fixed_masks, validation_episodes, validation_metrics
@@ -108,8 +117,11 @@ class EpisodicSFTTrainer(SFTTrainer):
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
         self.inner_loop = self._prove_the_passes()
+        self.inner_rates = self._build_inner_rates() if meta.inner_rate_columns else None
         if self._state is not None:
             self.engine.use_configured_optimizer()
+            if self.inner_rates is not None:
+                self.inner_rates.load_state_dict(read_rates(self._state))
         self._last_saved = self.resume_global_step
         self._updates_since_save = 0
 
@@ -119,6 +131,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         with reading_model(self.config.model.path):
             super()._build_config()
         check_optimizer(self.optimizer_config)
+        if self.meta.inner_rate_columns:
+            check_optimizer(self.optimizer_config, "cpu")  # where the rates are
         check_language_model(self.model_config.hf_config, f"model.path={self.config.model.path}")
         if self.lora:
             check_adapter(self.model_config)
@@ -228,6 +242,19 @@ class EpisodicSFTTrainer(SFTTrainer):
                 not_used.append(f"several tasks in a pass: {error}")
         return InnerLoop(self.engine.trained_parameters(), **settings)
 
+    def _build_inner_rates(self) -> InnerRates:
+        names = {id(parameter): name for name, parameter in self.engine.module.named_parameters()}
+        parameters, columns = self.inner_loop.parameters, self.meta.inner_rate_columns
+        if columns > 1 and self.rank == 0:
+            size = sum(local_tensor(p).numel() * p.element_size() for p in parameters)
+            print(
+                f"meta.learned_inner_lr={self.meta.learned_inner_lr}: {columns} buffers of {size / 2**20:.1f} MiB for "
+                "each task of a pass, of what every inner step changed",
+                flush=True,
+            )
+        tensors = [export_name(names[id(parameter)]) for parameter in parameters]
+        return InnerRates(tensors, columns, self.meta.inner_lr, self.engine.optimizer_of_rates)
+
     def _examples_to_prove(self) -> list[Probe]:
         """The longest example of the run between short ones, of two tasks where there are two."""
         sets = [*self.support_sets.values(), *self.query_sets.values()]
@@ -284,6 +311,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             "lora_rank": self.config.model.lora_rank,
             "lora_alpha": self.config.model.lora_alpha if self.lora else None,
             "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
+            "learned_inner_lr": self.meta.learned_inner_lr,
+            "inner_rate_columns": self.meta.inner_rate_columns,
             "seed": self.config.trainer.seed,
             "custom_chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
             "chat_template_kwargs": given_arguments(self.config.data),
@@ -404,11 +433,12 @@ class EpisodicSFTTrainer(SFTTrainer):
         started = time.perf_counter()
         batch = self._draw(step)
         lr = self.engine.lr_scheduler.get_last_lr()[0]
+        rates = {} if self.inner_rates is None else self.inner_rates.metrics()
         with self.engine.train_mode(disable_auto_offload=not self._offloads):
             result = self.meta_step(batch)
         if self.meta.update_shared:
             self.engine.lr_scheduler_step()
-        metrics = step_metrics(result.rows)
+        metrics = {**step_metrics(result.rows), **rates}
         metrics["train/lr"] = lr
         if result.grad_norm is not None:
             metrics["meta/grad_norm"] = result.grad_norm
@@ -514,33 +544,59 @@ class EpisodicSFTTrainer(SFTTrainer):
         theta back. g_i is that gradient, or its weighted mean with those of the inner steps
         (:class:`~metasft.training.update_rules.MetaGradient`). Then one reduction over the task groups, one clip, one
         optimizer step. With task batching the tasks of a pass go through all of it together, each with its own copy of
-        theta.
+        theta. Learned inner rates step after theta, along their own gradient.
         """
         weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
         share = self.meta.trajectory_share((batch.step - 1) / max(1, self.total_training_steps - 1))
         meta_gradient = MetaGradient(
             self.inner_loop.parameters, weight, trajectory=share, num_inner_steps=self.meta.num_inner_steps
         )
+        updates = self.meta.update_shared
+        exact = self.meta.exact_steps
+        learns_rates = self.inner_rates is not None and updates
+        rates = None
+        if self.inner_rates is not None:
+            rates = Rates(self.inner_rates.values.tolist(), are_learned=learns_rates and not exact)
+        rate_gradients: list[torch.Tensor] = []
         passes = self.passes(batch)
         for records in passes:
             if batch.measures_gain:
                 self.measure_before(records)
-            with self.inner_loop.adapting(len(records)):
+            with self.inner_loop.adapting(len(records), rates) as adaptation:
                 tape = self.adapt(records, meta_gradient if share else None)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
                 self.query_backward(records)
                 if tape is not None:
-                    tape.backward(partial(self._hessian_vector, records))
-                for record, norm in zip(records, self.inner_loop.gradient_norms().unbind(), strict=True):
+                    of_steps = tape.backward(partial(self._hessian_vector, records))
+                    if learns_rates:
+                        rate_gradients.append(self._in_columns(of_steps))
+                for record, norm in zip(records, adaptation.gradient_norms().unbind(), strict=True):
                     record.contribution_norm = norm
+                if rates is not None and rates.are_learned:
+                    rate_gradients.append(adaptation.rate_gradients())
             meta_gradient.accumulate()
-        updates = self.meta.update_shared
-        result = self.reduce(batch, passes, meta_gradient.tensors() if updates else [])
+        # Whatever theta's aggregation, a mean.
+        rate_gradient = torch.stack(rate_gradients).sum(0) / self.meta.meta_batch_size if rate_gradients else None
+        result = self.reduce(batch, passes, meta_gradient.tensors() if updates else [], rate_gradient)
         if not updates or result.fault is not None:
             return result
+        if rate_gradient is not None:
+            rate_gradient = rate_gradient.to("cpu")
+            if not rate_gradient.isfinite().all():
+                return replace(result, fault="the gradient of the learned inner rates is not finite")
         meta_gradient.to_grad()
-        return self.optimizer_step(result)
+        result = self.optimizer_step(result)
+        if self.inner_rates is not None and rate_gradient is not None and result.fault is None:
+            assert self.meta.inner_lr_meta_lr is not None
+            self.inner_rates.step(rate_gradient, self.meta.inner_lr_meta_lr * self.engine.schedule_share)
+        return result
+
+    def _in_columns(self, of_steps: torch.Tensor) -> torch.Tensor:
+        """Derivatives by the logarithms of the rates, [tensors, S], from those of the last inner steps' rates."""
+        if self.meta.inner_rate_columns == 1:
+            return of_steps.sum(dim=1, keepdim=True)
+        return torch.nn.functional.pad(of_steps, (self.meta.num_inner_steps - of_steps.shape[1], 0))
 
     def passes(self, batch: MetaBatch) -> list[list[EpisodeRecord]]:
         """Records for the episodes, in the portions that are adapted together: one by one without task batching.
@@ -628,11 +684,16 @@ class EpisodicSFTTrainer(SFTTrainer):
         return run(batch, len(records)).unbind()
 
     def reduce(
-        self, batch: MetaBatch, passes: Sequence[Sequence[EpisodeRecord]], tensors: Sequence[torch.Tensor]
+        self,
+        batch: MetaBatch,
+        passes: Sequence[Sequence[EpisodeRecord]],
+        tensors: Sequence[torch.Tensor],
+        rate_gradient: torch.Tensor | None = None,
     ) -> MetaStepResult:
         """The one communication of a meta-step: sum ``tensors`` over the task groups, with the loss table riding along.
 
-        The table has one row per episode of the whole meta-batch; every group fills its own rows.
+        The table has one row per episode of the whole meta-batch; every group fills its own rows. ``rate_gradient``,
+        where there are learned inner rates, is summed in place, of shards over the ranks of a group too.
 
         Returns:
             With a ``fault``, on every rank, when a loss or gradient of any episode is not finite: nobody gets to update
@@ -650,11 +711,13 @@ class EpisodicSFTTrainer(SFTTrainer):
             rows=self.meta.meta_batch_size,
             stopping=self._preemption.requested,
         )
+        others = [table] if rate_gradient is None else [table, rate_gradient]
         if self.engine.get_data_parallel_size() > 1:
-            dist.all_reduce(table, group=self.engine.get_data_parallel_group())
+            # Adapters, and so the gradient of their rates, are whole on every rank.
+            all_reduce_flat(others[: 1 if self.lora else 2], self.engine.get_data_parallel_group())
             table[:-1, :-COUNTS] /= self.engine.get_data_parallel_size()
         if self.engine.num_task_groups > 1:
-            all_reduce_flat([*tensors, table], self.engine.mesh["task"].get_group())
+            all_reduce_flat([*tensors, *others], self.engine.mesh["task"].get_group())
         rows, is_stopping = from_table(table, batch.tasks, records)
         return MetaStepResult(rows, is_stopping, fault=first_fault(rows))
 
@@ -720,7 +783,8 @@ class EpisodicSFTTrainer(SFTTrainer):
             if log is not None:
                 log.flush()
         layout = {**self._layout(), "skipped_steps": self.skipped_steps}
-        save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout)
+        rates = None if self.inner_rates is None else self.inner_rates.state_dict()
+        save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout, rates=rates)
         self._last_saved = step
         with writing(f"the copy of meta-step {step}", self.run_dir):
             if self.rank == 0:
@@ -739,7 +803,10 @@ class EpisodicSFTTrainer(SFTTrainer):
         every = self.meta.theta_check_freq
         if every and (before_a_save or step % every == 0):
             shards = 1 if self.lora else self.engine.get_data_parallel_size()
-            check_theta(self.inner_loop.parameters, shards, torch.device(get_device_id()), step, self._last_saved)
+            compared: list[torch.Tensor] = [*self.inner_loop.parameters]
+            if self.inner_rates is not None:
+                compared.append(self.inner_rates.logarithms.to(local_tensor(compared[0]).device))
+            check_theta(compared, shards, torch.device(get_device_id()), step, self._last_saved)
 
     @property
     def _export_names(self) -> tuple[str, ...]:
@@ -772,6 +839,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             tensors = get_peft_model_state_dict(self.engine.module, save_embedding_layers=False)
         else:
             tensors = full_state_dict_on_rank_0(self.engine.module)
+        rates = None if self.inner_rates is None else self.inner_rates.by_name()
         with writing(f"the export of meta-step {step}", self.run_dir):
             if self.rank == 0 and self.lora:
                 save_meta_lora(
@@ -783,10 +851,13 @@ class EpisodicSFTTrainer(SFTTrainer):
                     tensors=tensors,
                     method=self.method,
                     chat_template=self._prompts.template,
+                    inner_rates=rates,
                 )
             elif self.rank == 0:
                 processor = self.model_config.get_processor()
-                save_hf_model(self.run_dir, tensors, self.model_config.hf_config, processor, adaptation, step)
+                save_hf_model(
+                    self.run_dir, tensors, self.model_config.hf_config, processor, adaptation, step, inner_rates=rates
+                )
         return self._export_path(step)
 
 

@@ -20,8 +20,10 @@ COMMON = [
     "trainer.logger=[]",
 ]
 META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", ["model.lora_rank=4", "model.lora_alpha=8"])
+RATES = ["meta.learned_inner_lr=per_tensor_per_step", "meta.inner_lr_meta_lr=0.1"]
 CASES = {
     "meta_lora": (*META_LORA[:2], [*META_LORA[2], "meta.task_batch_limit=2"]),
+    "learned_rates": (*META_LORA[:2], [*META_LORA[2], "meta.task_batch_limit=2", *RATES]),
     "one_at_a_time": (
         *META_LORA[:2],
         [
@@ -29,6 +31,7 @@ CASES = {
             "meta.task_batching=false",
             "meta.inner_optimizer=adamw",
             "meta.inner_clip_grad=1.0",
+            *RATES,
             "model.use_remove_padding=false",
             "model.enable_gradient_checkpointing=true",
         ],
@@ -37,6 +40,7 @@ CASES = {
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science", []),
 }
 TABLE = ["_to_copy to cpu", "metrics.py:from_table", "outer"]
+RATE_GRADIENT = ["_to_copy to cpu", "trainer.py:first_order_meta_step", "outer"]
 NORM = ["_local_scalar_dense", "transformer_impl.py:optimizer_step", "outer"]
 
 
@@ -56,10 +60,12 @@ def watched(untied_model, task_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_inner_step_waits_for_the_device(case, watched):
-    """A meta-step waits for its table of losses, and veRL's optimizer step twice for the norm; nothing else does."""
+    """A meta-step waits for its table of losses, with learned rates right after it for their gradient, and veRL's
+    optimizer step twice for the norm; nothing else does."""
     seen = json.loads((watched / f"{case}.json").read_text())
     assert math.isfinite(seen["metrics"]["meta/query_loss_after"])
-    assert seen["waits"] == ([TABLE] if case == "reptile" else [TABLE, NORM, NORM])
+    rates = [RATE_GRADIENT] if RATES[0] in CASES[case][2] else []
+    assert seen["waits"] == ([TABLE] if case == "reptile" else [TABLE, *rates, NORM, NORM])
 
 
 def test_tensors_on_the_host_are_reduced_on_the_device(watched):

@@ -43,6 +43,7 @@ WORLDS = {
     2: ["group=1", "group=2"],
     4: ["group=1", "group=2", "group=4"],
 }
+RATES = ["meta.inner_lr_meta_lr=0.2"]  # at the second meta-step every tensor has a rate of its own
 VARIANTS = {
     "packed": [],
     "padded": ["model.use_remove_padding=false"],
@@ -72,7 +73,39 @@ VARIANTS = {
         "model.enable_gradient_checkpointing=true",
         "data.max_token_len_per_gpu=160",
     ],
+    "exact_rates": [*RATES, "meta.order=2", "meta.learned_inner_lr=per_tensor"],
+    "exact_last_rates_per_step": [
+        *RATES,
+        "meta.order=2",
+        "meta.second_order_steps=1",
+        "meta.learned_inner_lr=per_tensor_per_step",
+    ],
     "one_at_a_time_exact": ["meta.order=2", "meta.task_batching=false", "meta.task_batch_limit=null"],
+    "rates": [*RATES, "meta.learned_inner_lr=per_tensor"],
+    "rates_adamw": [*RATES, "meta.learned_inner_lr=per_tensor", "meta.inner_optimizer=adamw"],
+    "rates_per_step": [*RATES, "meta.learned_inner_lr=per_tensor_per_step"],
+    "rates_per_step_padded": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.trajectory_weight=null",  # of no account to the rates, and neither is the sum
+        "meta.aggregation=sum",
+        "meta.inner_clip_grad=0.1",
+        "model.enable_gradient_checkpointing=true",
+        "model.use_remove_padding=false",
+    ],
+    "rates_per_step_adamw": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.inner_optimizer=adamw",
+        "model.enable_gradient_checkpointing=true",
+    ],
+    "one_at_a_time_rates_per_step": [
+        *RATES,
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.task_batching=false",
+        "meta.task_batch_limit=null",
+    ],
+    "limited_rates": [*RATES, "meta.learned_inner_lr=per_tensor", "meta.task_batch_limit=3"],
     "offloaded": ["engine.param_offload=true", "engine.optimizer_offload=true"],
     # META-LORA runs the variants above with all tasks of a rank in one pass; these are its other ways.
     "automatic": ["meta.task_batch_limit=null"],
@@ -92,10 +125,10 @@ VARIANTS = {
 }
 RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
-    1: ("-checkpointed", "-offloaded", "-no_gain"),
+    1: ("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_per_step_adamw"),
     2: ("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain", "group1-trajectory"),
     4: (
-        *("-trajectory", "-exact"),
+        *("-trajectory", "-exact", "-rates_per_step"),
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
         *("reptile-group1-packed", "reptile-group4-checkpointed_padded"),
@@ -114,7 +147,7 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
     for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
         for group in (int(g.split("=")[1]) for g in WORLDS[world]):
             # All variants on one process; the two most different ones on several, where groups of 2 of 4 need one.
-            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory")
+            variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory", "rates_per_step")
             if world > group == 1:
                 variants = (*variants, "exact")
             if (world, group) == (4, 2):
@@ -206,6 +239,9 @@ def outcomes(tiny_model, untied_model, task_dir, tmp_path_factory):
                         "overrides": [*case["overrides"], "meta.reptile_update=pseudo_gradient"],
                     }
                 )
+                case = next(c for c in cases if c["name"] == "meta_lora-group1-rates_per_step")
+                frozen = [*case["overrides"], "meta.update_shared=false"]
+                cases.append({**case, "name": "frozen", "method": "frozen", "variant": "frozen", "overrides": frozen})
                 case = next(c for c in cases if c["name"] == "meta_lora-group1-packed")
                 cases.append(
                     {
@@ -243,17 +279,28 @@ def load(out, case, rank=0):
     return torch.load(out / f"{case['name']}_rank{rank}.pt", weights_only=False)
 
 
+def optimizer_of(case):
+    return "adamw" if case["variant"].endswith("adamw") else "sgd"
+
+
+def exact_gradients(reference, case, result):
+    steps = 1 if "last" in case["variant"] else None
+    settings = case["lr"], optimizer_of(case), steps, result.get("rates")
+    return reference.exact_gradient(result["theta_before"], result["episodes"], *settings)
+
+
 def expected(reference, case, result):
     """What the equations give for the last meta-step of ``case``: the meta-gradient, or Reptile's mean difference."""
     theta, episodes = result["theta_before"], result["episodes"]
-    optimizer = "adamw" if case["variant"].endswith("adamw") else "sgd"
+    optimizer = optimizer_of(case)
     if case["method"] == "reptile":
         return reference.mean_difference(theta, episodes, case["lr"], optimizer)
     if "exact" in case["variant"]:
-        steps = 1 if "last" in case["variant"] else None
-        return reference.exact_gradient(theta, episodes, case["lr"], optimizer, steps)
-    aggregation = "sum" if case["variant"] == "sum" else "mean"
-    more = {}
+        return exact_gradients(reference, case, result)[0]
+    aggregation = "sum" if "meta.aggregation=sum" in case["overrides"] else "mean"
+    more = {"rates": result.get("rates")}
+    if case["variant"] == "rates_per_step_padded":
+        more |= {"trajectory": 2 / 3, "clip": 0.1}
     if "trajectory" in case["variant"]:
         padded = case["variant"] == "trajectory_padded"
         more = {"trajectory": 0.5} if padded else {"trajectory": 2 / 3, "clip": 0.1}
@@ -287,6 +334,43 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         if name.endswith("exact_adamw"):  # the derivative of that step is 1 / (|g| + 1e-8): rounding, up to 1e8 times
             tolerance = 5e-3  # tests/unit/test_second_order.py compares in fp64
         assert error < tolerance, (name, f"{error:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("world", "whole"), [(1, False), (2, False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in WORLDS)]
+)
+def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outcomes, references):
+    cases, out, path = outcomes(world, whole=whole)
+    errors = {}
+    for case in cases.values():
+        if "rates" not in case["variant"]:
+            continue
+        results = [load(out, case, rank) for rank in range(world)]
+        result = results[0]
+        rates = result["rates"]
+        assert len({tuple(rate.tolist()) for rate in rates.values()}) > 1, "the rates are all the same"
+        assert {len(rate) for rate in rates.values()} == {2 if "per_step" in case["variant"] else 1}
+        reference = references(path, case["method"] == "meta_lora")
+        clip = 0.1 if case["variant"] == "rates_per_step_padded" else None
+        settings = result["theta_before"], result["episodes"], rates, optimizer_of(case), clip
+        exact = "exact" in case["variant"]
+        gradient = exact_gradients(reference, case, result)[1] if exact else reference.rate_gradient(*settings)
+        errors[case["name"]] = relative_error(result["rate_gradient"], gradient)
+        for other in results[1:]:
+            assert all(torch.equal(other["rates_after"][name], rate) for name, rate in result["rates_after"].items())
+    worst = max(errors, key=errors.get)
+    print(f"\n{world} processes: {len(errors)} layouts, largest error of the rates {errors[worst]:.1e} ({worst})")
+    for name, error in errors.items():
+        assert error < TOLERANCE, (name, f"{error:.1e}")
+
+
+def test_rates_are_left_alone_where_theta_is(outcomes):
+    cases, out, _ = outcomes(1)
+    result = load(out, cases["frozen"])
+    assert "rates_after" not in result and "gradient" not in result
+    metrics = result["metrics"]
+    for name in ("mean", "least", "largest"):
+        assert metrics[f"inner/rate_{name}"] == pytest.approx(cases["frozen"]["lr"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -28,13 +28,18 @@ LORA = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.3"]
 META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", LORA)
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", ["meta.inner_lr=0.05", "optim.lr=1e-3"])
 REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.inner_lr=0.05"])
+RATES = "meta.inner_lr_meta_lr=0.1"
 RUNS = {
     # Schedules that depend on the meta-step, moments inside, random masks: everything that a resume could get wrong.
     "meta_lora": (META_LORA, 1, ["optim.lr_scheduler_type=cosine", "meta.adaptation_gain_freq=2"]),
     "meta_lora_dropout": (META_LORA, 1, ["+model.override_config.attention_dropout=0.2"]),
-    "meta_lora_2": (META_LORA, 2, ["meta.inner_optimizer=adamw", "meta.inner_lr=0.01"]),
+    "meta_lora_2": (
+        META_LORA,
+        2,
+        ["meta.inner_optimizer=adamw", "meta.inner_lr=0.01", "meta.learned_inner_lr=per_tensor", RATES],
+    ),
     "fomaml": (FOMAML, 1, ["meta.inner_optimizer=adamw", "meta.inner_lr=1e-3"]),
-    "fomaml_2": (FOMAML, 2, ["optim.lr_scheduler_type=cosine"]),
+    "fomaml_2": (FOMAML, 2, ["optim.lr_scheduler_type=cosine", "meta.learned_inner_lr=per_tensor_per_step", RATES]),
     "reptile": (REPTILE, 1, []),
     "reptile_2": (REPTILE, 2, ["meta.reptile_update=pseudo_gradient", "optim.lr=1e-3"]),
     "reptile_lora_2": (REPTILE, 2, [*LORA, "meta.inner_optimizer=adamw", "meta.inner_lr=0.01"]),
@@ -339,13 +344,14 @@ def test_a_number_that_is_not_finite_costs_its_meta_step_alone(name, what, inner
     assert "meta-step 2: " in warning and words in warning and "(1 of at most 10)" in warning
     states = {step: read_state(run.folder, step) for step in (1, 2, 3)}
     for file in states[1]:
-        if file.startswith(("model", "optim")):
+        if file.startswith(("model", "optim", "inner_rates")):
             unmoved = {k: states[s][file] for k, s in (("before", 1), ("after", 2))}
-            if file.startswith("model"):
-                assert same(unmoved["before"], unmoved["after"]), "theta is left as it was"
+            if file.startswith(("model", "inner_rates")):
+                assert same(unmoved["before"], unmoved["after"]), "theta and learned rates are left as they were"
                 assert not same(states[2][file], states[3][file]), "and goes on to move"
             elif unmoved["before"]["state"]:
                 assert same(unmoved["before"]["state"], unmoved["after"]["state"])
+    assert ("inner_rates.pt" in states[1]) is (name in ("meta_lora_2", "fomaml_2"))
     assert [record["meta/skipped_steps"] for record in metrics(run.folder)] == [0, 1, 1]
     last = metrics(run.folder)[-1]
     assert all(value == value for value in last.values()), "nothing of it is left in the meta-step behind"

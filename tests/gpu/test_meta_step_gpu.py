@@ -17,6 +17,7 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA GPUs, {GPUS} vi
 # kernels sum in other orders; bf16 has 8 bits of mantissa.
 LORA = ("meta_lora_trainer.py", "config_meta_lora_example", 0.3)
 RANK_4 = ["model.lora_rank=4", "model.lora_alpha=8"]
+RATES = ["meta.learned_inner_lr=per_tensor_per_step", "meta.inner_lr_meta_lr=0.2"]
 BF16 = [
     "model.lora_rank=8",
     "model.lora_alpha=16",
@@ -27,8 +28,10 @@ FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", 0.05)
 METHODS = {
     "meta_lora": (*LORA, RANK_4, 1e-4),  # ragged blocks: masked products
     "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
+    "rates": (*LORA, [*RANK_4, *RATES], 1e-4),
     "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM where there is a kernel for it
     "fomaml": (*FOMAML, [], 1e-4),
+    "fomaml_rates": (*FOMAML, RATES, 1e-4),
     "fomaml_bf16": (*FOMAML[:2], 0.02, ["engine.mixed_precision.param_dtype=bf16"], 0.1),  # over fp32 weights
 }
 # Passes of several micro-batches; one rank's shards, or the base under its adapters, on the host between uses.
@@ -95,7 +98,8 @@ def case_of(name, script, config, lr, overrides, model, task_dir):
 
 
 def error_of(case, lr, model, task_dir, folder, *, processes):
-    """The relative error of the meta-gradient that the case's second meta-step hands to the optimizer."""
+    """The relative error of the meta-gradient that the case's second meta-step hands to the optimizer, or of that of
+    learned rates where it is larger."""
     (folder / "cases.json").write_text(json.dumps([case]))
     must_run(ROOT / "tests/support/meta_step_worker.py", folder / "cases.json", folder, processes=processes)
     result = torch.load(folder / f"{case['name']}_rank0.pt", weights_only=False)
@@ -104,5 +108,8 @@ def error_of(case, lr, model, task_dir, folder, *, processes):
         rank = next(int(o.partition("=")[2]) for o in case["overrides"] if o.startswith("model.lora_rank"))
         lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     reference = Reference(model, task_dir, lora)
-    expected = reference.first_order_gradient(result["theta_before"], result["episodes"], lr)
-    return relative_error(result["gradient"], expected)
+    rates, drawn = result.get("rates"), (result["theta_before"], result["episodes"])
+    error = relative_error(result["gradient"], reference.first_order_gradient(*drawn, lr, rates=rates))
+    if rates is None:
+        return error
+    return max(error, relative_error(result["rate_gradient"], reference.rate_gradient(*drawn, rates)))

@@ -104,9 +104,9 @@ def poisoned(cls, what, task, step, inner_step=1, value="nan"):
             self.number = batch.step
             return super().meta_step(batch)
 
-        def adapt(self, records):
+        def adapt(self, records, *trajectory):
             with self.poison("support", records):
-                super().adapt(records)
+                super().adapt(records, *trajectory)
 
         def query_backward(self, records):
             with self.poison("query", records):

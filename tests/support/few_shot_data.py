@@ -82,15 +82,29 @@ def random_adapter(base_model: Path, *, seed: int = 0, rank: int = 4):
     return model
 
 
-def save_random_adapter(folder: Path, base_model: Path, *, seed: int = 0) -> Path:
-    """Export a random adapter as the META-LORA trainer does. Returns the ``.pt`` file; the PEFT folder is beside it."""
+def random_rates(names, columns: int):
+    """Learned inner rates [columns] of every name, all of them different."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 + 0.6 * torch.rand(columns, generator=generator) for name in names}
+
+
+def save_random_adapter(folder: Path, base_model: Path, *, seed: int = 0, rate_columns: int = 0) -> Path:
+    """Export a random adapter as the META-LORA trainer does. Returns the ``.pt`` file; the PEFT folder is beside it.
+
+    ``rate_columns``: learned inner rates of every tensor.
+    """
     from peft import get_peft_model_state_dict
 
     from metasft.checkpoint.exports import save_meta_lora
 
     model = random_adapter(base_model, seed=seed)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return save_meta_lora(folder, 7, model, base_model=str(base_model), adaptation=ADAPTATION, tensors=tensors)
+    rates = random_rates(tensors, rate_columns) if rate_columns else None
+    return save_meta_lora(
+        folder, 7, model, base_model=str(base_model), adaptation=ADAPTATION, tensors=tensors, inner_rates=rates
+    )
 
 
 def base_config(model: Path, data_dir: Path, output_dir: Path, **changes):

@@ -73,8 +73,12 @@ class Reference:
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
-    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None):
-        """theta_i after one inner step per batch. ``clip``: largest norm of a step's gradient."""
+    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None):
+        """theta_i after one inner step per batch.
+
+        ``clip``: largest norm of a step's gradient; ``rates``: name -> a rate, or one for every step, in the place of
+        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step.
+        """
         adapted = dict(theta)
         first = {n: torch.zeros_like(t) for n, t in theta.items()}
         second = {n: torch.zeros_like(t) for n, t in theta.items()}
@@ -82,6 +86,7 @@ class Reference:
             gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
             norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
             scale = 1.0 if clip is None else min(1.0, clip / float(norm))
+            updates = {}
             for name, g in gradients.items():
                 g = g * scale
                 if optimizer == "sgd":
@@ -90,32 +95,64 @@ class Reference:
                     first[name] = 0.9 * first[name] + 0.1 * g
                     second[name] = 0.999 * second[name] + 0.001 * g * g
                     update = (first[name] / (1 - 0.9**k)) / ((second[name] / (1 - 0.999**k)).sqrt() + 1e-8)
-                adapted[name] = adapted[name] - lr * update
+                rate = lr if rates is None else float(rates[name][k - 1 if len(rates[name]) > 1 else 0])
+                adapted[name] = adapted[name] - rate * update
+                updates[name] = update
+            if taken is not None:
+                taken.append(updates)
         return adapted
 
-    def first_order_gradient(self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None):
+    def rate_gradient(self, theta, episodes, rates, optimizer="sgd", clip=None):
+        """Name -> derivatives of the mean query loss by the logarithms of ``rates``, to first order.
+
+        Autograd's, through theta_i,K = theta - sum_k exp(a_k) u_k with constant u_k.
+        """
+        total = {n: torch.zeros_like(r) for n, r in rates.items()}
+        for task, support_batches, query_batch in episodes:
+            taken = []
+            self.adapt(theta, task, support_batches, None, optimizer, clip, rates, taken)
+            logarithms = {n: r.log().requires_grad_(True) for n, r in rates.items()}
+            adapted = {}
+            for name, start in theta.items():
+                steps = logarithms[name].exp().expand(len(taken))
+                adapted[name] = start - sum(rate * u[name] for rate, u in zip(steps, taken, strict=True))
+            loss = response_loss(self.model, adapted, self.examples(task, "query", query_batch))
+            gradients = torch.autograd.grad(loss, list(logarithms.values()), materialize_grads=True)
+            for name, g in zip(logarithms, gradients, strict=True):
+                total[name] += g / len(episodes)
+        return total
+
+    def first_order_gradient(
+        self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None, rates=None
+    ):
         """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
         for task, support_batches, query_batch in episodes:
             for k in range(len(support_batches) if trajectory else 0):
-                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip)
+                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip, rates)
                 gradients, _ = self.gradient(at_k, self.examples(task, "support", support_batches[k]))
                 for name, g in gradients.items():
                     total[name] += trajectory / len(support_batches) * g
-            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip)
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip, rates)
             gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
             for name, g in gradients.items():
                 total[name] += (1 - trajectory) * g
         scale = 1 / len(episodes) if aggregation == "mean" else 1.0
         return {n: t * scale for n, t in total.items()}
 
-    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None):
-        """MAML: the query loss after adaptation, differentiated through the last ``steps`` inner steps (None: all)."""
+    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None, rates=None):
+        """MAML: the query loss after adaptation, differentiated through the last ``steps`` inner steps (None: all).
+
+        Returns:
+            Its gradients by theta and, where ``rates`` [S] by name take the place of ``lr``, by their logarithms.
+        """
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
+        of_rates = None if rates is None else {n: torch.zeros_like(r) for n, r in rates.items()}
         for task, support_batches, query_batch in episodes:
             start = 0 if steps is None else len(support_batches) - steps
             at = {n: t.detach().clone().requires_grad_(True) for n, t in theta.items()}
             leaves, first, second = at, dict.fromkeys(theta, 0.0), dict.fromkeys(theta, 0.0)
+            logarithms = None if rates is None else {n: r.log().requires_grad_(True) for n, r in rates.items()}
             for k, indices in enumerate(support_batches):
                 if k == start:
                     at = leaves = {n: t.detach().clone().requires_grad_(True) for n, t in at.items()}
@@ -129,12 +166,16 @@ class Reference:
                         second[n] = 0.999 * second[n] + 0.001 * (g * g).detach()
                         root = (second[n] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
                         update = first[n] / (1 - 0.9 ** (k + 1)) / root
-                    at = {**at, n: at[n] - lr * update}
+                    rate = lr if logarithms is None else logarithms[n].exp()[min(k, len(rates[n]) - 1)]
+                    at = {**at, n: at[n] - rate * update}
             loss = response_loss(self.model, at, self.examples(task, "query", query_batch))
-            exact = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-            for n, g in zip(leaves, exact, strict=True):
+            wanted = list(leaves.values()) + ([] if rates is None else list(logarithms.values()))
+            exact = torch.autograd.grad(loss, wanted, materialize_grads=True)
+            for n, g in zip(leaves, exact[: len(leaves)], strict=True):
                 total[n] += g / len(episodes)
-        return total
+            for n, g in zip(rates or {}, exact[len(leaves) :], strict=True):
+                of_rates[n] += g / len(episodes)
+        return total, of_rates
 
     def mean_difference(self, theta, episodes, lr, optimizer="sgd"):
         """Reptile's direction: mean over tasks of theta_i - theta."""

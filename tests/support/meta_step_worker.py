@@ -5,8 +5,9 @@
 A case is {"name", "script", "config", "overrides": [...], "steps": 1, "break": null, "no_waits": false}; the last ends
 the process where a pass of the last step waits for a GPU. For each, rank r writes
 ``OUT/<name>_rank<r>.pt`` with theta before and after, the meta-gradient that reached the optimizer, the episodes of the
-whole meta-batch, the metrics, and the collectives counted during the last step. Where ``trainer.test_freq`` is set, the
-validation tasks are measured behind it, and the names of what that has changed are saved too.
+whole meta-batch, the metrics, the collectives counted during the last step, and learned inner rates before and after
+it, with the gradient of their logarithms. Where ``trainer.test_freq`` is set, the validation tasks are measured behind
+it, and the names of what that has changed are saved too.
 """
 
 import contextlib
@@ -77,6 +78,13 @@ def state_of(trainer):
         "sampler": copy.deepcopy(trainer.train_dataloader.state_dict()),
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
     }
+
+
+def rates_of(trainer):
+    """Name of each trained parameter -> its learned inner rates."""
+    names = {id(p): n for n, p in trainer.engine.module.named_parameters()}
+    order = [names[id(p)] for p in trainer.inner_loop.parameters]
+    return dict(zip(order, trainer.inner_rates.values.clone(), strict=True))
 
 
 class CollectiveCounter:
@@ -155,6 +163,17 @@ def run_case(case, out):
         batch = original_draw()
         captured["episodes"] = [(e.task, e.support_batches, e.query_batch) for e in batch]
         return batch
+
+    if trainer.inner_rates is not None:
+        original_rates_step = trainer.inner_rates.step
+
+        def rates_step(gradient, lr):
+            captured["rates"] = rates_of(trainer)
+            captured["rate_gradient"] = dict(zip(captured["rates"], gradient.clone(), strict=True))
+            original_rates_step(gradient, lr)
+            captured["rates_after"] = rates_of(trainer)
+
+        trainer.inner_rates.step = rates_step
 
     def meta_step(batch):
         captured["meta_batch"] = batch

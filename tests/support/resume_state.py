@@ -50,6 +50,8 @@ def read_exports(folder: Path) -> dict:
     for entry in [*folder.glob("adapter_step_*"), *folder.glob("step_*")]:
         (weights,) = entry.glob("*model.safetensors")
         found[entry.name] = load_file(weights)
+        for rates in entry.rglob("*rates.safetensors"):
+            found[entry.name] |= {f"rate of {name}": rate for name, rate in load_file(rates).items()}
         for file in entry.glob("*.json"):
             json.loads(file.read_text())
         assert (entry / "adaptation.json").exists(), entry

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 from experiment_folder import write_cells, write_evaluation, write_experiments
+from safetensors.numpy import save_file
 
 import compare_methods
 from metasft.config.result_files import find_files, find_results, read_settings
+from metasft.reporting import figures
 from metasft.reporting.compare import (
     caveats,
     choose_shots,
@@ -29,6 +32,7 @@ from metasft.reporting.compare import (
     speed_figure,
 )
 from metasft.reporting.evaluations import SPEED_SUFFIX
+from metasft.reporting.exports import read_rates
 
 SHOTS = (0, 5, 10)
 STEPS = (0, 1, 2, 5, 10, 20)
@@ -133,6 +137,28 @@ def test_any_subset_of_methods_works(work, labels):
     assert is_drawn(work / "a" / "plot.pdf")
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_learned_rates_are_drawn_layer_by_layer(steps, work):
+    """A panel per kind of tensor; rates of another file lead to another picture."""
+    kinds, pictures = ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_B", "mlp.up_proj.lora_A"), []
+    for folder, factor in (("adapter_step_4", 1), ("adapter_step_8", 2)):
+        rates = {
+            f"base_model.model.model.layers.{layer}.{kind}.weight": np.full(
+                steps, 0.1 + 0.1 * factor * layer, np.float32
+            )
+            for layer in range(12)
+            for kind in kinds
+        }
+        (work / folder).mkdir()
+        save_file(rates, work / folder / "inner_rates.safetensors")
+        panels = [ax for ax in figures.rates(read_rates(work / folder)).axes if ax.images]
+        assert [ax.get_title().replace("\n", ".") for ax in panels[:3]] == [kinds[2], *kinds[:2]]
+        assert panels[0].images[0].get_array()[11, -1] == pytest.approx(0.1 + 1.1 * factor)
+        assert compare_methods.main(["--rates", folder, "--output", f"{folder}.png"]) == 0
+        pictures.append((work / f"{folder}.png").read_bytes())
+    assert is_drawn(work / "adapter_step_4.png") and pictures[0] != pictures[1]
+
+
 NO_TASK = "--task is 'algebra': choose all or a task of every method: calculus, logic"
 # What the table of bad input (tests/e2e/test_bad_input.py) does not have.
 UNUSABLE = [
@@ -157,6 +183,13 @@ UNUSABLE = [
     (["--paired", "pair/a", "pair/a"], "--paired has two sides named a"),
     (["--paired", "pair/a", "pair/nowhere"], "pair/nowhere is no <model type>_results.json file"),
     (["--paired", "pair/a", "b=pair/a", "--shots", "5"], "--shots has no meaning with --paired"),
+    (
+        ["--rates", "nowhere"],
+        "--rates is nowhere, which has no inner_rates.safetensors or inner_rates/rates.safetensors",
+    ),
+    (["--rates", "odd"], "odd/inner_rates.safetensors holds something else than rates, as many for every tensor"),
+    (["--rates", "odd", "--output", "odd/inner_rates.safetensors"], "which is one of the files compared"),
+    (["--rates", "odd", "--table", "x.md"], "--table has no meaning with --rates"),
     (["--report", "nowhere"], "nowhere holds no experiments.json"),
     (["--report", "old"], "old/experiments.json is not what run_experiments.py writes (format=99"),
     (["--report", "e", "--output", "checkpoints"], "holds no report.json"),
@@ -178,7 +211,9 @@ def test_settings_of_a_speed_curve_have_several_steps(tmp_path):
 def test_unusable_arguments_are_one_line_and_change_no_file(work, capsys):
     write_evaluation(work / "pair" / "a", "base", {("calculus", 0): [[1, 0, 1]]})
     write_experiments(work / "e", items=4)
-    (work / "old").mkdir()
+    for folder in ("old", "odd"):
+        (work / folder).mkdir()
+    save_file({"a": np.ones(2, np.float32), "b": np.zeros(2, np.float32)}, work / "odd" / "inner_rates.safetensors")
     (work / "old" / "experiments.json").write_text('{"format": 99}')
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     for arguments, words in UNUSABLE:

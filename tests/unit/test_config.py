@@ -82,7 +82,8 @@ ANYTHING = {"lora_alpha", "image_key", "video_key", "image_patch_size", "shuffle
 
 @pytest.mark.parametrize("key", [k for k in KEYS if k.split(".")[1] not in ANYTHING and k != "data.seed"])
 def test_every_key_is_checked(key, configs):
-    method = "meta_lora" if key in ("meta.aggregation", "meta.trajectory_weight") else "reptile"
+    others = ("aggregation", "trajectory_weight", "learned_inner_lr", "inner_lr_meta_lr")
+    method = "meta_lora" if key.removeprefix("meta.") in others else "reptile"
     mapping = key in ("model.override_config", "data.apply_chat_template_kwargs", "engine.mixed_precision")
     wrong = ["nonsense"] if mapping else {"nonsense": [1.5]}
     with pytest.raises(ValueError) as error:
@@ -114,6 +115,11 @@ BOUNDS = [
     ("fomaml", "meta.query_from_support", [1, "yes", None], "the last query_samples"),
     ("meta_lora", "meta.trajectory_weight", [-0.1, 1.5, "half", [0.5], [0, 2], [0.1, 0.2, 0.3]], "from 0 to 1, or"),
     ("reptile", "meta.trajectory_weight", [0.5], "no effect in Reptile-SFT"),
+    ("fomaml", "meta.learned_inner_lr", ["per_layer", None, True], "'none', 'per_tensor' or"),
+    ("fomaml", "meta.inner_lr_meta_lr", [0, -1, 1e30, "fast"], "of learned inner rates"),
+    ("meta_lora", "meta.inner_lr_meta_lr", [0.01], "no effect with meta.learned_inner_lr=none; remove it"),
+    ("reptile", "meta.learned_inner_lr", ["per_tensor"], "no effect in Reptile-SFT"),
+    ("reptile", "meta.inner_lr_meta_lr", [0.01], "no effect in Reptile-SFT"),
     ("reptile", "meta.episode_shots", [0, 2.5, "few", [5], [0, 5]], "a number or"),
     ("meta_lora", "meta.episode_shots", [[10, 5], 101, [5, 101]], "at most the 100 examples"),
     ("meta_lora", "meta.inner_optimizer", ["lion"], "'sgd' or 'adamw'"),
@@ -215,6 +221,20 @@ def test_a_query_set_out_of_the_support_examples_leaves_enough(changes, words):
         MetaConfig.from_mapping({**values, "query_from_support": True}, "reptile")
 
 
+def test_learned_rates_want_a_rate_of_their_own():
+    values = {"task_dir": "x", "inner_lr": 0.1, "num_inner_steps": 4, "learned_inner_lr": "per_tensor_per_step"}
+    with pytest.raises(
+        ValueError, match=r"meta.inner_lr_meta_lr is not set, which meta.learned_inner_lr=per_tensor_per_"
+    ):
+        MetaConfig.from_mapping(values, "meta_lora")
+    values["inner_lr_meta_lr"] = 0.01
+    columns = [
+        MetaConfig.from_mapping({**values, "learned_inner_lr": kind}, "fomaml").inner_rate_columns
+        for kind in ("per_tensor", "per_tensor_per_step")
+    ]
+    assert columns == [1, 4]
+
+
 def test_the_share_of_the_support_gradients():
     def share(weight, progress):
         values = {"task_dir": "x", "inner_lr": 0.1, "num_inner_steps": 4, "trajectory_weight": weight}
@@ -222,7 +242,12 @@ def test_the_share_of_the_support_gradients():
 
     assert [share(w, 0.25) for w in (0, 0.3, None, [0.2, 0.6])] == pytest.approx([0, 0.3, 0.8, 0.3])
     assert share([1.0, 0.0], 1.0) == 0
-    for name, value in (("trajectory_weight", 0.5), ("trajectory_weight", None), ("episode_shots", [2, 5])):
+    for name, value in (
+        ("trajectory_weight", 0.5),
+        ("trajectory_weight", None),
+        ("episode_shots", [2, 5]),
+        ("learned_inner_lr", "per_tensor"),
+    ):
         values = {"task_dir": "x", "inner_lr": 0.1, "num_inner_steps": 0, name: value}
         with pytest.raises(ValueError, match=f"meta.{name}=.* has no effect with meta.num_inner_steps=0; remove one"):
             MetaConfig.from_mapping(values, "meta_lora")

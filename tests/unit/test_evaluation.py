@@ -246,13 +246,13 @@ def test_hash_follows_the_weights(config, adapter, tiny_model, tmp_path):
 
 
 def test_adaptation_settings_come_from_flags_then_checkpoint_then_defaults(config, tmp_path):
-    assert resolve_adaptation(config, ADAPTATION, lora=True) == ("sgd", 0.5, 4, "checkpoint")
-    assert resolve_adaptation(config, {}, lora=True) == ("adamw", 1e-3, 4, "default")
-    assert resolve_adaptation(config, {}, lora=False) == ("adamw", 1e-5, 4, "default")
+    assert resolve_adaptation(config, ADAPTATION, lora=True) == ("sgd", 0.5, 4, "checkpoint", None)
+    assert resolve_adaptation(config, {}, lora=True) == ("adamw", 1e-3, 4, "default", None)
+    assert resolve_adaptation(config, {}, lora=False) == ("adamw", 1e-5, 4, "default", None)
     lr = dataclasses.replace(config, adaptation_lr=0.2)
-    assert resolve_adaptation(lr, ADAPTATION, lora=True) == ("sgd", 0.2, 4, "flags")
+    assert resolve_adaptation(lr, ADAPTATION, lora=True) == ("sgd", 0.2, 4, "flags", None)
     both = dataclasses.replace(lr, adaptation_optimizer="adamw")
-    assert resolve_adaptation(both, ADAPTATION, lora=True) == ("adamw", 0.2, 4, "flags")
+    assert resolve_adaptation(both, ADAPTATION, lora=True) == ("adamw", 0.2, 4, "flags", None)
     with pytest.raises(ValueError, match=r"learning rate 0.5 \(checkpoint\) belongs to sgd: give --adaptation-lr"):
         resolve_adaptation(dataclasses.replace(config, adaptation_optimizer="adamw"), ADAPTATION, lora=True)
 
@@ -263,7 +263,7 @@ def test_full_parameter_export_records_its_adaptation(config, tiny_model, tmp_pa
     assert recorded_adaptation(source) == {}
     (folder / "adaptation.json").write_text(json.dumps({**ADAPTATION, "step": 3}))
     opened = open_model(without_lora_flags(config, model_type="fomaml", model_path=str(folder)), source)
-    assert opened.adaptation == ("sgd", 0.5, 4, "checkpoint")
+    assert opened.adaptation == ("sgd", 0.5, 4, "checkpoint", None)
     assert opened.adapts == "all parameters"
 
 

@@ -18,6 +18,8 @@ LATER = {
     "seed": 1,
     "lora_alpha": None,
     "optimizer": "torch.optim.AdamW",
+    "learned_inner_lr": "none",
+    "inner_rate_columns": 0,
     "base_model": None,
     "data": "ab12",
     "custom_chat_template": None,
@@ -112,6 +114,8 @@ def test_a_path_to_resume_from_is_checked(tmp_path):
         ("seed", r"trainer\.seed"),
         ("lora_alpha", r"model\.lora_alpha"),
         ("optimizer", r"optim\.optimizer"),
+        ("learned_inner_lr", r"meta\.learned_inner_lr"),
+        ("inner_rate_columns", r"learned rates per tensor \(meta\.num_inner_steps\)"),
         ("base_model", r"the files of model\.path \(SHA-256 of their ends\)"),
         ("data", r"the files of the tasks \(SHA-256\)"),
         ("custom_chat_template", r"model\.custom_chat_template \(SHA-256\)"),
@@ -130,6 +134,8 @@ def test_states_of_earlier_releases_hold_less_and_list_no_files(tmp_path):
     (folder / "layout.json").write_text(json.dumps(EARLIEST))
     assert _find_state(tmp_path, "auto", None) == folder
     assert "skipped_steps" not in check_layout(folder, LAYOUT)
+    with pytest.raises(ValueError, match=r"was saved with meta.learned_inner_lr = none, this run has per_tensor;"):
+        check_layout(folder, {**LAYOUT, "learned_inner_lr": "per_tensor", "inner_rate_columns": 1})
 
 
 def test_the_newest_states_and_their_exports_are_kept(tmp_path):
