@@ -9,7 +9,7 @@ The inner loop's support gradients, which stage 1 computes anyway, take a share 
 `meta.episode_shots=N` has an episode learn from N examples, as at test time. With `meta.learned_inner_lr` every trained
 tensor has an inner rate of its own, learned as well (Meta-SGD, arXiv 1707.09835; for every inner step MAML++, arXiv
 1810.09502). With `meta.order=2` the derivative is taken with respect to theta itself, through the inner steps (MAML,
-arXiv 1703.03400), not at theta_i.
+arXiv 1703.03400), not at theta_i. With `meta.inner_scope=lora_b` stage 1 adapts the B matrices alone.
 
 Launch (any number of processes; settings in the YAML, overrides on the command line):
 

@@ -316,6 +316,7 @@ Arguments = Annotated[Any, rule(are_arguments, "arguments of a chat template")]
 class _Recorded(Record):
     inner_optimizer: Literal["sgd", "adamw"] | None = None
     inner_lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
+    inner_scope: Literal["all", "lora_b"] = "all"
 
 
 class _Adaptation(_Recorded):

@@ -60,6 +60,9 @@ class MetaConfig(Schema):
     )
     num_inner_steps: int = key("K, inner steps per episode", 10, ge=0, le=100_000)
     inner_optimizer: Literal["sgd", "adamw"] = key("inner optimizer", "sgd")
+    inner_scope: Literal["all", "lora_b"] = key(
+        "what inner steps adapt: all that is trained, or the B matrices of a LoRA alone", "all", methods=("meta_lora",)
+    )
     inner_batch_size: int = key("support examples per inner step", 4, ge=1)
     episode_shots: Positive | Annotated[tuple[Positive, Positive], Tuple] | None = key(
         "support examples of one episode, cycled by its inner steps, a number or [least, most] to draw it from; null = "
@@ -174,7 +177,8 @@ class MetaConfig(Schema):
                 "batch or meta.query_samples, or use more examples"
             )
         if self.num_inner_steps == 0:
-            for name, off in (("episode_shots", None), ("trajectory_weight", 0.0), ("learned_inner_lr", "none")):
+            offs = {"episode_shots": None, "trajectory_weight": 0.0, "learned_inner_lr": "none", "inner_scope": "all"}
+            for name, off in offs.items():
                 if (value := getattr(self, name)) != off:
                     raise ValueError(
                         f"meta.{name}={_written(value)} has no effect with meta.num_inner_steps=0; remove one of them"

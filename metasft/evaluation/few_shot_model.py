@@ -25,7 +25,7 @@ from metasft.evaluation.packed_runner import Example, PackedRunner, Tested, Test
 from metasft.evaluation.padded_runner import PaddedRunner
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.evaluation.row_cache import why_not_packed
-from metasft.model.inner_loop import InnerLoop, Rates
+from metasft.model.inner_loop import InnerLoop, Rates, is_adapted
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class FewShotModel:
         self.model = model.to(self.device).eval()
         self._dropout = _has_dropout(self.model)
         self._dtype, self._all_parameters, self._unpacked = dtype, all_parameters, unpacked
-        self._learned = opened.learned
+        self._learned, self._scope = opened.learned, opened.scope
         self.use(opened.adaptation)
         self.trained_parameters = sum(parameter.numel() for parameter in self._adapter.parameters)
         if self.one_at_a_time_because is not None and not all_parameters:
@@ -149,11 +149,15 @@ class FewShotModel:
             self._adapter = InnerLoop(trained, **settings)
         self.one_at_a_time_because: str | None = reason
         self._rates: Rates | None = None
+        names = {id(parameter): export_name(name) for name, parameter in self.model.named_parameters()}
+        tensors = [names[id(parameter)] for parameter in self._adapter.parameters]
         if adaptation.factor is not None:
             assert self._learned is not None and adaptation.optimizer == self._learned.optimizer, adaptation
-            names = {id(parameter): export_name(name) for name, parameter in self.model.named_parameters()}
-            tensors = [names[id(parameter)] for parameter in self._adapter.parameters]
             self._rates = self._learned.for_tensors(tensors, adaptation.factor)
+        if self._scope != "all":
+            rows = [[adaptation.lr]] * len(tensors) if self._rates is None else self._rates.values
+            adapted = (is_adapted(name, self._scope) for name in tensors)
+            self._rates = Rates([row if its else [0.0] * len(row) for row, its in zip(rows, adapted, strict=True)])
 
     @property
     def cells_per_batch(self) -> int:

@@ -84,6 +84,7 @@ class OpenedModel:
         device: where it will run.
         chat_template: in place of the tokenizer's own; None: that one.
         chat_template_kwargs: its arguments, as recorded or given.
+        scope: ``all``, or ``lora_b``: the B matrices of the adapter alone.
         learned: the inner rates that meta-training learned, where an adaptation can use them.
     """
 
@@ -96,6 +97,7 @@ class OpenedModel:
     device: torch.device
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    scope: str = "all"
     learned: LearnedRates | None = None
 
     @property
@@ -122,6 +124,7 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
         if base_model is None:
             base_model = adapter.base_model
             check_model_folder(base_model, f"--model-path {source.path} was trained on")
+        scope = config.adaptation_scope or adapter.adaptation.get("inner_scope", "all")
         return OpenedModel(
             load_from=base_model,
             base_model=base_model,
@@ -131,23 +134,28 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
                 config, adapter.adaptation, lora=True, learned=adapter.inner_rates is not None
             ),
             learned=_learned(adapter.adaptation, adapter.inner_rates),
-            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}",
+            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}{_SCOPES[scope]}",
+            scope=scope,
             device=device,
             **_prompts(config, adapter.chat_template, adapter.adaptation),
         )
     recorded = recorded_adaptation(source)
     if config.model_type == "base" and not config.full:
         rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
+        scope = config.adaptation_scope or "all"
         return OpenedModel(
             load_from=source.path,
             base_model=source.path,
             adapter=None,
             fresh_lora=(rank, alpha, config.seed),
             adaptation=resolve_adaptation(config, {}, lora=True),
-            adapts=f"fresh LoRA r={rank} alpha={alpha:g}",
+            adapts=f"fresh LoRA r={rank} alpha={alpha:g}{_SCOPES[scope]}",
+            scope=scope,
             device=device,
             **_prompts(config, None, recorded),
         )
+    if config.adaptation_scope == "lora_b":
+        raise ValueError("--adaptation-scope is lora_b, and all parameters are adapted here: leave it out")
     rates_path = Path(source.path) / MODEL_RATES_FILE
     rates = read_rates(rates_path) if rates_path.is_file() else None
     if rates is not None:
@@ -163,6 +171,9 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
         device=device,
         **_prompts(config, None, recorded),
     )
+
+
+_SCOPES = {"all": "", "lora_b": ", B matrices alone"}
 
 
 def _learned(recorded: Mapping[str, Any], rates: Mapping[str, torch.Tensor] | None) -> LearnedRates | None:

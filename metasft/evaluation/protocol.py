@@ -92,6 +92,10 @@ class EvaluationConfig:
     adaptation_optimizer: Annotated[
         Literal["sgd", "adamw"] | None, _told("by default what the checkpoint records, else adamw")
     ] = None
+    adaptation_scope: Annotated[
+        Literal["all", "lora_b"] | None,
+        _told("lora_b: adapt the B matrices of a LoRA alone; by default what the checkpoint records, else all"),
+    ] = None
     adaptation_batch_size: Annotated[int, _told("examples per update step, N where there are fewer", ge=1)] = 4
     batch_size: Annotated[int, _told("rows (a test item under one adaptation) generated together", ge=1)] = 64
     max_new_tokens: Annotated[int, _told("longest answer in tokens", ge=1, le=1_000_000)] = 48
@@ -168,6 +172,7 @@ class EvaluationConfig:
             chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.shots_in_prompt:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
+            flags += ("adaptation_scope",)
             self._exclude("shots_in_prompt", flags, "nothing is adapted on shots there")
         if self.adaptation_settings is not None:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation")

@@ -52,6 +52,12 @@ def make_inner_optimizer(parameters: Iterable[Any], name: str, lr: float) -> tor
     raise ValueError(f"meta.inner_optimizer={name!r} is unknown; choose one of sgd, adamw")
 
 
+def is_adapted(name: str, scope: str) -> bool:
+    """Whether inner steps change a trained parameter: with ``lora_b`` the B matrices of an adapter alone, as ANIL
+    (Raghu et al. 2020, arXiv 1909.09157) adapts only the last layer."""
+    return scope == "all" or "lora_B" in name
+
+
 class InnerSettings(TypedDict):
     """Of an inner step: learning rate, ``sgd`` or ``adamw``, and the largest gradient norm of a task (None: any)."""
 
@@ -65,7 +71,8 @@ class Rates(NamedTuple):
     where S > 1, every inner step (MAML++, Antoniou et al. 2019, arXiv 1810.09502).
 
     Attributes:
-        values: [tensors][S], of the host: to set them never waits for the device. Beyond S steps the last.
+        values: [tensors][S], of the host: to set them never waits for the device. Beyond S steps the last. A tensor
+            with rates of 0 is not adapted, and its gradient has no part in clipping.
         are_learned: whether :meth:`Adaptation.rate_gradients` is going to be asked for.
     """
 
@@ -87,10 +94,18 @@ class RatedSteps:
         self.optimizer = make_inner_optimizer(groups, name, lr=0.0)
         self._rates, self._done = rates.values, 0
         self._tensors = [local_tensor(parameter.detach()) for parameter in parameters]
+        self._left_out = [p for p, row in zip(parameters, rates.values, strict=True) if not any(row)]
         steps = len(rates.values[0])
         self._moves: list[torch.Tensor] = []  # [S, *shape] of each tensor
         if rates.are_learned and steps > 1:
             self._moves = [torch.zeros(steps, *t.shape, dtype=t.dtype, device=t.device) for t in self._tensors]
+
+    @torch.no_grad()
+    def leave_out(self) -> None:
+        """Clear the gradients of what is not adapted: before a step, and before it is clipped."""
+        for parameter in self._left_out:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -244,6 +259,8 @@ class InnerLoop:
 
     def step(self) -> None:
         """As :meth:`Adaptation.step`, along the gradients in ``.grad``."""
+        if isinstance(self._optimizer, RatedSteps):
+            self._optimizer.leave_out()
         if self._clip_grad is not None:
             clip_grad_norm(self.parameters, self._clip_grad)
         self._optimizer.step()

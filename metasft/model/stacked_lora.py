@@ -481,6 +481,8 @@ class TaskBatchedLoRA:
     @torch.no_grad()
     def step(self) -> None:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
+        if isinstance(self._optimizer, RatedSteps):
+            self._optimizer.leave_out()
         if self._clip_grad is not None:
             self._clip(self._clip_grad)
         self._optimizer.step()

@@ -48,7 +48,15 @@ from metasft.data.episodes import Episode, EpisodeSampler
 from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
-from metasft.model.inner_loop import Adaptation, InnerLoop, InnerSettings, Rates, local_tensor, total_norm
+from metasft.model.inner_loop import (
+    Adaptation,
+    InnerLoop,
+    InnerSettings,
+    Rates,
+    is_adapted,
+    local_tensor,
+    total_norm,
+)
 from metasft.model.layouts import Probe
 from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
@@ -470,7 +478,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         ):
             # With several groups, the last ones may have no episode.
             for records in self.passes(MetaBatch(step, (), mine, measures_gain=False)) if mine else ():
-                with self.inner_loop.adapting(len(records)):
+                with self.inner_loop.adapting(len(records), self._step_rates(are_learned=False)):
                     self.adapt(records)
                     self.engine.module.eval()
                     self.measure_after(records)
@@ -554,9 +562,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         updates = self.meta.update_shared
         exact = self.meta.exact_steps
         learns_rates = self.inner_rates is not None and updates
-        rates = None
-        if self.inner_rates is not None:
-            rates = Rates(self.inner_rates.values.tolist(), are_learned=learns_rates and not exact)
+        rates = self._step_rates(are_learned=learns_rates and not exact)
         rate_gradients: list[torch.Tensor] = []
         passes = self.passes(batch)
         for records in passes:
@@ -591,6 +597,16 @@ class EpisodicSFTTrainer(SFTTrainer):
             assert self.meta.inner_lr_meta_lr is not None
             self.inner_rates.step(rate_gradient, self.meta.inner_lr_meta_lr * self.engine.schedule_share)
         return result
+
+    def _step_rates(self, *, are_learned: bool) -> Rates | None:
+        """Of every trained tensor in the inner steps; None: one for all. What is outside the inner scope stays."""
+        rates = None if self.inner_rates is None else self.inner_rates.values.tolist()
+        if self.meta.inner_scope == "all":
+            return None if rates is None else Rates(rates, are_learned)
+        names = {id(parameter): name for name, parameter in self.engine.module.named_parameters()}
+        adapted = [is_adapted(names[id(p)], self.meta.inner_scope) for p in self.inner_loop.parameters]
+        rows = rates or [[self.meta.inner_lr]] * len(adapted)
+        return Rates([row if its else [0.0] * len(row) for row, its in zip(rows, adapted, strict=True)], are_learned)
 
     def _in_columns(self, of_steps: torch.Tensor) -> torch.Tensor:
         """Derivatives by the logarithms of the rates, [tensors, S], from those of the last inner steps' rates."""
@@ -829,6 +845,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "inner_lr": self.meta.inner_lr,
             "inner_optimizer": self.meta.inner_optimizer,
             "num_inner_steps": self.meta.num_inner_steps,
+            "inner_scope": self.meta.inner_scope,
             "inner_batch_size": self.meta.inner_batch_size,
             "chat_template_kwargs": self._prompts.arguments,
         }

@@ -64,6 +64,13 @@ VARIANTS = {
         "model.enable_gradient_checkpointing=true",
     ],
     "episode_shots": ["meta.episode_shots=[2,5]"],  # fewer than an inner batch, and more
+    "lora_b": ["meta.inner_scope=lora_b", "meta.trajectory_weight=0.5", "meta.inner_clip_grad=0.1"],
+    "lora_b_adamw": ["meta.inner_scope=lora_b", "meta.inner_optimizer=adamw"],
+    "exact_lora_b": ["meta.inner_scope=lora_b", "meta.order=2"],
+    "one_at_a_time_lora_b": [
+        *("meta.inner_scope=lora_b", "meta.trajectory_weight=0.5", "meta.inner_clip_grad=0.1"),
+        *("meta.task_batching=false", "meta.task_batch_limit=null"),
+    ],
     "exact": ["meta.order=2"],
     "exact_adamw": ["meta.order=2", "meta.inner_optimizer=adamw"],
     "exact_last": ["meta.order=2", "meta.second_order_steps=1", "model.use_remove_padding=false"],
@@ -155,7 +162,9 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
             if group == world > 1:
                 variants = (*variants, *RESHARDING)
             for variant in variants:
-                if method != "meta_lora" and variant.startswith(("one_at_a_time", "limited", "automatic", "exact")):
+                if method != "meta_lora" and variant.startswith(
+                    ("one_at_a_time", "limited", "automatic", "exact", "lora_b")
+                ):
                     continue  # there is no frozen base to share; FOMAML is first order
                 if method == "reptile" and variant not in ("packed", "adamw", "checkpointed_padded", *RESHARDING):
                     continue  # its inner loop is the one that the other two run in every variant
@@ -283,9 +292,14 @@ def optimizer_of(case):
     return "adamw" if case["variant"].endswith("adamw") else "sgd"
 
 
+def scope_of(case):
+    """In the names of what is adapted."""
+    return "lora_B" if "lora_b" in case["variant"] else ""
+
+
 def exact_gradients(reference, case, result):
     steps = 1 if "last" in case["variant"] else None
-    settings = case["lr"], optimizer_of(case), steps, result.get("rates")
+    settings = case["lr"], optimizer_of(case), steps, result.get("rates"), scope_of(case)
     return reference.exact_gradient(result["theta_before"], result["episodes"], *settings)
 
 
@@ -298,7 +312,9 @@ def expected(reference, case, result):
     if "exact" in case["variant"]:
         return exact_gradients(reference, case, result)[0]
     aggregation = "sum" if "meta.aggregation=sum" in case["overrides"] else "mean"
-    more = {"rates": result.get("rates")}
+    more = {"rates": result.get("rates"), "only": scope_of(case)}
+    if case["variant"].endswith("lora_b"):
+        more |= {"trajectory": 0.5, "clip": 0.1}
     if case["variant"] == "rates_per_step_padded":
         more |= {"trajectory": 2 / 3, "clip": 0.1}
     if "trajectory" in case["variant"]:

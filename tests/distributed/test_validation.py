@@ -43,6 +43,7 @@ CASES = {
         ("meta_lora", 1, 8, ["meta.task_batch_limit=4", *MICRO]),
         ("meta_lora", 1, 4, ["+model.override_config.attention_dropout=0.2"]),
         ("meta_lora", 1, 4, ["meta.num_inner_steps=0"]),
+        ("meta_lora", 1, 4, ["meta.learned_inner_lr=per_tensor", "meta.inner_lr_meta_lr=0.2"]),
         ("fomaml", 1, 8, ["engine.param_offload=true", "engine.optimizer_offload=true"]),
         ("reptile", 1, 4, ["meta.query_batch_size=0"]),
     ],
@@ -134,7 +135,7 @@ def drawn(task, shots, batch, steps, seed):
     return batches
 
 
-def expected(reference, theta, settings):
+def expected(reference, theta, settings, rates=None):
     """Shot count -> mean over the tasks of the loss after adaptation."""
     batch, steps, lr = (float(settings[f"meta.{key}"]) for key in ("inner_batch_size", "num_inner_steps", "inner_lr"))
     optimizer, losses = settings.get("meta.inner_optimizer", "sgd"), {}
@@ -142,7 +143,7 @@ def expected(reference, theta, settings):
         losses[shots] = []
         for task in TASKS:
             batches = drawn(task, shots, int(batch), int(steps), settings["trainer.seed"])
-            adapted = reference.adapt(theta, task, batches, lr, optimizer)
+            adapted = reference.adapt(theta, task, batches, lr, optimizer, rates=rates)
             with torch.no_grad():
                 items = reference.examples(task, "test", range(16))
                 losses[shots].append(float(response_loss(reference.model, adapted, items)))
@@ -155,7 +156,9 @@ def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, refere
     for method, settings, ranks in outcomes(world):
         if any("dropout" in key for key in settings):
             continue
-        wanted = expected(references[method == "meta_lora"], ranks[0]["theta_after"], settings)
+        wanted = expected(
+            references[method == "meta_lora"], ranks[0]["theta_after"], settings, ranks[0].get("rates_after")
+        )
         assert (abs(wanted[5] - wanted[10]) > 1e-4) is (settings["meta.num_inner_steps"] != "0"), "nothing is proven"
         wanted |= {None: sum(wanted.values()) / 2}
         for result in ranks:

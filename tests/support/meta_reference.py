@@ -73,17 +73,19 @@ class Reference:
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
-    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None):
+    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None, only=""):
         """theta_i after one inner step per batch.
 
         ``clip``: largest norm of a step's gradient; ``rates``: name -> a rate, or one for every step, in the place of
-        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step.
+        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step; ``only``: in the names of what is
+        adapted.
         """
         adapted = dict(theta)
         first = {n: torch.zeros_like(t) for n, t in theta.items()}
         second = {n: torch.zeros_like(t) for n, t in theta.items()}
         for k, indices in enumerate(support_batches, start=1):
             gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
+            gradients = {n: g if only in n else torch.zeros_like(g) for n, g in gradients.items()}
             norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
             scale = 1.0 if clip is None else min(1.0, clip / float(norm))
             updates = {}
@@ -123,24 +125,24 @@ class Reference:
         return total
 
     def first_order_gradient(
-        self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None, rates=None
+        self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None, rates=None, only=""
     ):
         """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
         for task, support_batches, query_batch in episodes:
             for k in range(len(support_batches) if trajectory else 0):
-                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip, rates)
+                at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip, rates, None, only)
                 gradients, _ = self.gradient(at_k, self.examples(task, "support", support_batches[k]))
                 for name, g in gradients.items():
                     total[name] += trajectory / len(support_batches) * g
-            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip, rates)
+            adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip, rates, None, only)
             gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
             for name, g in gradients.items():
                 total[name] += (1 - trajectory) * g
         scale = 1 / len(episodes) if aggregation == "mean" else 1.0
         return {n: t * scale for n, t in total.items()}
 
-    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None, rates=None):
+    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None, rates=None, only=""):
         """MAML: the query loss after adaptation, differentiated through the last ``steps`` inner steps (None: all).
 
         Returns:
@@ -167,7 +169,7 @@ class Reference:
                         root = (second[n] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
                         update = first[n] / (1 - 0.9 ** (k + 1)) / root
                     rate = lr if logarithms is None else logarithms[n].exp()[min(k, len(rates[n]) - 1)]
-                    at = {**at, n: at[n] - rate * update}
+                    at = {**at, n: at[n] - rate * update} if only in n else at
             loss = response_loss(self.model, at, self.examples(task, "query", query_batch))
             wanted = list(leaves.values()) + ([] if rates is None else list(logarithms.values()))
             exact = torch.autograd.grad(loss, wanted, materialize_grads=True)

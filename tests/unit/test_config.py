@@ -115,6 +115,8 @@ BOUNDS = [
     ("fomaml", "meta.query_from_support", [1, "yes", None], "the last query_samples"),
     ("meta_lora", "meta.trajectory_weight", [-0.1, 1.5, "half", [0.5], [0, 2], [0.1, 0.2, 0.3]], "from 0 to 1, or"),
     ("reptile", "meta.trajectory_weight", [0.5], "no effect in Reptile-SFT"),
+    ("fomaml", "meta.inner_scope", ["lora_b"], "no effect in FOMAML-SFT"),
+    ("meta_lora", "meta.inner_scope", ["lora_a", None], "inner_scope"),
     ("fomaml", "meta.learned_inner_lr", ["per_layer", None, True], "'none', 'per_tensor' or"),
     ("fomaml", "meta.inner_lr_meta_lr", [0, -1, 1e30, "fast"], "of learned inner rates"),
     ("meta_lora", "meta.inner_lr_meta_lr", [0.01], "no effect with meta.learned_inner_lr=none; remove it"),

@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora, save_hf_model
 from metasft.data.episodes import ShuffledStream
+from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.evaluate import evaluate
 from metasft.evaluation.model_source import candidate_name, find_model_source
 from metasft.evaluation.open_model import LearnedRates, open_model
-from metasft.evaluation.protocol import shot_indices
 from metasft.evaluation.search import candidates, choose, read_search
 from metasft.training.inner_rates import InnerRates
 
@@ -148,15 +148,19 @@ def plain_loss(model, examples):
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "fomaml"])
+@pytest.mark.parametrize("kind", ["file", "folder", "fomaml", "lora_b"])
 def test_a_checkpoint_is_adapted_at_the_rates_that_it_learned(kind, config, adapter, fomaml):
     """Every tensor at its own rates, beyond the last column at that, by a loop of plain subtractions."""
     method, path = {
         "file": ("meta_lora", adapter),
         "folder": ("meta_lora", adapter.parent / "adapter_step_7"),
         "fomaml": ("fomaml", fomaml),
+        "lora_b": ("meta_lora", adapter),
     }[kind]
-    changed = without_lora_flags(config, model_type=method, model_path=str(path), adaptation_steps=5)
+    scope = "lora_b" if kind == "lora_b" else None
+    changed = without_lora_flags(
+        config, model_type=method, model_path=str(path), adaptation_steps=5, adaptation_scope=scope
+    )
     model, tasks = load(changed)
     found = run_cell(model, tasks, "calculus", 5)
     file = fomaml / "inner_rates/rates.safetensors" if kind == "fomaml" else adapter.parent / "adapter_step_7"
@@ -172,7 +176,8 @@ def test_a_checkpoint_is_adapted_at_the_rates_that_it_learned(kind, config, adap
         gradients = torch.autograd.grad(loss, list(trained.values()))
         with torch.no_grad():
             for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
-                parameter -= rates[name][min(step, COLUMNS - 1)] * gradient
+                if scope is None or "lora_B" in name:
+                    parameter -= rates[name][min(step, COLUMNS - 1)] * gradient
     tests = [other._test_sets["calculus"][i] for i in range(6)]
     assert found.loss == pytest.approx(plain_loss(other.model, tests).item(), rel=1e-4)
 
@@ -188,6 +193,22 @@ def test_the_settings_say_which_rates_were_used(config, adapter, fomaml):
     other = opened(adaptation_lr=0.1, adaptation_optimizer="adamw")
     assert other == ("adamw", 0.1, 4, "flags, not the learned rates", None)
     assert opened(model_type="base", model_path=str(fomaml)) == ("adamw", 1e-3, 4, "default", None)
+
+
+def test_the_scope_is_what_the_checkpoint_records(config, adapter, fomaml, monkeypatch):
+    def opened(path, **changes):
+        changed = without_lora_flags(config, **{"model_type": "meta_lora", "model_path": str(path), **changes})
+        return open_model(changed, find_model_source(changed))
+
+    folder = adapter.parent / "adapter_step_7"
+    (folder / "SHA256SUMS").unlink()
+    assert opened(folder).scope == "all"
+    recorded = json.loads((folder / "adaptation.json").read_text())
+    (folder / "adaptation.json").write_text(json.dumps({**recorded, "inner_scope": "lora_b"}))
+    assert (opened(folder).scope, opened(folder, adaptation_scope="all").scope) == ("lora_b", "all")
+    assert opened(folder).adapts.endswith(", B matrices alone")
+    with pytest.raises(ValueError, match="--adaptation-scope is lora_b, and all parameters are adapted here"):
+        opened(fomaml, model_type="fomaml", adaptation_scope="lora_b")
 
 
 def test_rates_of_another_model(config, fomaml):
