@@ -144,6 +144,7 @@ def _arm(arm: Arm, problems: list[str]) -> dict[str, Any]:
         "diverged": any((replicate.summary or {}).get("diverged") for replicate in arm.replicates),
         "adaptation": {key: settings.get(key) for key in _ADAPTATION},
         "base_model": settings.get("base_model"),
+        "split": settings.get("split"),
         "scores": [],
         "speed": [],
         "cost": cost_of(arm),
