@@ -184,7 +184,7 @@ def test_shipped_configs_are_those_that_the_script_writes(tmp_path):
         check=True,
     )
     configs = json.loads(finished.stdout)
-    assert len(configs) == 12
+    assert len(configs) == 13
     for name, text in configs.items():
         assert (ROOT / "data" / "math_science_meta" / name).resolve().read_text() == text, name
 
