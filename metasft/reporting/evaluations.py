@@ -28,6 +28,8 @@ _PROTOCOL_KEYS = (
     "chat_template_kwargs",
 )
 _NOT_PROTOCOL = ("adaptation_origin",)
+_CHOSEN = tuple(f"adaptation_{key}" for key in ("optimizer", "lr", "steps", "by_shots", "factor"))
+"""What a search chooses: no difference in protocol where both sides searched alike."""
 
 Place = tuple[str, int]
 """(task, shot count), or (task, update steps) of a speed curve."""
@@ -130,7 +132,8 @@ def check_pairing(a: Evaluation, b: Evaluation, *, allow_different_protocol: boo
         _check_place(a, b, place)
     notes = []
     keys = [key for key in {**a.settings, **b.settings} if key.startswith(_PROTOCOL_PREFIX) or key in _PROTOCOL_KEYS]
-    values = [(key, a.settings.get(key), b.settings.get(key)) for key in keys if key not in _NOT_PROTOCOL]
+    left_out = {*_NOT_PROTOCOL, *(_CHOSEN if _searched_alike(a, b) else ())}
+    values = [(key, a.settings.get(key), b.settings.get(key)) for key in keys if key not in left_out]
     different = "; ".join(f"{key}: {x!r} and {y!r}" for key, x, y in values if x != y)
     if different and not allow_different_protocol:
         raise ValueError(
@@ -148,6 +151,13 @@ def check_pairing(a: Evaluation, b: Evaluation, *, allow_different_protocol: boo
             listed = ", ".join(f"{task} at {n} shots" for task, n in alone)
             notes.append(f"Only {one.label} was evaluated on {listed}: left out.")
     return notes
+
+
+def _searched_alike(a: Evaluation, b: Evaluation) -> bool:
+    """Whether both chose from as many trials on the same tasks."""
+    searches = [e.settings.get("search") or {} for e in (a, b)]
+    one, other = ({key: value for key, value in found.items() if key != "choice"} for found in searches)
+    return bool(one) and one == other
 
 
 def _check_data(a: Evaluation, b: Evaluation, tasks: set[str]) -> None:

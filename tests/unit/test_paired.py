@@ -197,6 +197,17 @@ def test_another_protocol_is_refused_unless_allowed(tmp_path):
     assert "adaptation_lr: 0.05 and 0.001" in note
 
 
+@pytest.mark.parametrize(("trials", "alike"), [(12, True), (7, False)])
+def test_what_equal_searches_chose_is_no_other_protocol(trials, alike, tmp_path):
+    def searched(name, lr, trials):
+        search = {"searched_on": "search tasks", "tasks": ["x"], "trials_per_shot_count": trials, "choice": {"5": lr}}
+        changes = {"adaptation_lr": lr, "adaptation_by_shots": {"5": f"adamw {lr}"}, "search": search}
+        return read_evaluation(name, write_evaluation(tmp_path / name, "base", CORRECT, changes=changes))
+
+    notes = check_pairing(searched("a", 1e-3, 12), searched("b", 3e-3, trials), allow_different_protocol=True)
+    assert (notes == []) is alike
+
+
 @pytest.mark.parametrize(
     "changes", [{"chat_template_sha256": "ab"}, {"chat_template_kwargs": {"enable_thinking": False}}], ids=str
 )
