@@ -150,7 +150,7 @@ def expected(reference, theta, settings, rates=None):
     return {shots: sum(values) / len(values) for shots, values in losses.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))])
 def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, references):
     worst = 0.0
     for method, settings, ranks in outcomes(world):
@@ -170,7 +170,7 @@ def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, refere
     print(f"\n{world} processes: {len(outcomes(world))} layouts, largest relative error {worst:.1e}")
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))])
 def test_nothing_is_changed(world, outcomes):
     """Theta, gradients, optimizer, schedule, the position in every stream, random states; with dropout, too."""
     for method, settings, ranks in outcomes(world):

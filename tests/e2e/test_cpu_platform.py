@@ -76,6 +76,7 @@ def test_importing_verl_selects_the_cpu_when_there_is_no_accelerator():
     assert python(code) == ["cpu" if no_accelerator else "cuda"]
 
 
+@pytest.mark.slow
 def test_the_plugin_steps_aside_for_an_accelerator_or_the_users_choice():
     """The accelerator is pretended (torch reports one); the plugin must leave veRL's own detection alone."""
     code = (

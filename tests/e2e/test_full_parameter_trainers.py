@@ -171,6 +171,7 @@ def reptile(tiny_model, task_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_reptile_learns_without_a_query_set(reptile):
     records = metrics(reptile)
     assert records[-1]["inner/support_loss_first"] < records[0]["inner/support_loss_first"]

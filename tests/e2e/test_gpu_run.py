@@ -39,6 +39,7 @@ def test_finished_parts_are_skipped_and_failed_ones_tried_again(tiny_model, task
     assert "# A rehearsal on a CPU" in table and "| memory.meta_lora_fp32 | finished |" in table
 
 
+@pytest.mark.slow
 def test_the_budget_ends_a_part_which_is_then_left(tmp_path, monkeypatch):
     """Whatever it has started ends with it."""
 
