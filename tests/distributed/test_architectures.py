@@ -25,6 +25,7 @@ def rows_of(page):
     return {m[0]: (m[1], m[2]) for m in re.findall(r"^\| (\S+) \| ([^|]*) \|[^|]*\| ([^|]*) \|[^|]*\|$", works, re.M)}
 
 
+@pytest.mark.slow
 def test_a_sample_of_model_types(tmp_path):
     must_run(SCRIPT, *SAMPLE, "doge", "--output", tmp_path / "page.md", timeout=400)
     page = (tmp_path / "page.md").read_text()

@@ -89,6 +89,7 @@ def test_the_plugin_steps_aside_for_an_accelerator_or_the_users_choice():
     assert python(code) == ["False", "True", "False"]
 
 
+@pytest.mark.slow
 def test_the_backend_string_that_verl_composes_is_accepted():
     code = (
         "import verl, torch.distributed as d\n"

@@ -252,8 +252,8 @@ def the_error(ranks: Ranks) -> str:
     ("name", "rank", "what", "words"),
     [
         slow("meta_lora", 0, ".global_step_4.partial", "the resume state of meta-step 4"),
-        ("meta_lora_2", 1, "rank_1.pt", "the resume state of meta-step 2"),
-        slow("reptile", 0, ".step_4.", "the export of meta-step 4"),
+        slow("meta_lora_2", 1, "rank_1.pt", "the resume state of meta-step 2"),
+        ("reptile", 0, ".step_4.", "the export of meta-step 4"),
     ],
 )
 def test_a_full_disk_ends_the_run_in_one_sentence(name, rank, what, words, make_run, uninterrupted):
@@ -329,7 +329,7 @@ NUMERICAL = [
     slow("meta_lora_2", "query_loss", 1, "the query loss of task 'mul' is nan after inner step 2"),
     slow("meta_lora", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan after inner step 2"),
     slow("fomaml", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan after inner step 2"),
-    ("fomaml_2", "support_loss", 1, "the support loss of task 'mul' is nan at inner step 1 of 2"),
+    slow("fomaml_2", "support_loss", 1, "the support loss of task 'mul' is nan at inner step 1 of 2"),
     ("reptile", "support_gradient", 2, "the query loss of task 'mul' is nan after inner step 2"),
     slow("reptile_2", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
 ]

@@ -303,7 +303,9 @@ def test_store_continues_wherever_an_interruption_cut(tmp_path):
         store.add(record("a", 5, run), lines("a", 5, run))
     written = store.predictions_path.read_bytes()
     assert "é".encode() in written
-    for size in range(len(written)):  # within a character too
+    e_acute = written.index("é".encode())
+    newlines = [place + near for place, byte in enumerate(written) if byte == 10 for near in (0, 1)]
+    for size in sorted({0, 1, e_acute, e_acute + 1, e_acute + 2, *newlines[:-1], *range(7, len(written), 29)}):
         store.predictions_path.write_bytes(written[:size])
         again = ResultStore(tmp_path, "base")
         again.open({}, overwrite=False)
