@@ -136,7 +136,6 @@ LEFT_FOR_SLOW = {
         *("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_adamw", "-rates_per_step_adamw", "-exact_last"),
         *("-trajectory_padded", "-exact_last_adamw", "-exact_rates", "-lora_b_adamw", "-one_at_a_time_lora_b"),
         *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "sum", "token_budget", "micro_batches")),
-        *("fomaml-group1-gathered_no_gain", "reptile-group1-gathered_no_gain"),
     ),
     2: (
         *("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
