@@ -27,7 +27,7 @@ from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairin
 FINISHED = "finished"
 LOG_LINES = 20
 META_LEARNED = ("meta_lora", "fomaml", "reptile")
-STANDARD_LORA = ("lora_single", "lora_mixed")
+STANDARD_LORA = ("lora_single", *counts.MIXED)  # trained by veRL's own trainer
 ENTRY_MEANS = ("format_accuracy", "accuracy_lenient", "truncated_share", "majority_baseline", "trivial_baseline")
 Run = Mapping[str, Any]
 """A record of ``experiments.json``, with its ``name`` and the last lines of its ``log`` where it failed."""

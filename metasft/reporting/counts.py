@@ -11,12 +11,14 @@ from typing import Any
 
 from metasft.reporting.costs import number
 
+MIXED = ("lora_mixed", "lora_mixed_all", "metaicl")
+"""Methods of arms that train on all tasks at once, with veRL's own trainer."""
 Count = Mapping[str, int | None]
 
 
 def planned(entry: Mapping[str, Any]) -> Count | None:
     """Of an arm in ``experiments.json``; None where it is of a release that counted the support set alone."""
-    per_task = None if entry.get("method") == "lora_mixed" else number(entry, "samples_per_task")
+    per_task = None if entry.get("method") in MIXED else number(entry, "samples_per_task")
     return _count(per_task, number(entry, "query_samples"), number(entry, "labelled_examples"))
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from metasft.config.result_files import model_memory
 from metasft.reporting import counts
+from metasft.reporting.arms import META_LEARNED
 from metasft.reporting.comparisons import above_trivial
 from metasft.reporting.statistics import NEW_TASKS
 
@@ -248,7 +249,7 @@ def _labelled(arm: Arm) -> str | None:
     if arm.get("labelled"):
         return f"{arm['labelled']['in_all']:,} in all"
     samples = arm["samples_per_task"]
-    is_part = arm["method"] in ("meta_lora", "fomaml", "reptile")
+    is_part = arm["method"] in META_LEARNED
     return None if samples is None else f"{samples} and a query set" if is_part else str(samples)
 
 

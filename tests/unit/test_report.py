@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ from scipy import stats
 
 import compare_methods
 from metasft import reporting
-from metasft.reporting.arms import compare, read_experiments, sharing
+from metasft.experiments.suites import Method
+from metasft.reporting import counts
+from metasft.reporting.arms import META_LEARNED, STANDARD_LORA, compare, read_experiments, sharing
 from metasft.reporting.comparisons import ALL_SHOTS
 from metasft.reporting.report import COMPARISON_FIGURE, draw, pages, write_report
 
@@ -512,6 +515,14 @@ def test_standard_lora_is_not_fixed_by_its_seed(tmp_path):
 
 
 # ---- labelled examples ----------------------------------------------------------------------------------------------
+
+
+def test_the_reports_know_every_method_of_a_suite():
+    """Those that mix tasks have no count per task, and all that veRL's trainer trains are standard LoRA."""
+    assert {*get_args(Method)} == {"base", *META_LEARNED, *STANDARD_LORA}
+    for method in counts.MIXED:
+        count = counts.planned({"method": method, "samples_per_task": 230, "labelled_examples": 230})
+        assert counts.words(count) == "230 labelled in all"
 
 
 def test_support_and_query_examples_are_told_together(tmp_path):
