@@ -159,7 +159,7 @@ def explain(error: ValidationError, kind: Any, name: Callable[[LOC], str] = dott
     first = error.errors(include_url=False)[0]
     fault, loc, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
     kinds = _kinds(kind, loc)
-    of_several = len(kinds) <= len(loc) and _members(kinds[-1])[1:]
+    of_several = len(kinds) <= len(loc) and members_of(kinds[-1])[1:]
     loc = loc[: len(kinds) - 1] if of_several else loc  # what follows is which of the members was tried
     siblings = fields_of(kinds[len(loc) - 1]) if loc and len(kinds) >= len(loc) else {}
     doc = siblings[loc[-1]].description if loc and loc[-1] in siblings else None
@@ -196,23 +196,23 @@ def fields_of(kind: Any) -> Mapping[Any, Any]:
     return {field.alias or name: field for name, field in getattr(kind, "__pydantic_fields__", {}).items()}
 
 
-def _members(kind: Any) -> list[Any]:
+def members_of(kind: Any) -> list[Any]:
     """The types that a value may have: one, but for unions; null aside."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if get_origin(kind) not in (Union, types.UnionType):
         return [kind]
-    return [member for one in get_args(kind) if one is not types.NoneType for member in _members(one)]
+    return [member for one in get_args(kind) if one is not types.NoneType for member in members_of(one)]
 
 
 def _kinds(kind: Any, loc: LOC) -> list[Any]:
     """The type of the whole and of what each step of ``loc`` leads to, as far as they are known."""
     kinds = [kind]
     for step in loc:
-        (kind, *others), fields = _members(kind), fields_of(_members(kind)[0])
+        (kind, *others), fields = members_of(kind), fields_of(members_of(kind)[0])
         inner = [one for one in get_args(kind) if one is not Ellipsis]
         if others or (step not in fields and not inner):
             return kinds
         kind = fields[step].annotation if step in fields else inner[-1]
-        kinds.append(kind if len(_members(kind)) > 1 else _members(kind)[0])
+        kinds.append(kind if len(members_of(kind)) > 1 else members_of(kind)[0])
     return kinds

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
 from metasft.cli.errors import ArgumentParser, report_error
+from metasft.config.schema import members_of
 from metasft.evaluation.evaluate import evaluate
 from metasft.evaluation.protocol import EvaluationConfig
 from metasft.reporting.tables import results_text
@@ -19,8 +19,7 @@ def parser(description: str | None = None) -> ArgumentParser:
     command = ArgumentParser(description=description)
     kinds = get_type_hints(EvaluationConfig, include_extras=True)
     for field in fields(EvaluationConfig):
-        kind, *more = get_args(kinds[field.name])
-        told = " ".join(part.description for part in more if isinstance(part, FieldInfo) and part.description)
+        told = FieldInfo.from_annotation(kinds[field.name]).description or ""
         default = None if field.default is MISSING else field.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         flag = {
@@ -28,22 +27,17 @@ def parser(description: str | None = None) -> ArgumentParser:
             "required": field.default is MISSING,
             "help": f"{told} (default: {shown})" if shown not in (None, "", False) else told,
         }
-        (inner,) = [one for one in _members(kind) if one is not NoneType]
+        (inner,) = members_of(kinds[field.name])
         if inner is bool:
             flag["action"] = "store_true"
         elif get_origin(inner) is tuple:
-            flag |= {"nargs": "+", "type": _members(get_args(inner)[0])[0]}
+            flag |= {"nargs": "+", "type": members_of(get_args(inner)[0])[0]}
         elif get_origin(inner) is Literal:
             flag["choices"] = get_args(inner)
         else:
             flag["type"] = inner
         command.add_argument(f"--{field.name.replace('_', '-')}", **flag)
     return command
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> int:

@@ -25,7 +25,7 @@ from metasft.evaluation.packed_runner import Example, PackedRunner, Tested, Test
 from metasft.evaluation.padded_runner import PaddedRunner
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.evaluation.row_cache import why_not_packed
-from metasft.model.inner_loop import InnerLoop, Rates, is_adapted
+from metasft.model.inner_loop import InnerLoop, Rates, names_of, within_scope
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 logger = logging.getLogger(__name__)
@@ -149,15 +149,11 @@ class FewShotModel:
             self._adapter = InnerLoop(trained, **settings)
         self.one_at_a_time_because: str | None = reason
         self._rates: Rates | None = None
-        names = {id(parameter): export_name(name) for name, parameter in self.model.named_parameters()}
-        tensors = [names[id(parameter)] for parameter in self._adapter.parameters]
+        tensors = [export_name(name) for name in names_of(self._adapter.parameters, self.model)]
         if adaptation.factor is not None:
             assert self._learned is not None and adaptation.optimizer == self._learned.optimizer, adaptation
             self._rates = self._learned.for_tensors(tensors, adaptation.factor)
-        if self._scope != "all":
-            rows = [[adaptation.lr]] * len(tensors) if self._rates is None else self._rates.values
-            adapted = (is_adapted(name, self._scope) for name in tensors)
-            self._rates = Rates([row if its else [0.0] * len(row) for row, its in zip(rows, adapted, strict=True)])
+        self._rates = within_scope(self._rates, adaptation.lr, tensors, self._scope)
 
     @property
     def cells_per_batch(self) -> int:

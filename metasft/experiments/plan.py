@@ -484,8 +484,7 @@ class _Planner:
         self, arm: Arm, name: str, train: str | None, config: Mapping[str, Any], of: Mapping[str, Any]
     ) -> str:
         data = self.data_of(arm)
-        full = arm.evaluate.get("full") if arm.method == "base" else config["model"]["lora_rank"] == 0
-        adapts_lora = not full
+        adapts_lora = not arm.evaluate.get("full") if arm.method == "base" else config["model"]["lora_rank"] > 0
         settings = {
             "model_type": arm.model_type,
             "model_path": self.model if train is None else str(self._export(arm, self.folder(train), config)),

@@ -27,6 +27,12 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def names_of(parameters: Iterable[torch.nn.Parameter], model: torch.nn.Module) -> list[str]:
+    """The names of some parameters of a model, in their order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for parameter in parameters]
+
+
 @torch.no_grad()
 def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Joint L2 norm of the local parts of ``tensors``, 0-dim fp32 on their device; NaN or infinite where they are."""
@@ -52,12 +58,6 @@ def make_inner_optimizer(parameters: Iterable[Any], name: str, lr: float) -> tor
     raise ValueError(f"meta.inner_optimizer={name!r} is unknown; choose one of sgd, adamw")
 
 
-def is_adapted(name: str, scope: str) -> bool:
-    """Whether inner steps change a trained parameter: with ``lora_b`` the B matrices of an adapter alone, as ANIL
-    (Raghu et al. 2020, arXiv 1909.09157) adapts only the last layer."""
-    return scope == "all" or "lora_B" in name
-
-
 class InnerSettings(TypedDict):
     """Of an inner step: learning rate, ``sgd`` or ``adamw``, and the largest gradient norm of a task (None: any)."""
 
@@ -78,6 +78,22 @@ class Rates(NamedTuple):
 
     values: Sequence[Sequence[float]]
     are_learned: bool = False
+
+
+def within_scope(rates: Rates | None, lr: float, names: Sequence[str], scope: str) -> Rates | None:
+    """The rates with 0 for what inner steps leave alone.
+
+    Args:
+        rates: of every adapted tensor; None: ``lr`` for all of them.
+        names: of these tensors.
+        scope: ``all``, or ``lora_b``: the B matrices of an adapter alone, as ANIL (Raghu et al. 2020, arXiv 1909.09157)
+            adapts only the last layer.
+    """
+    if scope == "all":
+        return rates
+    rows = [[lr]] * len(names) if rates is None else rates.values
+    values = [row if "lora_B" in name else [0.0] * len(row) for name, row in zip(names, rows, strict=True)]
+    return Rates(values, rates is not None and rates.are_learned)
 
 
 class RatedSteps:

@@ -53,9 +53,10 @@ from metasft.model.inner_loop import (
     InnerLoop,
     InnerSettings,
     Rates,
-    is_adapted,
     local_tensor,
+    names_of,
     total_norm,
+    within_scope,
 )
 from metasft.model.layouts import Probe
 from metasft.model.second_order import Tape
@@ -250,8 +251,12 @@ class EpisodicSFTTrainer(SFTTrainer):
                 not_used.append(f"several tasks in a pass: {error}")
         return InnerLoop(self.engine.trained_parameters(), **settings)
 
+    @cached_property
+    def _trained_names(self) -> list[str]:
+        """Of ``inner_loop.parameters``."""
+        return names_of(self.inner_loop.parameters, self.engine.module)
+
     def _build_inner_rates(self) -> InnerRates:
-        names = {id(parameter): name for name, parameter in self.engine.module.named_parameters()}
         parameters, columns = self.inner_loop.parameters, self.meta.inner_rate_columns
         if columns > 1 and self.rank == 0:
             size = sum(local_tensor(p).numel() * p.element_size() for p in parameters)
@@ -260,7 +265,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "each task of a pass, of what every inner step changed",
                 flush=True,
             )
-        tensors = [export_name(names[id(parameter)]) for parameter in parameters]
+        tensors = [export_name(name) for name in self._trained_names]
         return InnerRates(tensors, columns, self.meta.inner_lr, self.engine.optimizer_of_rates)
 
     def _examples_to_prove(self) -> list[Probe]:
@@ -600,13 +605,8 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     def _step_rates(self, *, are_learned: bool) -> Rates | None:
         """Of every trained tensor in the inner steps; None: one for all. What is outside the inner scope stays."""
-        rates = None if self.inner_rates is None else self.inner_rates.values.tolist()
-        if self.meta.inner_scope == "all":
-            return None if rates is None else Rates(rates, are_learned)
-        names = {id(parameter): name for name, parameter in self.engine.module.named_parameters()}
-        adapted = [is_adapted(names[id(p)], self.meta.inner_scope) for p in self.inner_loop.parameters]
-        rows = rates or [[self.meta.inner_lr]] * len(adapted)
-        return Rates([row if its else [0.0] * len(row) for row, its in zip(rows, adapted, strict=True)], are_learned)
+        rates = None if self.inner_rates is None else Rates(self.inner_rates.values.tolist(), are_learned)
+        return within_scope(rates, self.meta.inner_lr, self._trained_names, self.meta.inner_scope)
 
     def _in_columns(self, of_steps: torch.Tensor) -> torch.Tensor:
         """Derivatives by the logarithms of the rates, [tensors, S], from those of the last inner steps' rates."""
@@ -655,7 +655,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         tape = Tape(self.inner_loop) if self.meta.exact_steps else None
         steps = list(zip(*(record.episode.support_batches for record in records), strict=True))
         for k, indices in enumerate(steps):
-            losses = self._support_backward(records, indices)
+            losses = self.engine.loss_and_backward(self._support_batch(records, indices), len(records))
             for record, loss in zip(records, losses.unbind(), strict=True):
                 record.support_losses.append(loss)
             if trajectory is not None:
@@ -666,15 +666,13 @@ class EpisodicSFTTrainer(SFTTrainer):
                 self.inner_loop.step()
         return tape
 
-    def _support_backward(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> torch.Tensor:
-        sets = [self.support_sets[record.episode.task] for record in records]
-        return self.engine.loss_and_backward(self._batch(sets, indices, records), len(records))
+    def _support_batch(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> Any:
+        return self._batch([self.support_sets[record.episode.task] for record in records], indices, records)
 
     def _hessian_vector(
         self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]], vector: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        sets = [self.support_sets[record.episode.task] for record in records]
-        batch = self._batch(sets, indices, records)
+        batch = self._support_batch(records, indices)
         return self.engine.hessian_vector(batch, len(records), self.inner_loop, vector)
 
     def query_backward(self, records: Sequence[EpisodeRecord]) -> None:

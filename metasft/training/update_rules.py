@@ -38,7 +38,7 @@ class MetaGradient:
     ) -> None:
         self._parameters = parameters
         self._weight = weight * (1 - trajectory)
-        self.support_weight = weight * trajectory / num_inner_steps if trajectory else 0.0
+        self._support_weight = weight * trajectory / num_inner_steps if trajectory else 0.0
         self._sum: list[torch.Tensor | None] = [None] * len(parameters)
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class MetaGradient:
                 self._sum[i] = torch.zeros_like(parameter, dtype=torch.float32)
             total = self._sum[i]
             assert total is not None
-            local_tensor(total).add_(gradient, alpha=self.support_weight)
+            local_tensor(total).add_(gradient, alpha=self._support_weight)
 
     @torch.no_grad()
     def accumulate(self) -> None:

@@ -23,7 +23,7 @@ from script_runner import ROOT
 from metasft.checkpoint import exports
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
 from metasft.config import records, result_files
-from metasft.config.schema import _members, fields_of, validated
+from metasft.config.schema import fields_of, members_of, validated
 from metasft.config.training import METHODS, MetaConfig, check_training_config
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
@@ -254,7 +254,7 @@ VALUES = EDGES | PLAIN | st.lists(st.sampled_from(["a", "b", "../c", "a\0\n", ""
 
 def values_of(kind) -> st.SearchStrategy:
     """Values for a place of a schema: of its shape as often as not, and anything else."""
-    (kind, *_), inner = _members(kind), get_args(_members(kind)[0])
+    (kind, *_), inner = members_of(kind), get_args(members_of(kind)[0])
     if fields := fields_of(kind):
         entries = [st.tuples(st.just(name), values_of(field.annotation)) for name, field in fields.items()]
         more = st.tuples(st.text(max_size=6) | st.integers(), VALUES)
