@@ -28,14 +28,14 @@ class ReptileTrainer(EpisodicSFTTrainer):
 
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
         mean_difference = MeanDifference(self.inner_loop.parameters, self.meta.meta_batch_size)
-        passes = self.passes(batch)
+        passes = self.episodes.passes(batch)
         for records in passes:
             if batch.measures_gain:
-                self.measure_before(records)
+                self.episodes.measure_before(records)
             with self.inner_loop.adapting(len(records)) as adaptation:
-                self.adapt(records)
+                self.episodes.adapt(records)
                 if batch.measures_gain:
-                    self.measure_after(records)
+                    self.episodes.measure_after(records)
                 mean_difference.add(adaptation.difference())
         updates = self.meta.update_shared
         result = self.reduce(batch, passes, mean_difference.tensors() if updates else [])

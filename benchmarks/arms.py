@@ -163,7 +163,7 @@ class TrainerArm:
         self.gradient: dict[str, Any] = {}
         self.episodes: list[Any] = []
         self._seconds: dict[str, float] = {}
-        trainer.adapt = self._timed("inner_seconds", trainer.adapt)
+        trainer.episodes.adapt = self._timed("inner_seconds", trainer.episodes.adapt)
         if detail:
             engine, loop = trainer.engine, trainer.inner_loop
             engine.loss_and_backward = self._timed("forward_backward_seconds", engine.loss_and_backward)

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from metasft.backend.batches import count_micro_batches, make_batch
 from metasft.backend.checks import check_adapter, check_language_model, check_optimizer, reading_model
 from metasft.backend.devices import get_device_id, get_torch_device
 from metasft.backend.engine import (
@@ -44,7 +43,7 @@ from metasft.checkpoint.model_folder import check_chat_template, check_vocabular
 from metasft.config.prompts import Prompts, check_arguments, given_arguments
 from metasft.config.result_files import SUMMARY_FILE
 from metasft.config.training import METHOD_TITLES, MetaConfig, Method
-from metasft.data.episodes import Episode, EpisodeSampler
+from metasft.data.episodes import EpisodeSampler
 from metasft.data.task_sets import TaskFiles, TokenizedSet
 from metasft.files.atomic import remove_leftovers, replacing_file
 from metasft.files.paths import user_path
@@ -59,11 +58,11 @@ from metasft.model.inner_loop import (
     within_scope,
 )
 from metasft.model.layouts import Probe
-from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
+from metasft.training.episode_runner import EpisodeRunner
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
 from metasft.training.inner_rates import InnerRates
-from metasft.training.meta_step import MetaBatch, MetaStepResult, split_into_passes
+from metasft.training.meta_step import MetaBatch, MetaStepResult
 from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.training.preemption import Preemption
 from metasft.training.resume import (
@@ -80,10 +79,6 @@ from metasft.training.update_rules import MetaGradient
 from metasft.training.validation import LOSS, Measured, fixed_masks, validation_episodes, validation_metrics
 
 logger = logging.getLogger(__name__)
-
-
-CPU_TOKENS, CPU_TOKENS_ALONE = 512, 256
-"""Where tasks in one pass stop gaining on a CPU core (docs/performance.md, one inner step)."""
 
 
 class EpisodicSFTTrainer(SFTTrainer):
@@ -126,6 +121,15 @@ class EpisodicSFTTrainer(SFTTrainer):
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
         self.inner_loop = self._prove_the_passes()
+        self.episodes = EpisodeRunner(
+            self.engine,
+            self.inner_loop,
+            meta,
+            self.support_sets,
+            self.query_sets,
+            self._batch_settings,
+            on_cpu=self.device_name == "cpu",
+        )
         self.inner_rates = self._build_inner_rates() if meta.inner_rate_columns else None
         if self._state is not None:
             self.engine.use_configured_optimizer()
@@ -482,11 +486,11 @@ class EpisodicSFTTrainer(SFTTrainer):
             fixed_masks(self.device_name, self.config.trainer.seed),
         ):
             # With several groups, the last ones may have no episode.
-            for records in self.passes(MetaBatch(step, (), mine, measures_gain=False)) if mine else ():
+            for records in self.episodes.passes(MetaBatch(step, (), mine, measures_gain=False)) if mine else ():
                 with self.inner_loop.adapting(len(records), self._step_rates(are_learned=False)):
-                    self.adapt(records)
+                    self.episodes.adapt(records)
                     self.engine.module.eval()
-                    self.measure_after(records)
+                    self.episodes.measure_after(records)
                     self.engine.module.train()
                 found += [record.query_loss_after for record in records]
         losses = torch.zeros(len(self.validation), dtype=torch.float32, device=torch.device(get_device_id()))
@@ -569,17 +573,17 @@ class EpisodicSFTTrainer(SFTTrainer):
         learns_rates = self.inner_rates is not None and updates
         rates = self._step_rates(are_learned=learns_rates and not exact)
         rate_gradients: list[torch.Tensor] = []
-        passes = self.passes(batch)
+        passes = self.episodes.passes(batch)
         for records in passes:
             if batch.measures_gain:
-                self.measure_before(records)
+                self.episodes.measure_before(records)
             with self.inner_loop.adapting(len(records), rates) as adaptation:
-                tape = self.adapt(records, meta_gradient if share else None)
+                tape = self.episodes.adapt(records, meta_gradient if share else None)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
-                self.query_backward(records)
+                self.episodes.query_backward(records)
                 if tape is not None:
-                    of_steps = tape.backward(partial(self._hessian_vector, records))
+                    of_steps = self.episodes.backward_through(tape, records)
                     if learns_rates:
                         rate_gradients.append(self._in_columns(of_steps))
                 for record, norm in zip(records, adaptation.gradient_norms().unbind(), strict=True):
@@ -613,89 +617,6 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.meta.inner_rate_columns == 1:
             return of_steps.sum(dim=1, keepdim=True)
         return torch.nn.functional.pad(of_steps, (self.meta.num_inner_steps - of_steps.shape[1], 0))
-
-    def passes(self, batch: MetaBatch) -> list[list[EpisodeRecord]]:
-        """Records for the episodes, in the portions that are adapted together: one by one without task batching.
-
-        With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
-        tokens, or ``data.micro_batch_size_per_gpu`` examples where micro-batches have a fixed size. Without a limit, a
-        pass on a CPU holds :data:`CPU_TOKENS`, and tasks of :data:`CPU_TOKENS_ALONE` or more are alone. Every rank of a
-        task group cuts alike, since all of them know all the examples.
-        """
-        records = [EpisodeRecord(episode) for episode in batch.episodes]
-        if not isinstance(self.inner_loop, TaskBatchedLoRA):
-            return [[record] for record in records]
-        limit, data, alone = self.meta.task_batch_limit, self.config.data, None
-        budget = data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
-        if limit is None and self.device_name == "cpu" and data.use_dynamic_bsz:
-            # A core's products run at full speed from a few hundred rows on: more of them only take more memory.
-            budget, alone = min(budget, CPU_TOKENS), CPU_TOKENS_ALONE
-        sizes = [self._size_in_a_pass(episode) for episode in batch.episodes]
-        return [records[part] for part in split_into_passes(sizes, budget=budget, alone=alone, most=limit)]
-
-    def _size_in_a_pass(self, episode: Episode) -> int:
-        """What the episode's largest batch adds to a pass of one rank: tokens, or examples in fixed micro-batches."""
-        group = self.engine.get_data_parallel_size()
-        if not self.config.data.use_dynamic_bsz:
-            return -(-max(map(len, (*episode.support_batches, episode.query_batch))) // group)
-        sizes = [self.support_sets[episode.task].tokens(batch) for batch in episode.support_batches]
-        if episode.query_batch:
-            sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
-        return -(-max(sizes) // group)
-
-    def adapt(self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None) -> Tape | None:
-        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports.
-
-        Args:
-            trajectory: takes the support gradients in, before they are clipped.
-
-        Returns:
-            The steps that the meta-gradient goes through; None where it is first order.
-        """
-        tape = Tape(self.inner_loop) if self.meta.exact_steps else None
-        steps = list(zip(*(record.episode.support_batches for record in records), strict=True))
-        for k, indices in enumerate(steps):
-            losses = self.engine.loss_and_backward(self._support_batch(records, indices), len(records))
-            for record, loss in zip(records, losses.unbind(), strict=True):
-                record.support_losses.append(loss)
-            if trajectory is not None:
-                trajectory.add_support(self.inner_loop.gradients())
-            if tape is not None and k >= len(steps) - self.meta.exact_steps:
-                tape.step(indices)
-            else:
-                self.inner_loop.step()
-        return tape
-
-    def _support_batch(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> Any:
-        return self._batch([self.support_sets[record.episode.task] for record in records], indices, records)
-
-    def _hessian_vector(
-        self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]], vector: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        batch = self._support_batch(records, indices)
-        return self.engine.hessian_vector(batch, len(records), self.inner_loop, vector)
-
-    def query_backward(self, records: Sequence[EpisodeRecord]) -> None:
-        """Backward of the query losses at whatever parameters are loaded."""
-        for record, loss in zip(records, self._query_losses(records, backward=True), strict=True):
-            record.query_loss_after = loss
-
-    def measure_before(self, records: Sequence[EpisodeRecord]) -> None:
-        """Query losses at theta, for the adaptation gain."""
-        for record, loss in zip(records, self._query_losses(records, backward=False), strict=True):
-            record.query_loss_before = loss
-
-    def measure_after(self, records: Sequence[EpisodeRecord]) -> None:
-        """Query losses at the adapted parameters, for algorithms that take no gradient there."""
-        for record, loss in zip(records, self._query_losses(records, backward=False), strict=True):
-            record.query_loss_after = loss
-
-    def _query_losses(self, records: Sequence[EpisodeRecord], *, backward: bool) -> tuple[torch.Tensor, ...]:
-        sets = [self.query_sets[record.episode.task] for record in records]
-        queries = [record.episode.query_batch for record in records]
-        batch = self._batch(sets, queries, records if backward else None)
-        run = self.engine.loss_and_backward if backward else self.engine.loss_only
-        return run(batch, len(records)).unbind()
 
     def reduce(
         self,
@@ -740,42 +661,6 @@ class EpisodicSFTTrainer(SFTTrainer):
         norm = self.engine.optimizer_step()
         fault = None if math.isfinite(norm) else f"the norm of the meta-gradient is {norm}"
         return replace(result, grad_norm=norm, fault=fault)
-
-    def _batch(
-        self,
-        sets: Sequence[TokenizedSet],
-        indices: Sequence[Sequence[int]],
-        counted: Sequence[EpisodeRecord] | None = None,
-    ) -> Any:
-        """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``counted``.
-
-        Batches that the ranks or their fixed micro-batches do not divide, such as 5 shots, are filled up with an
-        example that has no weight.
-        """
-        rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
-        unit = size if self.config.data.use_dynamic_bsz else size * self.config.data.micro_batch_size_per_gpu
-        examples: list[Any] = []
-        tasks: list[int] = []
-        weights: list[float] = []
-        lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
-        for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
-            fill = -len(chosen) % unit
-            filled = [*chosen, *[chosen[0]] * fill]
-            for other, lengths in enumerate(lengths_of_ranks):
-                lengths += [task_set.tokens([index]) for index in filled[other::size]]
-            share = task_set.batch(filled[rank::size])
-            examples += share
-            tasks += [task] * len(share)
-            weight = 1.0 / task_set.response_tokens(chosen)
-            weights += [*[weight] * len(chosen), *[0.0] * fill][rank::size]
-        if counted is not None:
-            lengths = [len(example["input_ids"]) for example in examples]
-            width = max(lengths) if self.engine.layout.rows == "padded" else 0
-            for task, length in zip(tasks, lengths, strict=True):
-                counted[task].tokens += length
-                counted[task].padding += max(width - length, 0)
-        least = count_micro_batches(lengths_of_ranks, self._batch_settings["max_token_len_per_gpu"])
-        return make_batch(examples, tasks, weights, {**self._batch_settings, "least_micro_batches": least})
 
     # ---- what a run leaves behind -----------------------------------------------------------------------------------
 

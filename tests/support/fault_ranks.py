@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from meta_step_worker import ROOT, trainer_class
@@ -104,13 +105,14 @@ def poisoned(cls, what, task, step, inner_step=1, value="nan"):
             self.number = batch.step
             return super().meta_step(batch)
 
-        def adapt(self, records, *trajectory):
-            with self.poison("support", records):
-                super().adapt(records, *trajectory)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for phase, name in (("support", "adapt"), ("query", "query_backward")):
+                setattr(self.episodes, name, partial(self.poisoned, phase, getattr(self.episodes, name)))
 
-        def query_backward(self, records):
-            with self.poison("query", records):
-                super().query_backward(records)
+        def poisoned(self, phase, function, records, *trajectory):
+            with self.poison(phase, records):
+                return function(records, *trajectory)
 
         @contextmanager
         def poison(self, phase, records):

@@ -115,7 +115,7 @@ class CollectiveCounter:
 
 def restore_before_the_backward(trainer):
     """A deliberate mistake: theta is put back between the query forward and the query backward."""
-    original = trainer.query_backward
+    original = trainer.episodes.query_backward
 
     def query_backward(records):
         hook = trainer.engine.module.register_forward_hook(lambda *_: trainer.inner_loop.restore())
@@ -124,7 +124,7 @@ def restore_before_the_backward(trainer):
         finally:
             hook.remove()
 
-    trainer.query_backward = query_backward
+    trainer.episodes.query_backward = query_backward
 
 
 def end_where_the_host_waits(trainer):
@@ -141,7 +141,7 @@ def end_where_the_host_waits(trainer):
         return watched
 
     for name in ("measure_before", "adapt", "query_backward"):
-        setattr(trainer, name, without_waits(getattr(trainer, name)))
+        setattr(trainer.episodes, name, without_waits(getattr(trainer.episodes, name)))
 
 
 def run_case(case, out):
@@ -197,8 +197,8 @@ def run_case(case, out):
         after = state_of(trainer)
         result["changed"] = [name for name in before if not same(before[name], after[name])]
     result["passes"] = [
-        [trainer._size_in_a_pass(record.episode) for record in records]
-        for records in trainer.passes(captured["meta_batch"])
+        [trainer.episodes._size_in_a_pass(record.episode) for record in records]
+        for records in trainer.episodes.passes(captured["meta_batch"])
     ]
     base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     result["base_grads"] = [n for n, p in base.items() if p.grad is not None]

@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -127,6 +128,9 @@ def register() -> None:
         return pinned
 
     torch.Tensor.pin_memory = pin_memory
+    # transformers loads models under a device context, which keeps the constructors that it first sees. With the one
+    # below it would take the model's device for the host's, and leave buffers uninitialised.
+    _device_constructors()
     make = torch.tensor
 
     def tensor(data, *, device=None, **kwargs):
@@ -189,7 +193,7 @@ def run_case(case: dict, out: Path) -> None:
         waits.clear()
 
     for name in ("adapt", "query_backward", "measure_before", "measure_after"):
-        setattr(trainer, name, inside(getattr(trainer, name)))
+        setattr(trainer.episodes, name, inside(getattr(trainer.episodes, name)))
     for step in range(1, case.get("steps", 1) + 1):
         waits.clear()
         found.clear()
