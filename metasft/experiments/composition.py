@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -64,23 +65,48 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
     Raises:
         ValueError: Hydra cannot compose it, or a value in it does not resolve.
     """
-    from importlib.util import find_spec
-
-    import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    # By its folder: as pkg://verl.trainer.config Hydra would import veRL, and torch with it.
-    defaults = Path(find_spec("verl").origin).parent / "trainer" / "config"
     try:
-        with hydra.initialize_config_dir(str(folder), version_base=None):
-            config = hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
+        config = _with_values(folder, name, overrides) or _compose(folder, name, overrides)
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(
             f"arm {arm}: {_first_sentences(error)}; correct its overrides, or those of the scale"
         ) from error
+
+
+@cache
+def _compose(folder: Path, name: str, overrides: tuple[str, ...] = ()) -> Any:
+    from importlib.util import find_spec
+
+    import hydra
+
+    # By its folder: as pkg://verl.trainer.config Hydra would import veRL, and torch with it.
+    defaults = Path(find_spec("verl").origin).parent / "trainer" / "config"
+    with hydra.initialize_config_dir(str(folder), version_base=None):
+        return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
+
+
+def _with_values(folder: Path, name: str, overrides: tuple[str, ...]) -> Any:
+    """The configuration with other values, a tenth of the work of composing it anew; None where overrides do more than
+    that, or something else than what is there."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = copy.deepcopy(_compose(folder, name))
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if "." not in override.key_or_group or override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            return None
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return None
+    return config
 
 
 def _first_sentences(error: Exception) -> str:
