@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = _with_values(folder, name, overrides) or _compose(folder, name, overrides)
+        config = with_values(_compose(folder, name), overrides) or _compose(folder, name, overrides)
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(
@@ -90,15 +90,15 @@ def _compose(folder: Path, name: str, overrides: tuple[str, ...] = ()) -> Any:
         return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
 
 
-def _with_values(folder: Path, name: str, overrides: tuple[str, ...]) -> Any:
-    """The configuration with other values, a tenth of the work of composing it anew; None where overrides do more than
-    that, or something else than what is there."""
+def with_values(config: Any, overrides: Sequence[str]) -> Any:
+    """A copy of a composed configuration with other values, a tenth of the work of composing it anew; None where
+    overrides do more than that, or name something that is not there."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = copy.deepcopy(_compose(folder, name))
+    config = copy.deepcopy(config)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if "." not in override.key_or_group or override.type is not OverrideType.CHANGE or override.is_sweep_override():
             return None

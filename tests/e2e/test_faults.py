@@ -53,7 +53,7 @@ def slow(*values):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
+    with ForkServer(tmp_path_factory.mktemp("logs"), ("fault_ranks",)) as started:
         yield started
 
 

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from meta_step_worker import ROOT, trainer_class
+from meta_step_worker import composed, configuration, trainer_class
 
 from metasft.model.inner_loop import local_tensor
+
+for name in ("config_meta_lora_example", "config_fomaml_math_science", "config_reptile_math_science"):
+    composed(name)  # before the forks
 
 
 def train(script, config_name, overrides, crash=None, stop=None, poison=None, drift=None, full=None, apart=None):
@@ -28,8 +31,6 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
         full: ``{"rank", "what"}``: that rank's disk is full for files with that in their name.
         apart: ``{"rank", "folder"}``: that rank works in another folder, as on a node with disks of its own.
     """
-    from hydra import compose, initialize_config_dir
-
     from metasft.training import launch
 
     cls = trainer_class(script)
@@ -46,9 +47,7 @@ def train(script, config_name, overrides, crash=None, stop=None, poison=None, dr
     if apart and apart["rank"] == int(os.environ["RANK"]):
         os.chdir(apart["folder"])
         launch.SHARED_FOLDER_SECONDS = 1
-    with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
-        config = compose(config_name, overrides=list(overrides))
-    launch.run(config, cls)
+    launch.run(configuration(config_name, overrides), cls)
 
 
 def crash_at(operation: int, *, torn: bool) -> None:

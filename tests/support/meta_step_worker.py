@@ -19,6 +19,7 @@ import json
 import os
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,26 @@ def trainer_class(script):
     return found
 
 
-def build_trainer(script, config_name, overrides):
-    """A trainer as the script itself builds it, without running it. The process group must exist."""
+@cache
+def composed(config_name, overrides=()):
     from hydra import compose, initialize_config_dir
 
+    with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
+        return compose(config_name, overrides=list(overrides))
+
+
+def configuration(config_name, overrides):
+    """What a script's command line says. Composing takes as long as a meta-step here: once for all cases and forks."""
+    from metasft.experiments.composition import with_values
+
+    return with_values(composed(config_name), overrides) or copy.deepcopy(composed(config_name, tuple(overrides)))
+
+
+def build_trainer(script, config_name, overrides):
+    """A trainer as the script itself builds it, without running it. The process group must exist."""
     from metasft.training import launch
 
-    with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
-        config = compose(config_name, overrides=list(overrides))
+    config = configuration(config_name, overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         return launch.build(config, trainer_class(script))
 
