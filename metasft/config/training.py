@@ -24,14 +24,21 @@ from metasft.config.verl_groups import (
 )
 from metasft.files.paths import user_path
 
-Method = Literal["meta_lora", "fomaml", "reptile"]
-METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
-METHOD_TITLES: dict[Method, str] = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT"}
+Method = Literal["meta_lora", "fomaml", "reptile", "lora_ml"]
+METHODS: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile", "lora_ml")
+WITH_INNER_LOOP: tuple[Method, ...] = ("meta_lora", "fomaml", "reptile")
+METHOD_TITLES: dict[Method, str] = {
+    "meta_lora": "META-LORA",
+    "fomaml": "FOMAML-SFT",
+    "reptile": "Reptile-SFT",
+    "lora_ml": "LoRA-ML",
+}
 INNER_OPTIMIZERS = ("sgd", "adamw")
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "meta_lora": {},
     "fomaml": {"support_samples": 300, "num_inner_steps": 5},
     "reptile": {"support_samples": 300, "num_inner_steps": 5},
+    "lora_ml": {},
 }
 """Where they differ from those of the fields."""
 
@@ -69,7 +76,9 @@ class MetaConfig(Schema):
         "other examples of the support set for every inner step",
         None,
     )
-    inner_clip_grad: float | None = key("largest gradient norm of an inner step; null = no clipping", None, gt=0)
+    inner_clip_grad: float | None = key(
+        "largest gradient norm of an inner step; null = no clipping", None, gt=0, methods=WITH_INNER_LOOP
+    )
     query_batch_size: int = key("query examples per episode; 0 = no query set (Reptile only)", 4, ge=0)
     meta_batch_size: int = key("tasks per meta-step", 4, ge=1, le=100_000)
     trajectory_weight: Share | Annotated[tuple[Share, Share], Tuple] | None = key(
@@ -98,20 +107,22 @@ class MetaConfig(Schema):
         methods=("meta_lora", "fomaml"),
     )
     aggregation: Literal["mean", "sum"] = key("how tasks combine", "mean", methods=("meta_lora", "fomaml"))
-    update_shared: bool = key("false = tasks adapt, the shared parameters are never updated", True)
+    update_shared: bool = key(
+        "false = tasks adapt, the shared parameters are never updated", True, methods=WITH_INNER_LOOP
+    )
     task_group_size: int | None = key(
         "ranks that share one episode; null = 1 with LoRA, all ranks otherwise", None, ge=1
     )
     task_batching: bool | None = key(
         "with LoRA: all of a rank's tasks in one pass over the frozen base; null = true with LoRA",
         None,
-        methods=("meta_lora", "reptile"),
+        methods=("meta_lora", "reptile", "lora_ml"),
     )
     task_batch_limit: int | None = key(
         "tasks per pass at most; null = as many as fit the token budget of a pass",
         None,
         ge=1,
-        methods=("meta_lora", "reptile"),
+        methods=("meta_lora", "reptile", "lora_ml"),
     )
     adaptation_gain_freq: int = key(
         "meta-steps between measurements of the query loss before adaptation; 0 = never", 1, ge=0
@@ -129,6 +140,12 @@ class MetaConfig(Schema):
         "interpolate: theta + eps * mean(theta_i - theta); pseudo_gradient: veRL's optimizer on mean(theta - theta_i)",
         "interpolate",
         methods=("reptile",),
+    )
+    task_lora_rank: int = key(
+        "ranks, of model.lora_rank, of the LoRA that each training task has alone", 8, ge=1, methods=("lora_ml",)
+    )
+    task_lora_lr: float | None = key(
+        "learning rate of the tasks' own LoRAs; null = optim.lr", None, gt=0, le=LARGEST_RATE, methods=("lora_ml",)
     )
 
     @classmethod
@@ -301,8 +318,13 @@ class TrainingConfig(Schema):
     def _lora_or_all_parameters(self, info: ValidationInfo) -> TrainingConfig:
         method: Any = info.context
         rank, title = self.model.lora_rank, METHOD_TITLES[method]
-        if method == "meta_lora" and rank == 0:
-            raise ValueError("model.lora_rank=0: META-LORA trains LoRA parameters only; use a rank such as 16")
+        if method in ("meta_lora", "lora_ml") and rank == 0:
+            raise ValueError(f"model.lora_rank=0: {title} trains LoRA parameters only; use a rank such as 16")
+        if method == "lora_ml" and rank <= self.meta.task_lora_rank:
+            raise ValueError(
+                f"meta.task_lora_rank={self.meta.task_lora_rank} leaves none of model.lora_rank={rank} to the shared "
+                "LoRA; lower it or raise model.lora_rank"
+            )
         if method == "fomaml" and rank > 0:
             raise ValueError(
                 f"model.lora_rank={rank}: FOMAML-SFT trains all parameters; set 0, or use meta_lora_trainer.py for LoRA"

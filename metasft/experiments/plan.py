@@ -54,6 +54,7 @@ SCRIPTS = {
     "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
+    "lora_ml": ("lora_ml_trainer.py", "config_lora_ml"),
 }
 BASELINES = {
     "lora_mixed": "baseline_lora_mixed",

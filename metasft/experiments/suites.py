@@ -40,8 +40,10 @@ TINY_MODEL = "tiny-random"
 LABELLED = "labelled_examples_per_task"
 """As the key of an axis: support and query examples together, which no single setting says."""
 
-META_LEARNERS = ("meta_lora", "fomaml", "reptile")
-Method = Literal["base", "meta_lora", "fomaml", "reptile", "lora_single", "lora_mixed", "lora_mixed_all", "metaicl"]
+META_LEARNERS = ("meta_lora", "fomaml", "reptile", "lora_ml")
+Method = Literal[
+    "base", "meta_lora", "fomaml", "reptile", "lora_ml", "lora_single", "lora_mixed", "lora_mixed_all", "metaicl"
+]
 ModelType = Literal["base", "meta_lora", "lora", "fomaml", "reptile"]
 
 Values = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
@@ -87,6 +89,8 @@ class Arm(Schema):
     @property
     def model_type(self) -> str:
         """Of evaluate_few_shot.py."""
+        if self.method == "lora_ml":  # exports what META-LORA exports
+            return "meta_lora"
         return self.method if self.method in ("base", *META_LEARNERS) else "lora"
 
     @model_validator(mode="after")
@@ -166,6 +170,7 @@ class Training(Schema):
     meta_lora: Settings
     fomaml: Settings
     reptile: Settings
+    lora_ml: Settings
     lora: Settings
 
 

@@ -26,7 +26,7 @@ from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairin
 
 FINISHED = "finished"
 LOG_LINES = 20
-META_LEARNED = ("meta_lora", "fomaml", "reptile")
+META_LEARNED = ("meta_lora", "fomaml", "reptile", "lora_ml")
 STANDARD_LORA = ("lora_single", *counts.MIXED)  # trained by veRL's own trainer
 ENTRY_MEANS = ("format_accuracy", "accuracy_lenient", "truncated_share", "majority_baseline", "trivial_baseline")
 Run = Mapping[str, Any]

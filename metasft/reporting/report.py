@@ -36,7 +36,7 @@ REPORT_FOLDER = "report"
 REPORT_FILE = "report.json"
 COMPARISON_FIGURE = "comparison_meta_lora_vs_fomaml.png"
 FORMAT = 3
-METHOD_NAMES = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT"}
+METHOD_NAMES = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT", "lora_ml": "LoRA-ML"}
 _TRAINING = ("inner/support_loss_first", "inner/support_loss_last", "meta/query_loss_after", "meta/adaptation_gain")
 _ADAPTATION = (
     *("adapts", "adaptation_steps", "adaptation_optimizer", "adaptation_lr", "adaptation_batch_size"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,18 +92,22 @@ class EpisodeRunner:
             The steps that the meta-gradient goes through; None where it is first order.
         """
         tape = Tape(self.inner_loop) if self.meta.exact_steps else None
-        steps = list(zip(*(record.episode.support_batches for record in records), strict=True))
-        for k, indices in enumerate(steps):
-            losses = self.engine.loss_and_backward(self._support_batch(records, indices), len(records))
-            for record, loss in zip(records, losses.unbind(), strict=True):
-                record.support_losses.append(loss)
+        for k, indices in enumerate(self.support_backwards(records)):
             if trajectory is not None:
                 trajectory.add_support(self.inner_loop.gradients())
-            if tape is not None and k >= len(steps) - self.meta.exact_steps:
+            if tape is not None and k >= self.meta.num_inner_steps - self.meta.exact_steps:
                 tape.step(indices)
             else:
                 self.inner_loop.step()
         return tape
+
+    def support_backwards(self, records: Sequence[EpisodeRecord]) -> Iterator[Sequence[Sequence[int]]]:
+        """After the backward of each of the K support batches its examples, for the caller to use the gradients."""
+        for indices in zip(*(record.episode.support_batches for record in records), strict=True):
+            losses = self.engine.loss_and_backward(self._support_batch(records, indices), len(records))
+            for record, loss in zip(records, losses.unbind(), strict=True):
+                record.support_losses.append(loss)
+            yield indices
 
     def _support_batch(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> Any:
         return self._batch([self.support_sets[record.episode.task] for record in records], indices, records)

@@ -63,6 +63,10 @@ class InnerRates:
         """Name -> rates [S]."""
         return {name: rates.clone() for name, rates in zip(self.names, self.values, strict=True)}
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What every rank holds alike."""
+        return [self.logarithms]
+
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on with the same bits."""
         state = self._optimizer.state_dict()["state"]

@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def save_state(
     engine: Any,
     sampler: Any,
     layout: Mapping[str, Any],
-    rates: Mapping[str, Any] | None = None,
+    learned: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Write ``global_step_<step>/`` and let the tracker file point to it; called by every rank.
 
@@ -81,7 +82,7 @@ def save_state(
         engine: writes model, optimizer, schedule and random states of this rank.
         sampler: its state dict is the position in every stream of examples.
         layout: what :func:`check_layout` and the trainer need again.
-        rates: state of learned inner rates, the same on every rank; None without them.
+        learned: file name -> state of what is learned beside theta, the same on every rank.
 
     Raises:
         RunFault: a rank could not write; nothing is left behind.
@@ -98,8 +99,9 @@ def save_state(
             # What is kept is decided once the new state is complete, not before it is written.
             engine.save_checkpoint(str(partial), global_step=step, max_ckpt_to_keep=None)
             torch.save(sampler.state_dict(), partial / f"data_{rank}.pt")
-            if rates is not None and rank == 0:
-                torch.save(dict(rates), partial / RATES_FILE)
+            if rank == 0:
+                for name, state in learned.items():
+                    torch.save(dict(state), partial / name)
             for file in partial.rglob("*"):
                 # Each rank flushes its own files (on a network drive nobody else can), rank 0 the rest.
                 if rank == 0 or file.stem.endswith(f"_{rank}"):
@@ -116,16 +118,16 @@ def save_state(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_rates(state: Path) -> dict[str, Any]:
-    """The ``rates`` of :func:`save_state`.
+def read_learned(file: Path) -> dict[str, Any]:
+    """A file of the ``learned`` of :func:`save_state`.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        ValueError: it is missing or damaged.
     """
     try:
-        return read_tensors(state / RATES_FILE)
+        return read_tensors(file)
     except ValueError as error:
-        raise ValueError(f"{state / RATES_FILE} cannot be read ({error}); delete {state} to resume earlier") from error
+        raise ValueError(f"{file} cannot be read ({error}); delete {file.parent} to resume earlier") from error
 
 
 def _files(folder: Path) -> list[Path]:

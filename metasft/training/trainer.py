@@ -14,7 +14,7 @@ import math
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -66,12 +66,13 @@ from metasft.training.meta_step import MetaBatch, MetaStepResult
 from metasft.training.metrics import COUNTS, EpisodeRecord, from_table, step_metrics, to_table
 from metasft.training.preemption import Preemption
 from metasft.training.resume import (
+    RATES_FILE,
     STATE,
     MetricsLog,
     check_layout,
     find_state,
     prune,
-    read_rates,
+    read_learned,
     save_state,
 )
 from metasft.training.run_summary import peaks_of_ranks, write_summary
@@ -131,10 +132,11 @@ class EpisodicSFTTrainer(SFTTrainer):
             on_cpu=self.device_name == "cpu",
         )
         self.inner_rates = self._build_inner_rates() if meta.inner_rate_columns else None
+        self.learned = self.build_learned()
         if self._state is not None:
             self.engine.use_configured_optimizer()
-            if self.inner_rates is not None:
-                self.inner_rates.load_state_dict(read_rates(self._state))
+            for name, learned in self.learned.items():
+                learned.load_state_dict(read_learned(self._state / name))
         self._last_saved = self.resume_global_step
         self._updates_since_save = 0
 
@@ -256,7 +258,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         return InnerLoop(self.engine.trained_parameters(), **settings)
 
     @cached_property
-    def _trained_names(self) -> list[str]:
+    def trained_names(self) -> list[str]:
         """Of ``inner_loop.parameters``."""
         return names_of(self.inner_loop.parameters, self.engine.module)
 
@@ -269,8 +271,12 @@ class EpisodicSFTTrainer(SFTTrainer):
                 "each task of a pass, of what every inner step changed",
                 flush=True,
             )
-        tensors = [export_name(name) for name in self._trained_names]
+        tensors = [export_name(name) for name in self.trained_names]
         return InnerRates(tensors, columns, self.meta.inner_lr, self.engine.optimizer_of_rates)
+
+    def build_learned(self) -> Mapping[str, Any]:
+        """What the run learns beside theta: file of the resume state -> something with a state dict."""
+        return {} if self.inner_rates is None else {RATES_FILE: self.inner_rates}
 
     def _examples_to_prove(self) -> list[Probe]:
         """The longest example of the run between short ones, of two tasks where there are two."""
@@ -610,7 +616,7 @@ class EpisodicSFTTrainer(SFTTrainer):
     def _step_rates(self, *, are_learned: bool) -> Rates | None:
         """Of every trained tensor in the inner steps; None: one for all. What is outside the inner scope stays."""
         rates = None if self.inner_rates is None else Rates(self.inner_rates.values.tolist(), are_learned)
-        return within_scope(rates, self.meta.inner_lr, self._trained_names, self.meta.inner_scope)
+        return within_scope(rates, self.meta.inner_lr, self.trained_names, self.meta.inner_scope)
 
     def _in_columns(self, of_steps: torch.Tensor) -> torch.Tensor:
         """Derivatives by the logarithms of the rates, [tensors, S], from those of the last inner steps' rates."""
@@ -682,8 +688,10 @@ class EpisodicSFTTrainer(SFTTrainer):
             if log is not None:
                 log.flush()
         layout = {**self._layout(), "skipped_steps": self.skipped_steps}
-        rates = None if self.inner_rates is None else self.inner_rates.state_dict()
-        save_state(self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout, rates=rates)
+        learned = {name: learned.state_dict() for name, learned in self.learned.items()}
+        save_state(
+            self.run_dir, step, engine=self.engine, sampler=self.train_dataloader, layout=layout, learned=learned
+        )
         self._last_saved = step
         with writing(f"the copy of meta-step {step}", self.run_dir):
             if self.rank == 0:
@@ -703,8 +711,8 @@ class EpisodicSFTTrainer(SFTTrainer):
         if every and (before_a_save or step % every == 0):
             shards = 1 if self.lora else self.engine.get_data_parallel_size()
             compared: list[torch.Tensor] = [*self.inner_loop.parameters]
-            if self.inner_rates is not None:
-                compared.append(self.inner_rates.logarithms.to(local_tensor(compared[0]).device))
+            device = local_tensor(compared[0]).device
+            compared += [tensor.to(device) for learned in self.learned.values() for tensor in learned.tensors()]
             check_theta(compared, shards, torch.device(get_device_id()), step, self._last_saved)
 
     @property

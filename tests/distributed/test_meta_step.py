@@ -34,7 +34,8 @@ META_LORA = (
 )
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", [])
 REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.reptile_step_size=1.0"])
-LR = {"meta_lora": 0.5, "fomaml": 0.05, "reptile": 0.05}
+LORA_ML = ("lora_ml_trainer.py", "config_lora_ml", [*META_LORA[2], "meta.task_lora_rank=1", "meta.task_lora_lr=0.01"])
+LR = {"meta_lora": 0.5, "fomaml": 0.05, "reptile": 0.05, "lora_ml": 0.5}
 # B starts at zero, so A would have no gradient; a second meta-step has left that special point.
 STEPS = 2
 
@@ -130,6 +131,7 @@ VARIANTS = {
     "gathered": ["engine.reshard_after_forward=false"],
     "gathered_no_gain": ["engine.reshard_after_forward=false", "meta.adaptation_gain_freq=0"],
 }
+OF_LORA_ML = ("packed", "checkpointed_padded", "micro_batches", "one_at_a_time", "limited")
 RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
     1: (
@@ -159,7 +161,8 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
         whole: with those of :data:`LEFT_FOR_SLOW`.
     """
     cases = []
-    for method, (script, config, extra) in {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE}.items():
+    methods = {"meta_lora": META_LORA, "fomaml": FOMAML, "reptile": REPTILE, "lora_ml": LORA_ML}
+    for method, (script, config, extra) in methods.items():
         for group in (int(g.split("=")[1]) for g in WORLDS[world]):
             # All variants on one process; the two most different ones on several, where groups of 2 of 4 need one.
             variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory", "rates_per_step")
@@ -170,7 +173,9 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
             if group == world > 1:
                 variants = (*variants, *RESHARDING)
             for variant in variants:
-                if method != "meta_lora" and variant.startswith(
+                if method == "lora_ml" and variant not in OF_LORA_ML:
+                    continue
+                if method in ("fomaml", "reptile") and variant.startswith(
                     ("one_at_a_time", "limited", "automatic", "exact", "lora_b")
                 ):
                     continue  # there is no frozen base to share; FOMAML is first order
@@ -315,6 +320,8 @@ def expected(reference, case, result):
     """What the equations give for the last meta-step of ``case``: the meta-gradient, or Reptile's mean difference."""
     theta, episodes = result["theta_before"], result["episodes"]
     optimizer = optimizer_of(case)
+    if case["method"] == "lora_ml":
+        return reference.joint_gradient(theta, result["own_before"], episodes)[0]
     if case["method"] == "reptile":
         return reference.mean_difference(theta, episodes, case["lr"], optimizer)
     if "exact" in case["variant"]:
@@ -347,7 +354,7 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         if case["name"] not in {c["name"] for c in cases_for(world, whole=whole)}:
             continue
         result = load(out, case)
-        reference = references(path, case["method"] == "meta_lora")
+        reference = references(path, "lora" in case["method"])
         errors[case["name"]] = relative_error(measured(case, result), expected(reference, case, result))
     worst = max((name for name in errors if not name.endswith("adamw")), key=errors.get)
     print(f"\n{world} processes: {len(errors)} layouts, largest relative error {errors[worst]:.1e} ({worst})")
@@ -388,6 +395,32 @@ def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outco
         assert error < TOLERANCE, (name, f"{error:.1e}")
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_task_has_a_lora_of_its_own(world, outcomes, references):
+    """Its gradient is the reference's; those of other tasks stay, and the ranks of theta that it fills."""
+    cases, out, path = outcomes(world)
+    found = [case for case in cases.values() if case["method"] == "lora_ml"]
+    for case in found:
+        results = [load(out, case, rank) for rank in range(world)]
+        result = results[0]
+        gradients = references(path, True).joint_gradient(
+            result["theta_before"], result["own_before"], result["episodes"]
+        )[1]
+        assert relative_error(result["own_gradient"], gradients) < TOLERANCE, case["name"]
+        assert all(any(t.any() for n, t in own.items() if "lora_B" in n) for own in result["own_before"].values())
+        for task, own in result["own_after"].items():
+            changed = any(not torch.equal(own[n], before) for n, before in result["own_before"][task].items())
+            assert changed == (task in gradients), (case["name"], task)
+        for other in results[1:]:
+            for task, own in result["own_after"].items():
+                assert all(torch.equal(other["own_after"][task][n], tensor) for n, tensor in own.items())
+        for name, tensor in result["theta_after"].items():
+            part = tensor[-1:] if "lora_A" in name else tensor[:, -1:]
+            before = result["theta_before"][name]
+            assert torch.equal(part, before[-1:] if "lora_A" in name else before[:, -1:])
+    assert found
+
+
 def test_rates_are_left_alone_where_theta_is(outcomes):
     cases, out, _ = outcomes(1)
     result = load(out, cases["frozen"])
@@ -405,7 +438,7 @@ def test_untied_model_with_biases_over_two_processes(outcomes, references, task_
         if case["name"].startswith("chosen"):
             reference = Reference(path, task_dir, {**LORA, "target_modules": CHOSEN})
         else:
-            reference = references(path, case["method"] == "meta_lora")
+            reference = references(path, "lora" in case["method"])
         assert relative_error(measured(case, result), expected(reference, case, result)) < TOLERANCE, case["name"]
 
 

@@ -28,6 +28,7 @@ LORA = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.3"]
 META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", LORA)
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", ["meta.inner_lr=0.05", "optim.lr=1e-3"])
 REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.inner_lr=0.05"])
+LORA_ML = ("lora_ml_trainer.py", "config_lora_ml", [*LORA[:2], "meta.task_lora_rank=2"])
 RATES = "meta.inner_lr_meta_lr=0.1"
 RUNS = {
     # Schedules that depend on the meta-step, moments inside, random masks: everything that a resume could get wrong.
@@ -42,6 +43,7 @@ RUNS = {
     "fomaml_2": (FOMAML, 2, ["optim.lr_scheduler_type=cosine", "meta.learned_inner_lr=per_tensor_per_step", RATES]),
     "reptile": (REPTILE, 1, []),
     "reptile_2": (REPTILE, 2, ["meta.reptile_update=pseudo_gradient", "optim.lr=1e-3"]),
+    "lora_ml_2": (LORA_ML, 2, ["optim.lr_scheduler_type=cosine"]),
     "reptile_lora_2": (REPTILE, 2, [*LORA, "meta.inner_optimizer=adamw", "meta.inner_lr=0.01"]),
 }
 
@@ -331,6 +333,7 @@ NUMERICAL = [
     slow("fomaml", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan after inner step 2"),
     slow("fomaml_2", "support_loss", 1, "the support loss of task 'mul' is nan at inner step 1 of 2"),
     ("reptile", "support_gradient", 2, "the query loss of task 'mul' is nan after inner step 2"),
+    slow("lora_ml_2", "query_gradient", 1, "contribution to the meta-step of task 'mul' is nan"),
     slow("reptile_2", "support_loss", 2, "the support loss of task 'mul' is nan at inner step 2 of 2"),
 ]
 
@@ -344,9 +347,9 @@ def test_a_number_that_is_not_finite_costs_its_meta_step_alone(name, what, inner
     assert "meta-step 2: " in warning and words in warning and "(1 of at most 10)" in warning
     states = {step: read_state(run.folder, step) for step in (1, 2, 3)}
     for file in states[1]:
-        if file.startswith(("model", "optim", "inner_rates")):
+        if file.startswith(("model", "optim", "inner_rates", "task_loras")):
             unmoved = {k: states[s][file] for k, s in (("before", 1), ("after", 2))}
-            if file.startswith(("model", "inner_rates")):
+            if file.startswith(("model", "inner_rates", "task_loras")):
                 assert same(unmoved["before"], unmoved["after"]), "theta and learned rates are left as they were"
                 assert not same(states[2][file], states[3][file]), "and goes on to move"
             elif unmoved["before"]["state"]:

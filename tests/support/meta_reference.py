@@ -179,6 +179,37 @@ class Reference:
                 of_rates[n] += g / len(episodes)
         return total, of_rates
 
+    def joint_gradient(self, theta, own, episodes):
+        """LoRA-ML: all batches of an episode at theta with the task's own ranks in the place of its last ones.
+
+        Args:
+            own: task -> name -> its ranks, rows of A and columns of B.
+
+        Returns:
+            The mean over tasks and batches by theta, 0 in those ranks; and task -> name -> that by its own ranks.
+        """
+
+        def split(name, tensor, size):
+            dim = 0 if "lora_A" in name else 1
+            return tensor.split([tensor.shape[dim] - size, size], dim), dim
+
+        total = {n: torch.zeros_like(t) for n, t in theta.items()}
+        of_tasks = {}
+        for task, support_batches, query_batch in episodes:
+            at = {}
+            for n, t in theta.items():
+                (shared, _), dim = split(n, t, own[task][n].shape[0 if "lora_A" in n else 1])
+                at[n] = torch.cat([shared, own[task][n]], dim)
+            batches = [self.examples(task, "support", b) for b in support_batches]
+            batches.append(self.examples(task, "query", query_batch))
+            of_tasks[task] = {n: torch.zeros_like(t) for n, t in own[task].items()}
+            for batch in batches:
+                for n, g in self.gradient(at, batch)[0].items():
+                    (shared, part), dim = split(n, g, own[task][n].shape[0 if "lora_A" in n else 1])
+                    total[n] += torch.cat([shared, torch.zeros_like(part)], dim) / len(batches) / len(episodes)
+                    of_tasks[task][n] += part / len(batches)
+        return total, of_tasks
+
     def mean_difference(self, theta, episodes, lr, optimizer="sgd"):
         """Reptile's direction: mean over tasks of theta_i - theta."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
@@ -190,8 +221,10 @@ class Reference:
 
 
 def relative_error(result, expected):
-    """Norm of the difference over all tensors, relative to the norm of ``expected``."""
+    """Norm of the difference over all tensors, relative to the norm of ``expected``; of groups of them the largest."""
     assert result.keys() == expected.keys(), set(result) ^ set(expected)
+    if isinstance(next(iter(expected.values())), dict):
+        return max(relative_error(result[key], expected[key]) for key in expected)
     difference = sum(((result[n].double() - expected[n].double()) ** 2).sum() for n in expected)
     size = sum((expected[n].double() ** 2).sum() for n in expected)
     assert size > 0, "the expected gradient is zero: the comparison would prove nothing"

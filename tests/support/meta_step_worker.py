@@ -100,6 +100,21 @@ def rates_of(trainer):
     return dict(zip(order, trainer.inner_rates.values.clone(), strict=True))
 
 
+def own_parts(trainer, flat):
+    """Name -> a task's own ranks, rows of A and columns of B, from the flat tensor that holds them."""
+    parts, start = {}, 0
+    for name, parameter in zip(trainer.trained_names, trainer.inner_loop.parameters, strict=True):
+        is_a, rank = "lora_A" in name, trainer.meta.task_lora_rank
+        width = parameter.shape[1 if is_a else 0]
+        part = flat[start : start + rank * width].detach().clone().view(rank, width)
+        parts[name], start = part if is_a else part.t(), start + rank * width
+    return parts
+
+
+def own_of(trainer):
+    return {task: own_parts(trainer, value) for task, value in trainer.task_loras.values.items()}
+
+
 class CollectiveCounter:
     """Counts calls of torch.distributed collectives made from Python, by name and group size."""
 
@@ -187,6 +202,17 @@ def run_case(case, out):
             captured["rates_after"] = rates_of(trainer)
 
         trainer.inner_rates.step = rates_step
+
+    if hasattr(trainer, "task_loras"):
+        original_own_step = trainer.task_loras.step
+
+        def own_step(tasks, gradients, lr):
+            captured["own_before"] = own_of(trainer)
+            captured["own_gradient"] = {task: own_parts(trainer, g) for task, g in zip(tasks, gradients, strict=True)}
+            original_own_step(tasks, gradients, lr)
+            captured["own_after"] = own_of(trainer)
+
+        trainer.task_loras.step = own_step
 
     def meta_step(batch):
         captured["meta_batch"] = batch

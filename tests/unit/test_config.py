@@ -25,6 +25,7 @@ CONFIGS = {
     "meta_lora": "config_meta_lora_example",
     "fomaml": "config_fomaml_math_science",
     "reptile": "config_reptile_math_science",
+    "lora_ml": "config_lora_ml",
 }
 
 

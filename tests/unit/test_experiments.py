@@ -204,7 +204,7 @@ def test_arms_that_do_the_same_share_their_runs(plans):
     # At the guide's settings FOMAML has another budget in the matrix than in the comparison of sample counts.
     assert trained("gpu", "fomaml_n300") == ["train-fomaml_n300-seed1"]
     kinds = [run.kind for run in plans["smoke"].runs.values()]
-    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (26, 33, 63)
+    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (28, 35, 67)
 
 
 def known_from(plan):
