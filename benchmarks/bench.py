@@ -36,6 +36,7 @@ SECTION_NAMES = (
     "peft_loop",
     "verl_sft",
     "fomaml",
+    "update_rule",
     "memory",
     "checkpoint",
     "two_processes",

@@ -24,6 +24,7 @@ from benchmarks.sections import (
     memory,
     peft_loop,
     two_processes,
+    update_rule,
     verl_sft,
 )
 from benchmarks.sections.common import NotMeasured
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "peft_loop": peft_loop.measure,
     "verl_sft": verl_sft.measure,
     "fomaml": fomaml.measure,
+    "update_rule": update_rule.measure,
     "memory": memory.measure,
     "checkpoint": checkpoint.measure,
     "two_processes": two_processes.measure,

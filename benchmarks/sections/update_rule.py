@@ -1,0 +1,89 @@
+"""What the settings of META-LORA's update rule cost, over the plain rule; and order 2 against the number of steps."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import Settings, TrainerArm, build_trainer, interleave, process_group, ratio, spread
+from benchmarks.sections.common import RANK, TOGETHER, column, progress, sample_counts, support_samples
+from benchmarks.sections.worker_process import run_worker
+
+PLAIN = "plain"
+RULES: dict[str, list[str]] = {
+    PLAIN: [],
+    "meta.trajectory_weight=null": ["meta.trajectory_weight=null"],
+    "meta.learned_inner_lr=per_tensor": ["meta.learned_inner_lr=per_tensor", "meta.inner_lr_meta_lr=0.01"],
+    "meta.learned_inner_lr=per_tensor_per_step": [
+        "meta.learned_inner_lr=per_tensor_per_step",
+        "meta.inner_lr_meta_lr=0.01",
+    ],
+    "meta.inner_scope=lora_b": ["meta.inner_scope=lora_b"],
+    "meta.order=2, meta.second_order_steps=2": ["meta.order=2", "meta.second_order_steps=2"],
+    "meta.order=2": ["meta.order=2"],
+}
+STEPS = (1, 2, 5, 10)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Seconds of a meta-step and peak memory of each rule over the plain one; seconds of both orders for more steps."""
+    tasks, steps, batch = (2, 2, 4) if settings.quick else (4, 5, 4)
+    counts = [] if settings.quick else list(STEPS)
+    rules = dict(list(RULES.items())[:2]) if settings.quick else RULES
+    with tempfile.TemporaryDirectory() as folder, process_group():
+
+        def build(num_tasks: int, num_steps: int, overrides: Sequence[str]) -> TrainerArm:
+            trainer = build_trainer(
+                "meta_lora",
+                settings,
+                Path(folder),
+                [
+                    f"meta.num_inner_steps={num_steps}",
+                    f"meta.inner_batch_size={batch}",
+                    f"meta.query_batch_size={batch}",
+                    f"meta.meta_batch_size={num_tasks}",
+                    *sample_counts(settings),
+                    "meta.inner_optimizer=adamw",
+                    "meta.inner_lr=1e-4",
+                    f"model.lora_rank={RANK}",
+                    *TOGETHER,
+                    *overrides,
+                ],
+            )
+            arm = TrainerArm(trainer)
+            arm.run()  # warm-up
+            return arm
+
+        arms = {name: build(tasks, steps, overrides) for name, overrides in progress(list(rules.items()), "rules")}
+        samples = interleave({n: arm.run for n, arm in arms.items()}, settings.repeats, 6 * settings.cell_seconds)
+        assert len({tuple(column(found, "tokens")) for found in samples.values()}) == 1, "other examples"
+        del arms
+        gc.collect()
+        of_steps: dict[str, dict[str, Any]] = {}
+        for count in progress(counts, "inner steps"):
+            pair = {order: build(1, count, [f"meta.order={order}"]) for order in ("1", "2")}
+            seconds = interleave({n: arm.run for n, arm in pair.items()}, settings.repeats, settings.cell_seconds)
+            of_steps[str(count)] = {order: spread(column(found, "seconds")) for order, found in seconds.items()}
+            del pair
+            gc.collect()
+    shared = {"tasks": tasks, "inner_steps": steps, "batch": batch, "support_samples": support_samples(settings)}
+    peaks = {
+        name: run_worker("memory", settings, {**shared, "arm": _memory_arm(settings, overrides)})["peak_bytes"]
+        for name, overrides in progress(list(rules.items()), "memory")
+    }
+    seconds = {name: column(found, "seconds") for name, found in samples.items()}
+    return {
+        **shared,
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio": {name: ratio(values, seconds[PLAIN]) for name, values in seconds.items() if name != PLAIN},
+        "peak_bytes": peaks,
+        "of_steps": of_steps,
+    }
+
+
+def _memory_arm(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
+    inside = ["meta.inner_optimizer=adamw", "meta.inner_lr=1e-4", *TOGETHER]
+    return {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*inside, *overrides]}
