@@ -95,7 +95,7 @@ class TaskLoRAs:
             group["lr"] = lr
         for task in dict.fromkeys(tasks):
             drawn = [number for number, other in enumerate(tasks) if other == task]
-            self.values[task].grad = gradients[drawn].mean(dim=0)
+            self.values[task].grad = torch.stack([gradients[number] for number in drawn]).mean(dim=0)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -36,11 +36,14 @@ CASES = {
             "model.enable_gradient_checkpointing=true",
         ],
     ),
+    "second_order": (*META_LORA[:2], [*META_LORA[2], "meta.task_batch_limit=2", "meta.order=2"]),
+    "lora_ml": ("lora_ml_trainer.py", "config_lora_ml", [*META_LORA[2], "meta.task_lora_rank=2"]),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science", []),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science", []),
 }
 TABLE = ["_to_copy to cpu", "metrics.py:from_table", "outer"]
 RATE_GRADIENT = ["_to_copy to cpu", "trainer.py:first_order_meta_step", "outer"]
+TASK_GRADIENTS = ["_local_scalar_dense", "lora_ml_trainer.py:meta_step", "outer"]
 NORM = ["_local_scalar_dense", "transformer_impl.py:optimizer_step", "outer"]
 
 
@@ -60,12 +63,13 @@ def watched(untied_model, task_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_inner_step_waits_for_the_device(case, watched):
-    """A meta-step waits for its table of losses, with learned rates right after it for their gradient, and veRL's
-    optimizer step twice for the norm; nothing else does."""
+    """A meta-step waits for its table of losses, with learned rates or LoRAs of tasks right after it for their
+    gradient, and veRL's optimizer step twice for the norm; nothing else does."""
     seen = json.loads((watched / f"{case}.json").read_text())
     assert math.isfinite(seen["metrics"]["meta/query_loss_after"])
     rates = [RATE_GRADIENT] if RATES[0] in CASES[case][2] else []
-    assert seen["waits"] == ([TABLE] if case == "reptile" else [TABLE, *rates, NORM, NORM])
+    beside = [TASK_GRADIENTS] if case == "lora_ml" else rates
+    assert seen["waits"] == ([TABLE] if case == "reptile" else [TABLE, *beside, NORM, NORM])
 
 
 def test_tensors_on_the_host_are_reduced_on_the_device(watched):

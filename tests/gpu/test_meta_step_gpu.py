@@ -29,6 +29,10 @@ METHODS = {
     "meta_lora": (*LORA, RANK_4, 1e-4),  # ragged blocks: masked products
     "one_at_a_time": (*LORA, [*RANK_4, "meta.task_batching=false"], 1e-4),
     "rates": (*LORA, [*RANK_4, *RATES], 1e-4),
+    "trajectory": (*LORA, [*RANK_4, "meta.trajectory_weight=0.5"], 1e-4),
+    "lora_b": (*LORA, [*RANK_4, "meta.inner_scope=lora_b"], 1e-4),
+    "second_order": (*LORA, [*RANK_4, "meta.order=2"], 1e-4),
+    "lora_ml": ("lora_ml_trainer.py", "config_lora_ml", 0.3, [*RANK_4, "meta.task_lora_rank=1"], 1e-4),
     "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM where there is a kernel for it
     "fomaml": (*FOMAML, [], 1e-4),
     "fomaml_rates": (*FOMAML, RATES, 1e-4),
@@ -104,12 +108,21 @@ def error_of(case, lr, model, task_dir, folder, *, processes):
     must_run(ROOT / "tests/support/meta_step_worker.py", folder / "cases.json", folder, processes=processes)
     result = torch.load(folder / f"{case['name']}_rank0.pt", weights_only=False)
     lora = None
-    if case["script"].startswith("meta_lora"):
+    if "lora" in case["script"]:
         rank = next(int(o.partition("=")[2]) for o in case["overrides"] if o.startswith("model.lora_rank"))
         lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     reference = Reference(model, task_dir, lora)
     rates, drawn = result.get("rates"), (result["theta_before"], result["episodes"])
-    error = relative_error(result["gradient"], reference.first_order_gradient(*drawn, lr, rates=rates))
+    if case["name"] == "lora_ml":
+        theta, episodes = drawn
+        shared, own = reference.joint_gradient(theta, result["own_before"], episodes)
+        return max(relative_error(result["gradient"], shared), relative_error(result["own_gradient"], own))
+    if case["name"] == "second_order":
+        return relative_error(result["gradient"], reference.exact_gradient(*drawn, lr)[0])
+    weight = 0.5 if case["name"] == "trajectory" else 0.0
+    only = "lora_B" if case["name"] == "lora_b" else ""
+    expected = reference.first_order_gradient(*drawn, lr, trajectory=weight, rates=rates, only=only)
+    error = relative_error(result["gradient"], expected)
     if rates is None:
         return error
     return max(error, relative_error(result["rate_gradient"], reference.rate_gradient(*drawn, rates)))

@@ -168,7 +168,7 @@ def end_where_the_host_waits(trainer):
 
         return watched
 
-    for name in ("measure_before", "adapt", "query_backward"):
+    for name in ("measure_before", "adapt", "query_backward", "backward_through"):
         setattr(trainer.episodes, name, without_waits(getattr(trainer.episodes, name)))
 
 

@@ -192,7 +192,7 @@ def run_case(case: dict, out: Path) -> None:
         found.extend((*wait, phase) for wait in waits)
         waits.clear()
 
-    for name in ("adapt", "query_backward", "measure_before", "measure_after"):
+    for name in ("adapt", "query_backward", "backward_through", "measure_before", "measure_after"):
         setattr(trainer.episodes, name, inside(getattr(trainer.episodes, name)))
     for step in range(1, case.get("steps", 1) + 1):
         waits.clear()
