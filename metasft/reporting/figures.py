@@ -408,3 +408,22 @@ def rates(by_name: Mapping[str, Any]) -> Any:
     bar.set_ticks(sorted({least * (largest / least) ** (part / 4) for part in range(5)}))
     bar.minorticks_off()
     return figure
+
+
+def cost_of_steps(of_steps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
+    """Seconds of a meta-step against the number of inner steps, first order and order 2.
+
+    Args:
+        of_steps: K -> order ``1`` or ``2`` -> median, low and high.
+    """
+    figure, axes = _panels(6.0, 3.6, 1, 1)
+    axis, counts = axes[0][0], sorted(map(int, of_steps))
+    for number, (order, label) in enumerate((("1", "first order"), ("2", "order 2, through all steps"))):
+        found = [of_steps[str(count)][order] for count in counts]
+        middle = [values["median"] for values in found]
+        beyond = [[values["median"] - values["low"] for values in found], [v["high"] - v["median"] for v in found]]
+        axis.errorbar(counts, middle, yerr=beyond, label=label, capsize=3, **_style(number))
+    axis.set(xlabel="inner steps K", ylabel="seconds per meta-step", xticks=counts, ylim=(0, None))
+    _grid(axis)
+    axis.legend()
+    return figure

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, UndefinedError
 
+from metasft.reporting import figures
 from metasft.reporting.pages import STUDIES, render
 
 Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -37,18 +38,29 @@ def write(output: Path, results: Results) -> None:
     """Write the Markdown file and the JSON beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    output.write_text(page(results), encoding="utf-8")
+    output.write_text(page(results, output.stem), encoding="utf-8")
+    for device, dtype, of_steps in _steps(results):
+        figures.save(figures.cost_of_steps(of_steps), output.with_name(f"{output.stem}_steps_{device}_{dtype}.svg"))
 
 
-def page(results: Results) -> str:
-    """The whole Markdown file."""
+def _steps(results: Results) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for device, kinds in results.get("update_rule", {}).items():
+        for dtype, entry in kinds.items():
+            if of_steps := entry.get("result", {}).get("of_steps"):
+                yield device, dtype, of_steps
+
+
+def page(results: Results, name: str = "performance") -> str:
+    """The whole Markdown file; ``name`` is that of its file, without suffix."""
 
     def whole(section: str, device: str, dtype: str) -> Mapping[str, Any]:
         """The result of a measurement; empty where there is none, or a quick one, whose settings differ."""
         entry = results.get(section, {}).get(device, {}).get(dtype, {})
         return {} if entry.get("quick") else entry.get("result", {})
 
-    return render("performance.md.j2", results=results, targets=targets(), judge=judge, ratio=ratio, whole=whole)
+    return render(
+        "performance.md.j2", name=name, results=results, targets=targets(), judge=judge, ratio=ratio, whole=whole
+    )
 
 
 @cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arms import ArmsDiffer, compare_gradients, interleave, ratio
+from benchmarks.arms import ArmsDiffer, compare_gradients, interleave, ratio, spread
 from benchmarks.flops import ModelShape, step_flops
 from metasft.reporting import performance as report
 
@@ -215,3 +215,21 @@ def test_a_section_that_cannot_be_measured_says_why():
 def test_the_published_page_is_that_of_the_published_results():
     published = Path(__file__).parents[2] / "docs" / "performance.md"
     assert published.read_text(encoding="utf-8") == report.page(report.read(published))
+
+
+def test_the_update_rule_has_a_table_and_a_picture(tmp_path):
+    seconds = {"plain": spread([2.0, 2.0]), "meta.order=2": spread([6.0, 6.0])}
+    of_steps = {str(k): {order: spread([k * int(order)] * 2) for order in "12"} for k in (1, 10)}
+    result = {
+        "seconds": seconds,
+        "ratio": {"meta.order=2": ratio([6.0, 6.0], [2.0, 2.0])},
+        "peak_bytes": {"plain": 2**30, "meta.order=2": 2**31},
+        "of_steps": of_steps,
+    }
+    report.write(tmp_path / "p.md", report.merge({}, "update_rule", "cpu", "fp32", {**entry(result), "result": result}))
+    text = (tmp_path / "p.md").read_text()
+    assert "| plain | 2.000 |  | 1024 |\n| `meta.order=2` | 6.000 | 3.00 (3.00 to 3.00) | 2048 |\n" in text
+    assert "| 10 | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) | 2.00 |\n" in text
+    assert "](p_steps_cpu_fp32.svg)" in text
+    picture = (tmp_path / "p_steps_cpu_fp32.svg").read_text()
+    assert "inner steps K" in picture and "order 2, through all steps" in picture
