@@ -7,7 +7,8 @@ batches and the query batch of its episode:
     theta  steps along mean_i g_i,  phi_i along its own part of g_i, each by an optimizer of veRL's settings
 
 The last `meta.task_lora_rank` of the `model.lora_rank` ranks are a task's own. The export is theta with these ranks as
-they were at the beginning, for a new task to fill: it is adapted like any other start, also by `trainer.test_freq`.
+they were at the beginning, for a new task to fill: it is adapted like any other start, also by `trainer.test_freq`,
+and evaluated with `--model-type meta_lora`.
 
 Launch (any number of processes):
 
@@ -49,7 +50,7 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
         )
         of_tasks = parameters[0].new_zeros(len(batch.tasks), self.task_loras.size, dtype=torch.float32)
         row = self.engine.task_group_index * len(batch.episodes)
-        passes = self.episodes.passes(batch)
+        passes = self.episodes.passes(batch.episodes)
         for records in passes:
             if batch.measures_gain:
                 self.episodes.measure_before(records)

@@ -27,7 +27,7 @@ class FOMAMLTrainer(EpisodicSFTTrainer):
     method = "fomaml"
 
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
-        return self.first_order_meta_step(batch)
+        return self.adapted_gradient_step(batch)
 
 
 @hydra_main(config_name="config_fomaml_math_science")

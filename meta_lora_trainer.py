@@ -28,7 +28,7 @@ class MetaLoRATrainer(EpisodicSFTTrainer):
     method = "meta_lora"
 
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
-        return self.first_order_meta_step(batch)
+        return self.adapted_gradient_step(batch)
 
 
 @hydra_main(config_name="config_meta_lora_example")

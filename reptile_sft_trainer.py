@@ -28,7 +28,7 @@ class ReptileTrainer(EpisodicSFTTrainer):
 
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
         mean_difference = MeanDifference(self.inner_loop.parameters, self.meta.meta_batch_size)
-        passes = self.episodes.passes(batch)
+        passes = self.episodes.passes(batch.episodes)
         for records in passes:
             if batch.measures_gain:
                 self.episodes.measure_before(records)

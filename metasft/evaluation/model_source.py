@@ -164,7 +164,7 @@ def _suggestion(path: Path) -> str:
     """`: try X` where an export lies inside the folder that was given."""
     if not path.is_dir():
         return ""
-    exports = [e for pattern in ("meta_lora_checkpoint_step_*.pt", "step_*") for e in path.glob(pattern)]
+    exports = [e for pattern in ("*_checkpoint_step_*.pt", "step_*") for e in path.glob(pattern)]
     if not exports:
         return ""
     newest = max(exports, key=lambda entry: int("0" + re.sub(r"\D", "", entry.name)))

@@ -25,6 +25,7 @@ from metasft.config.schema import (
     rule,
     validated,
 )
+from metasft.config.training import METHODS
 from metasft.files.untrusted import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ TINY_MODEL = "tiny-random"
 LABELLED = "labelled_examples_per_task"
 """As the key of an axis: support and query examples together, which no single setting says."""
 
-META_LEARNERS = ("meta_lora", "fomaml", "reptile", "lora_ml")
+META_LEARNERS = METHODS
 Method = Literal[
     "base", "meta_lora", "fomaml", "reptile", "lora_ml", "lora_single", "lora_mixed", "lora_mixed_all", "metaicl"
 ]

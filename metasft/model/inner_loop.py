@@ -197,6 +197,9 @@ class Adaptation(Protocol):
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put earlier :meth:`tensors` in their place."""
 
+    def refresh(self) -> None:
+        """After :meth:`tensors` were changed in place: bring up to date what products read."""
+
     def step_rates(self) -> list[float]:
         """The rate of each of :meth:`tensors` in the last step."""
 
@@ -322,6 +325,9 @@ class InnerLoop:
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """As :meth:`Adaptation.load`."""
         torch._foreach_copy_(self.tensors(), list(tensors))
+
+    def refresh(self) -> None:
+        """As :meth:`Adaptation.refresh`: products read the parameters themselves."""
 
     def step_rates(self) -> list[float]:
         """As :meth:`Adaptation.step_rates`."""

@@ -390,7 +390,7 @@ class TaskBatchedLoRA:
             a.copy_(layer.a)
             b.copy_(layer.b.t())
             layer.stack = _Stack(compute_a, compute_b, a, b, grad_a, grad_b, layer.scaling)
-        self._refresh()
+        self.refresh()
         widths = [w for layer in self._layers for w in (*layer.a.shape, layer.b.shape[0])]
         self._strategy = choose_strategy(device, dtype, widths)
 
@@ -404,8 +404,8 @@ class TaskBatchedLoRA:
     def _stacked_gradients(self) -> list[torch.Tensor]:
         return [part for layer in self._layers for part in (layer.stack.grad_a, layer.stack.grad_b)]
 
-    def _refresh(self) -> None:
-        """Bring the copy that the products read up to date, where they are not computed in fp32."""
+    def refresh(self) -> None:
+        """As of :class:`~metasft.model.inner_loop.Adaptation`: products that are not in fp32 read a copy."""
         if self._compute.dtype != torch.float32:
             self._compute.copy_(self._theta.data)
 
@@ -424,7 +424,7 @@ class TaskBatchedLoRA:
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         torch._foreach_copy_(self.tensors(), list(tensors))
-        self._refresh()
+        self.refresh()
 
     def step_rates(self) -> list[float]:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
@@ -487,7 +487,7 @@ class TaskBatchedLoRA:
             self._clip(self._clip_grad)
         self._optimizer.step()
         self.zero_grad()
-        self._refresh()
+        self.refresh()
 
     def zero_grad(self) -> None:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
@@ -545,7 +545,7 @@ class TaskBatchedLoRA:
         """Give every task random adapters, far from theta and from each other."""
         noise = torch.randn(self._theta.shape, generator=generator)
         self._theta.data.add_(noise.to(self._theta.device), alpha=0.05)
-        self._refresh()
+        self.refresh()
 
     @torch.no_grad()
     def task_tensors(self, task: int) -> list[torch.Tensor]:

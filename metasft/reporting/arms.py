@@ -19,6 +19,7 @@ import numpy as np
 from metasft.config.records import EXPERIMENTS_FILE
 from metasft.config.records import read_experiments as read_document
 from metasft.config.result_files import RESULTS_SUFFIX, SUMMARY_FILE, read_json, read_results
+from metasft.config.training import METHODS
 from metasft.reporting import counts
 from metasft.reporting.comparisons import ALL_SHOTS, ALL_TASKS, Row, differences, pools, scores
 from metasft.reporting.costs import number
@@ -26,7 +27,7 @@ from metasft.reporting.evaluations import SPEED_SUFFIX, Evaluation, check_pairin
 
 FINISHED = "finished"
 LOG_LINES = 20
-META_LEARNED = ("meta_lora", "fomaml", "reptile", "lora_ml")
+META_LEARNED = METHODS
 STANDARD_LORA = ("lora_single", *counts.MIXED)  # trained by veRL's own trainer
 ENTRY_MEANS = ("format_accuracy", "accuracy_lenient", "truncated_share", "majority_baseline", "trivial_baseline")
 Run = Mapping[str, Any]

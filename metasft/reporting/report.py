@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metasft.config.training import METHOD_TITLES
 from metasft.files.atomic import replacing_folder, write_json
 from metasft.reporting import compare, figures, tables
 from metasft.reporting.arms import (
@@ -36,7 +37,6 @@ REPORT_FOLDER = "report"
 REPORT_FILE = "report.json"
 COMPARISON_FIGURE = "comparison_meta_lora_vs_fomaml.png"
 FORMAT = 3
-METHOD_NAMES = {"meta_lora": "META-LORA", "fomaml": "FOMAML-SFT", "reptile": "Reptile-SFT", "lora_ml": "LoRA-ML"}
 _TRAINING = ("inner/support_loss_first", "inner/support_loss_last", "meta/query_loss_after", "meta/adaptation_gain")
 _ADAPTATION = (
     *("adapts", "adaptation_steps", "adaptation_optimizer", "adaptation_lr", "adaptation_batch_size"),
@@ -265,7 +265,7 @@ def _figures(found: Document) -> Iterator[tuple[str, Any]]:
             groups: dict[str, list[tuple[float, Any]]] = {}
             for arm in measured:
                 if arm["name"] in axis["values"]:
-                    method = METHOD_NAMES.get(arm["method"], arm["method"])
+                    method = METHOD_TITLES.get(arm["method"], arm["method"])
                     groups.setdefault(method, []).append((axis["values"][arm["name"]], arm))
             if groups:
                 yield f"figures/{name}-ablation.svg", figures.ablation(groups, axis["label"])

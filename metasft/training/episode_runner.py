@@ -16,7 +16,7 @@ from metasft.data.task_sets import TokenizedSet
 from metasft.model.inner_loop import Adaptation
 from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
-from metasft.training.meta_step import MetaBatch, split_into_passes
+from metasft.training.meta_step import split_into_passes
 from metasft.training.metrics import EpisodeRecord
 from metasft.training.update_rules import MetaGradient
 
@@ -52,7 +52,7 @@ class EpisodeRunner:
         self.support_sets, self.query_sets = support_sets, query_sets
         self._batch_settings, self._on_cpu = batch_settings, on_cpu
 
-    def passes(self, batch: MetaBatch) -> list[list[EpisodeRecord]]:
+    def passes(self, episodes: Sequence[Episode]) -> list[list[EpisodeRecord]]:
         """Records for the episodes, in the portions that are adapted together: one by one without task batching.
 
         With it, as many as ``meta.task_batch_limit`` and the memory of one pass allow: ``data.max_token_len_per_gpu``
@@ -60,7 +60,7 @@ class EpisodeRunner:
         pass on a CPU holds :data:`CPU_TOKENS`, and tasks of :data:`CPU_TOKENS_ALONE` or more are alone. Every rank of a
         task group cuts alike, since all of them know all the examples.
         """
-        records = [EpisodeRecord(episode) for episode in batch.episodes]
+        records = [EpisodeRecord(episode) for episode in episodes]
         if not isinstance(self.inner_loop, TaskBatchedLoRA):
             return [[record] for record in records]
         limit, settings, alone = self.meta.task_batch_limit, self._batch_settings, None
@@ -69,7 +69,7 @@ class EpisodeRunner:
         if limit is None and self._on_cpu and is_dynamic:
             # A core's products run at full speed from a few hundred rows on: more of them only take more memory.
             budget, alone = min(budget, CPU_TOKENS), CPU_TOKENS_ALONE
-        sizes = [self._size_in_a_pass(episode) for episode in batch.episodes]
+        sizes = [self._size_in_a_pass(episode) for episode in episodes]
         return [records[part] for part in split_into_passes(sizes, budget=budget, alone=alone, most=limit)]
 
     def _size_in_a_pass(self, episode: Episode) -> int:
@@ -82,16 +82,15 @@ class EpisodeRunner:
             sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
-    def adapt(self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None) -> Tape | None:
+    def adapt(
+        self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None, tape: Tape | None = None
+    ) -> None:
         """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports.
 
         Args:
             trajectory: takes the support gradients in, before they are clipped.
-
-        Returns:
-            The steps that the meta-gradient goes through; None where it is first order.
+            tape: takes the last steps, those that the meta-gradient goes through.
         """
-        tape = Tape(self.inner_loop) if self.meta.exact_steps else None
         for k, indices in enumerate(self.support_backwards(records)):
             if trajectory is not None:
                 trajectory.add_support(self.inner_loop.gradients())
@@ -99,7 +98,6 @@ class EpisodeRunner:
                 tape.step(indices)
             else:
                 self.inner_loop.step()
-        return tape
 
     def support_backwards(self, records: Sequence[EpisodeRecord]) -> Iterator[Sequence[Sequence[int]]]:
         """After the backward of each of the K support batches its examples, for the caller to use the gradients."""

@@ -46,6 +46,7 @@ LAYOUT_KEYS = {
     "optimizer": "optim.optimizer",
     "learned_inner_lr": "meta.learned_inner_lr",
     "inner_rate_columns": "learned rates per tensor (meta.num_inner_steps)",
+    "task_lora_rank": "meta.task_lora_rank",
     "seed": "trainer.seed",  # of the order in which examples are drawn, beyond the pass that was under way
     "custom_chat_template": "model.custom_chat_template (SHA-256)",
     "chat_template_kwargs": "data.apply_chat_template_kwargs",
@@ -56,7 +57,7 @@ LAYOUT_KEYS = {
 
 LATER_KEYS = ("lora_alpha", "optimizer", "seed", "custom_chat_template", "chat_template_kwargs", "base_model", "data")
 """Those that states of earlier releases do not hold."""
-_BEFORE = {"learned_inner_lr": "none", "inner_rate_columns": 0}
+_BEFORE = {"learned_inner_lr": "none", "inner_rate_columns": 0, "task_lora_rank": None}
 """What states of earlier releases were saved with."""
 
 logger = logging.getLogger(__name__)

@@ -66,13 +66,12 @@ class TaskLoRAs:
     @torch.no_grad()
     def load(self, adaptation: Adaptation, tasks: Sequence[str]) -> None:
         """Let the episodes of a pass compute with their tasks' own LoRAs."""
-        tensors = adaptation.tensors()
-        parts = list(self._parts(tensors))
+        parts = list(self._parts(adaptation.tensors()))
         for number, task in enumerate(tasks):
             values = self.values[task].split([part[0].numel() for part in parts])
             for part, own in zip(parts, values, strict=True):
                 part[number].copy_(own.view(part[0].shape))
-        adaptation.load(tensors)  # in place already; refreshes what the products read
+        adaptation.refresh()
 
     @torch.no_grad()
     def take_gradients(self, adaptation: Adaptation) -> torch.Tensor:

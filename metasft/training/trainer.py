@@ -58,6 +58,7 @@ from metasft.model.inner_loop import (
     within_scope,
 )
 from metasft.model.layouts import Probe
+from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.episode_runner import EpisodeRunner
 from metasft.training.faults import RunFault, check_theta, first_fault, writing
@@ -336,6 +337,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "optimizer": f"{self.config.optim.optimizer_impl}.{self.config.optim.optimizer}",
             "learned_inner_lr": self.meta.learned_inner_lr,
             "inner_rate_columns": self.meta.inner_rate_columns,
+            "task_lora_rank": self.meta.task_lora_rank if self.method == "lora_ml" else None,
             "seed": self.config.trainer.seed,
             "custom_chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
             "chat_template_kwargs": given_arguments(self.config.data),
@@ -492,7 +494,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             fixed_masks(self.device_name, self.config.trainer.seed),
         ):
             # With several groups, the last ones may have no episode.
-            for records in self.episodes.passes(MetaBatch(step, (), mine, measures_gain=False)) if mine else ():
+            for records in self.episodes.passes(mine) if mine else ():
                 with self.inner_loop.adapting(len(records), self._step_rates(are_learned=False)):
                     self.episodes.adapt(records)
                     self.engine.module.eval()
@@ -530,8 +532,10 @@ class EpisodicSFTTrainer(SFTTrainer):
             if is_interpolating
             else f"optim.lr={self.config.optim.lr}"
         )
-        if not meta.num_inner_steps:
+        if not meta.num_inner_steps or self.method == "lora_ml":
             return f"lower {outer}"
+        if meta.order == 2:
+            return f"lower {outer} or meta.inner_lr={meta.inner_lr}"
         if meta.inner_clip_grad is None:
             return f"lower {outer} or meta.inner_lr={meta.inner_lr}, or set meta.inner_clip_grad"
         return f"lower {outer}, meta.inner_lr={meta.inner_lr} or meta.inner_clip_grad={meta.inner_clip_grad}"
@@ -542,7 +546,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.skipped_steps > most:
             raise RunFault(
                 f"meta-step {step}: {fault}; more than meta.max_skipped_steps={most} meta-steps were skipped, so the "
-                "run ends here: lower meta.inner_lr or optim.lr, set meta.inner_clip_grad, or allow more; the last "
+                "run ends here: {self._calmer_settings()}, or allow more; the last "
                 f"checkpoint is that of meta-step {self._last_saved}"
             )
         if self.rank == 0:
@@ -560,7 +564,7 @@ class EpisodicSFTTrainer(SFTTrainer):
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
         """Run the episodes of ``batch`` and update theta."""
 
-    def first_order_meta_step(self, batch: MetaBatch) -> MetaStepResult:
+    def adapted_gradient_step(self, batch: MetaBatch) -> MetaStepResult:
         """g = aggregate_i g_i, then veRL's optimizer: the step FOMAML and META-LORA share.
 
         For every task: adapt theta to theta_i on the support set; take the query gradient while theta_i is loaded; put
@@ -579,12 +583,13 @@ class EpisodicSFTTrainer(SFTTrainer):
         learns_rates = self.inner_rates is not None and updates
         rates = self._step_rates(are_learned=learns_rates and not exact)
         rate_gradients: list[torch.Tensor] = []
-        passes = self.episodes.passes(batch)
+        passes = self.episodes.passes(batch.episodes)
         for records in passes:
             if batch.measures_gain:
                 self.episodes.measure_before(records)
             with self.inner_loop.adapting(len(records), rates) as adaptation:
-                tape = self.episodes.adapt(records, meta_gradient if share else None)
+                tape = Tape(adaptation) if exact else None
+                self.episodes.adapt(records, meta_gradient if share else None, tape)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
                 # parameters it finds, so theta must not be back yet.
                 self.episodes.query_backward(records)

@@ -42,7 +42,7 @@ CASES = {
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science", []),
 }
 TABLE = ["_to_copy to cpu", "metrics.py:from_table", "outer"]
-RATE_GRADIENT = ["_to_copy to cpu", "trainer.py:first_order_meta_step", "outer"]
+RATE_GRADIENT = ["_to_copy to cpu", "trainer.py:adapted_gradient_step", "outer"]
 TASK_GRADIENTS = ["_local_scalar_dense", "lora_ml_trainer.py:meta_step", "outer"]
 NORM = ["_local_scalar_dense", "transformer_impl.py:optimizer_step", "outer"]
 

@@ -84,6 +84,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tiny_model, task_dir, tm
     assert states[0]["optimizer"].keys() == states[1]["optimizer"].keys()
     for number, moments in states[0]["optimizer"].items():
         assert all(torch.equal(tensor, states[1]["optimizer"][number][name]) for name, tensor in moments.items())
+    finished = run_script(*SCRIPT, *settings(tiny_model, task_dir, tmp_path, **{"meta.task_lora_rank": 1}))
+    assert finished.returncode == 2, finished.stderr
+    assert "was saved with meta.task_lora_rank = 2, this run has 1" in finished.stderr
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def run_case(case, out):
         result["changed"] = [name for name in before if not same(before[name], after[name])]
     result["passes"] = [
         [trainer.episodes._size_in_a_pass(record.episode) for record in records]
-        for records in trainer.episodes.passes(captured["meta_batch"])
+        for records in trainer.episodes.passes(captured["meta_batch"].episodes)
     ]
     base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     result["base_grads"] = [n for n, p in base.items() if p.grad is not None]
