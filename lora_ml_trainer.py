@@ -1,10 +1,11 @@
 """LoRA-ML: a shared LoRA and one LoRA per training task, trained jointly over a frozen base; no inner loop.
 
-Block et al., NeurIPS 2025, arXiv 2410.22264. Per meta-step, for every task i of the meta-batch, with the K support
-batches and the query batch of its episode:
+Block et al., NeurIPS 2025, arXiv 2410.22264, where all weights are shared parameters. Per meta-step, for every task i
+of the meta-batch, with the K support batches and the query batch of its episode:
 
-    g_i    = mean over the K + 1 batches b of  d L(theta + phi_i; b)        (theta: the shared LoRA, phi_i: the task's)
-    theta  steps along mean_i g_i,  phi_i along its own part of g_i, each by an optimizer of veRL's settings
+    g_i    = mean over the K + 1 batches b of  d/d(theta, phi_i) L(theta + phi_i; b)
+             (theta: the shared LoRA, phi_i: the task's)
+    theta  steps along mean_i g_i by veRL's optimizer,  phi_i along its own part of g_i by one of the same settings
 
 The last `meta.task_lora_rank` of the `model.lora_rank` ranks are a task's own. The export is theta with these ranks as
 they were at the beginning, for a new task to fill: it is adapted like any other start, also by `trainer.test_freq`,
@@ -20,8 +21,10 @@ from dataclasses import replace
 
 import torch
 
+from metasft.backend.devices import get_device_id
 from metasft.training.launch import hydra_main, run
 from metasft.training.meta_step import MetaBatch, MetaStepResult
+from metasft.training.resume import TASK_LORAS_FILE
 from metasft.training.task_loras import TaskLoRAs
 from metasft.training.trainer import EpisodicSFTTrainer
 from metasft.training.update_rules import MetaGradient
@@ -35,16 +38,21 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
     def build_learned(self):
         names, tasks = self.trained_names, [task.task for task in self.task_files]
         self.task_loras = TaskLoRAs(
-            tasks, names, self.inner_loop.parameters, self.meta.task_lora_rank, self.engine.optimizer_of_rates
+            tasks,
+            names,
+            self.inner_loop.parameters,
+            (self.config.model.lora_rank, self.meta.task_lora_rank),
+            torch.device(get_device_id()),
+            self.engine.optimizer_without_decay,
         )
         if self.rank == 0:
             size = len(tasks) * self.task_loras.size * 4 / 2**20
-            print(f"the LoRAs of {len(tasks)} tasks: {size:.0f} MiB, twice that more with AdamW's moments", flush=True)
-        return {"task_loras.pt": self.task_loras}
+            print(f"the LoRAs of {len(tasks)} tasks: {size:.0f} MiB, three times that with AdamW's moments", flush=True)
+        return {TASK_LORAS_FILE: self.task_loras}
 
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
         parameters, steps = self.inner_loop.parameters, self.meta.num_inner_steps
-        # All K + 1 gradients alike.
+        # All K + 1 gradients weigh the same.
         shared = MetaGradient(
             parameters, 1 / self.meta.meta_batch_size, trajectory=steps / (steps + 1), num_inner_steps=steps
         )

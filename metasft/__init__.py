@@ -1,3 +1,3 @@
-"""Meta-learning trainers for language models on veRL: META-LORA, FOMAML-SFT and Reptile-SFT."""
+"""Meta-learning trainers for language models on veRL: META-LORA, FOMAML-SFT, Reptile-SFT and LoRA-ML."""
 
 __version__ = "0.1.0"

@@ -210,8 +210,8 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # veRL passes all parameters; the frozen base has no business in an optimizer.
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
-    def optimizer_of_rates(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """An optimizer of the class and settings of theta's, without weight decay; its user sets the rate."""
+    def optimizer_without_decay(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimizer of the class and settings of theta's, without weight decay; its caller sets the rate."""
         from verl.workers.config.optimizer import build_optimizer
 
         settings = {**(self.optimizer_config.override_optimizer_config or {}), "weight_decay": 0.0}

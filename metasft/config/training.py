@@ -325,6 +325,15 @@ class TrainingConfig(Schema):
                 f"meta.task_lora_rank={self.meta.task_lora_rank} leaves none of model.lora_rank={rank} to the shared "
                 "LoRA; lower it or raise model.lora_rank"
             )
+        for name, value, off in (
+            ("optim.weight_decay", self.optim.weight_decay, 0.0),
+            ("model.lora_adapter_path", self.model.lora_adapter_path, None),
+        ):
+            if method == "lora_ml" and value != off:
+                raise ValueError(
+                    f"{name}={value!r}: LoRA-ML leaves room for a new task in the last ranks, which start without "
+                    "effect and stay as they are; remove it"
+                )
         if method == "fomaml" and rank > 0:
             raise ValueError(
                 f"model.lora_rank={rank}: FOMAML-SFT trains all parameters; set 0, or use meta_lora_trainer.py for LoRA"

@@ -70,7 +70,7 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = with_values(_compose(folder, name), overrides) or _compose(folder, name, overrides)
+        config = with_values(_composed(folder, name), overrides) or _compose(folder, name, overrides)
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(
@@ -79,6 +79,10 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
 
 
 @cache
+def _composed(folder: Path, name: str) -> Any:
+    return _compose(folder, name)
+
+
 def _compose(folder: Path, name: str, overrides: tuple[str, ...] = ()) -> Any:
     from importlib.util import find_spec
 
@@ -100,7 +104,8 @@ def with_values(config: Any, overrides: Sequence[str]) -> Any:
 
     config = copy.deepcopy(config)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if "." not in override.key_or_group or override.type is not OverrideType.CHANGE or override.is_sweep_override():
+        is_value = "." in override.key_or_group and override.package is None
+        if not is_value or override.type is not OverrideType.CHANGE or override.is_sweep_override():
             return None
         try:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)

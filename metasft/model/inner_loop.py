@@ -186,7 +186,7 @@ class Adaptation(Protocol):
         """Sum over the tasks of the derivatives of the loss whose gradients these are by the logarithm of each rate, to
         first order; of this rank's shard, fp32 [tensors, S] on its device. After at most S steps at learned rates."""
 
-    # What differentiating through inner steps needs (:mod:`metasft.model.second_order`):
+    # What differentiating through inner steps (:mod:`metasft.model.second_order`) and LoRAs of single tasks need:
 
     def tensors(self) -> list[torch.Tensor]:
         """theta_i of all tasks, as they lie in memory."""

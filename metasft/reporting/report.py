@@ -208,6 +208,7 @@ def pages(found: Document, files: Collection[str] = ()) -> dict[str, str]:
         "overview": COMPARISON_FIGURE,
         "speed": _speed(arms),
         "tables": tables,
+        "meta_learned": META_LEARNED,
         "tasks_of": lambda of: sorted(_shown(of), key=lambda task: task != ALL_TASKS),
         "pooled": next((s for arm in arms.values() for s in arm["scores"] if s["task"] == ALL_TASKS), {}),
         "many": lambda of: len(_tasks(of)) > figures.MOST_PANELS,

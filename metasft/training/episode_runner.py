@@ -100,7 +100,8 @@ class EpisodeRunner:
                 self.inner_loop.step()
 
     def support_backwards(self, records: Sequence[EpisodeRecord]) -> Iterator[Sequence[Sequence[int]]]:
-        """After the backward of each of the K support batches its examples, for the caller to use the gradients."""
+        """Run the backward of each support batch in turn and yield its examples; the caller uses the gradients before
+        it goes on."""
         for indices in zip(*(record.episode.support_batches for record in records), strict=True):
             losses = self.engine.loss_and_backward(self._support_batch(records, indices), len(records))
             for record, loss in zip(records, losses.unbind(), strict=True):

@@ -32,6 +32,7 @@ from metasft.training.validation import Measured, better
 
 LAYOUT_FILE = "layout.json"
 RATES_FILE = "inner_rates.pt"
+TASK_LORAS_FILE = "task_loras.pt"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE = "global_step_{step}"
 SHARDS = ("model", "optim", "extra_state")
@@ -258,6 +259,8 @@ def _damage(folder: Path, run_dir: Path) -> str | None:
         needed = [name for shard, data in ranks for name in (*(part + shard for part in SHARDS), data)]
         if written.get("inner_rate_columns"):
             needed.append(RATES_FILE)
+        if written.get("task_lora_rank"):
+            needed.append(TASK_LORAS_FILE)
         lacking = next((name for name in needed if name not in files), None)
         if lacking is not None:
             return f"its {LAYOUT_FILE} does not list {lacking}"

@@ -1,6 +1,7 @@
 """A LoRA of its own for every training task, beside the shared one: what LoRA-ML trains jointly.
 
-Provable Meta-Learning with Low-Rank Adaptations (Block et al., NeurIPS 2025, arXiv 2410.22264). Two LoRAs on one layer
+Provable Meta-Learning with Low-Rank Adaptations (Block et al., NeurIPS 2025, arXiv 2410.22264); there all weights are
+shared parameters, here they are a LoRA. Two LoRAs on one layer
 are one whose ranks are side by side, B A + B_i A_i = [B B_i] [A; A_i]: the last ranks of the adapter are the task's
 own, and one pass through the adapter computes with both.
 """
@@ -22,14 +23,15 @@ class TaskLoRAs:
         tasks: of the run.
         names: of theta's tensors.
         theta: the adapter, A [r, in] and B [out, r] of every layer.
-        rank: of a task's own, below r.
+        ranks: r, and those that a task has alone, fewer.
+        device: of gradients; theta may lie elsewhere in between.
         build_optimizer: an optimizer of the parameters it is given.
 
     Raises:
-        ValueError: the adapter has something else than linear layers, or too few ranks.
+        ValueError: the adapter has something else than linear layers.
 
     Attributes:
-        values: fp32, of every task one flat tensor.
+        values: task -> its LoRA, one flat fp32 tensor.
     """
 
     def __init__(
@@ -37,18 +39,21 @@ class TaskLoRAs:
         tasks: Sequence[str],
         names: Sequence[str],
         theta: Sequence[torch.Tensor],
-        rank: int,
+        ranks: tuple[int, int],
+        device: torch.device,
         build_optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
+        whole, self._rank = ranks
         for name, tensor in zip(names, theta, strict=True):
-            ranks = tensor.shape[0 if "lora_A" in name else -1]
-            if not ("lora_A" in name or "lora_B" in name) or tensor.dim() != 2 or ranks <= rank:
+            side = 0 if "lora_A" in name else 1 if "lora_B" in name else None
+            if side is None or tensor.dim() != 2 or tensor.shape[side] != whole:
                 raise ValueError(
-                    f"meta.task_lora_rank={rank}: {name} {list(tensor.shape)} has no {rank} ranks to give to a task "
-                    "beside shared ones; raise model.lora_rank, or adapt linear layers only (model.target_modules)"
+                    f"meta.task_lora_rank={self._rank}: {name} {list(tensor.shape)} is no LoRA of a linear layer with "
+                    f"model.lora_rank={whole}, whose last ranks a task could have; adapt linear layers only "
+                    "(model.target_modules)"
                 )
-        self._names, self._rank = list(names), rank
-        start = torch.cat([part.flatten() for part in self._parts(list(theta))]).to(torch.float32)
+        self._names = list(names)
+        start = torch.cat([part.flatten() for part in self._parts(list(theta))]).to(device, torch.float32)
         self.values = {task: torch.nn.Parameter(start.clone()) for task in tasks}
         self._optimizer = build_optimizer(list(self.values.values()))
 
@@ -75,7 +80,7 @@ class TaskLoRAs:
 
     @torch.no_grad()
     def take_gradients(self, adaptation: Adaptation) -> torch.Tensor:
-        """The gradients of the tasks' own LoRAs, [T, size]; in ``adaptation`` that of the shared one is left."""
+        """The gradients of the tasks' own LoRAs, [T, size]; only the shared one's stay in ``adaptation``."""
         parts = list(self._parts(adaptation.task_gradients()))
         taken = torch.cat([part.flatten(1) for part in parts], dim=1)
         for part in parts:

@@ -273,7 +273,7 @@ class EpisodicSFTTrainer(SFTTrainer):
                 flush=True,
             )
         tensors = [export_name(name) for name in self.trained_names]
-        return InnerRates(tensors, columns, self.meta.inner_lr, self.engine.optimizer_of_rates)
+        return InnerRates(tensors, columns, self.meta.inner_lr, self.engine.optimizer_without_decay)
 
     def build_learned(self) -> Mapping[str, Any]:
         """What the run learns beside theta: file of the resume state -> something with a state dict."""
@@ -532,7 +532,9 @@ class EpisodicSFTTrainer(SFTTrainer):
             if is_interpolating
             else f"optim.lr={self.config.optim.lr}"
         )
-        if not meta.num_inner_steps or self.method == "lora_ml":
+        if self.method == "lora_ml":
+            return f"lower {outer} or meta.task_lora_lr={meta.task_lora_lr}"
+        if not meta.num_inner_steps:
             return f"lower {outer}"
         if meta.order == 2:
             return f"lower {outer} or meta.inner_lr={meta.inner_lr}"

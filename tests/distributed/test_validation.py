@@ -23,6 +23,7 @@ SCRIPTS = {
     "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
+    "lora_ml": ("lora_ml_trainer.py", "config_lora_ml"),
 }
 MICRO = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
 COMMON = {
@@ -46,6 +47,7 @@ CASES = {
         ("meta_lora", 1, 4, ["meta.learned_inner_lr=per_tensor", "meta.inner_lr_meta_lr=0.2"]),
         ("fomaml", 1, 8, ["engine.param_offload=true", "engine.optimizer_offload=true"]),
         ("reptile", 1, 4, ["meta.query_batch_size=0"]),
+        ("lora_ml", 1, 4, ["meta.task_lora_rank=1", "meta.inner_optimizer=sgd"]),
     ],
     2: [
         ("meta_lora", 1, 8, ["meta.task_batch_limit=4"]),
@@ -85,8 +87,8 @@ def outcomes(data_dir, tiny_model, tmp_path_factory):
                     "model.path": tiny_model,
                     "meta.inner_batch_size": batch,
                     "meta.task_group_size": group,
-                    "meta.inner_lr": 0.5 if method == "meta_lora" else 0.05,
-                    **({"model.lora_rank": 4, "model.lora_alpha": 8} if method == "meta_lora" else {}),
+                    "meta.inner_lr": 0.5 if "lora" in method else 0.05,
+                    **({"model.lora_rank": 4, "model.lora_alpha": 8} if "lora" in method else {}),
                     **dict(entry.split("=") for entry in more),
                 }
                 overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -156,9 +158,7 @@ def test_losses_are_those_of_the_reference_on_every_rank(world, outcomes, refere
     for method, settings, ranks in outcomes(world):
         if any("dropout" in key for key in settings):
             continue
-        wanted = expected(
-            references[method == "meta_lora"], ranks[0]["theta_after"], settings, ranks[0].get("rates_after")
-        )
+        wanted = expected(references["lora" in method], ranks[0]["theta_after"], settings, ranks[0].get("rates_after"))
         assert (abs(wanted[5] - wanted[10]) > 1e-4) is (settings["meta.num_inner_steps"] != "0"), "nothing is proven"
         wanted |= {None: sum(wanted.values()) / 2}
         for result in ranks:

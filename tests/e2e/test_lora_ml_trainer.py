@@ -94,6 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tiny_model, task_dir, tm
     [
         ({"meta.task_lora_rank": 4}, "meta.task_lora_rank=4 leaves none of model.lora_rank=4 to the shared LoRA"),
         ({"+meta.order": 2}, "meta.order=2 has no effect in LoRA-ML; remove it (it belongs to META-LORA)"),
+        ({"optim.weight_decay": 0.1}, "optim.weight_decay=0.1: LoRA-ML leaves room for a new task in the last ranks"),
         ({"model.lora_rank": 0}, "model.lora_rank=0: LoRA-ML trains LoRA parameters only"),
     ],
 )

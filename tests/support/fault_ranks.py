@@ -15,7 +15,7 @@ from meta_step_worker import composed, configuration, trainer_class
 
 from metasft.model.inner_loop import local_tensor
 
-for name in ("config_meta_lora_example", "config_fomaml_math_science", "config_reptile_math_science"):
+for name in ("config_meta_lora_example", "config_fomaml_math_science", "config_reptile_math_science", "config_lora_ml"):
     composed(name)  # before the forks
 
 

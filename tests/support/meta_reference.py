@@ -48,7 +48,7 @@ def response_loss(model, parameters, examples):
 
 
 class Reference:
-    """The three update rules for one model, one tokenizer and the parquet files of a task folder."""
+    """The update rules for one model, one tokenizer and the parquet files of a task folder."""
 
     def __init__(self, model_path, task_dir, lora=None):
         self.model = load_model(model_path, lora)

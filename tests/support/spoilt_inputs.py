@@ -19,6 +19,7 @@ TRAINERS = {
     "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
+    "lora_ml": ("lora_ml_trainer.py", "config_lora_ml"),
 }
 SCRIPTS = {
     "prepare": "prepare_math_science_data.py",
@@ -46,6 +47,7 @@ def arguments_of(program: str) -> list[str]:
             "trainer.total_training_steps": 1,
             "trainer.default_local_dir": OUTPUT,
             **({"model.lora_rank": 4} if program == "meta_lora" else {}),
+            **({"model.lora_rank": 4, "meta.task_lora_rank": 1} if program == "lora_ml" else {}),
         }
         where = ["--config-path", str(ROOT / "data/math_science_meta"), "--config-name", TRAINERS[program][1]]
         return [*where, *(f"{key}={value}" for key, value in settings.items())]

@@ -21,10 +21,12 @@ from experiment_files import (
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from script_runner import ROOT
 
 import run_experiments
-from metasft.experiments.composition import overrides_of
+from metasft.experiments import composition
+from metasft.experiments.composition import compose, overrides_of
 from metasft.experiments.plan import identity, make_plan
 from metasft.experiments.suites import read_scale, read_suites
 
@@ -382,6 +384,38 @@ def test_hydra_reads_every_value_as_it_is(value):
     (word,) = overrides_of({"a.b": value}, {}, "arm")
     (override,) = OverridesParser.create().parse_overrides([word])
     assert repr(_plain(override.value())) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["meta.inner_lr=0.25", "optim.lr=1e-3", "meta.meta_batch_size=8"],
+        ["meta.trajectory_weight=null", "meta.tasks=[algebra,geometry]", "meta.episode_shots=[5,25]"],
+        [
+            "model.path='a b'",
+            "trainer.default_local_dir=/tmp/x",
+            "data.apply_chat_template_kwargs={}",
+        ],
+        ["model.path=${trainer.project_name}/x", "trainer.project_name=one"],  # resolved after all of them
+        ["meta.inner_lr=0.1", "meta.inner_lr=0.2"],
+        ["+model.override_config.attention_dropout=0.1"],
+        ["++meta.inner_lr=0.1"],
+        ["~meta.inner_optimizer"],
+        ["meta={inner_lr:0.3}"],
+    ],
+)
+def test_values_over_a_base_are_what_hydra_composes(words):
+    folder, name = ROOT / "data/math_science_meta", "config_meta_lora_example"
+    expected = OmegaConf.to_container(composition._compose(folder, name, tuple(words)), resolve=True)
+    assert compose(folder, name, tuple(words), "arm") == expected
+
+
+@pytest.mark.parametrize(
+    "word", ["meta.inner_lrs=0.1", "nothing.there=1", "meta.inner_lr@foo=1", "model.path=${nowhere}"]
+)
+def test_what_hydra_refuses_is_refused(word):
+    with pytest.raises(ValueError, match="arm one: "):
+        compose(ROOT / "data/math_science_meta", "config_meta_lora_example", (word,), "one")
 
 
 def _plain(value):
