@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metasft.data.embedded_tasks import TRAIN_TASKS, score
+from metasft.data.embedded_tasks import TRAIN_TASKS
+from metasft.data.scoring import score
 
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from metasft.data.embedded_tasks import Example, messages_for
+from metasft.data.examples import Example, messages_for
 
 Messages = Sequence[Mapping[str, str]]
 

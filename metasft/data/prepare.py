@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metasft.data import answers, baselines, families, in_context, trivial
+from metasft.data import baselines, in_context, trivial
 from metasft.data import embedded_tasks as task_source
 from metasft.data.baselines import make_baseline_configs
-from metasft.data.embedded_tasks import Example
+from metasft.data.examples import Example, row_for
 from metasft.data.reasoning import groups
 from metasft.data.rules import source as rules
 from metasft.data.sources import commands
@@ -105,24 +105,15 @@ def write_parquet(examples: Sequence[Example], path: Path) -> None:
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     texts = ("prompt", "response", "answer", "task", "data_source", "example_id", "extra_info")
     schema = pa.schema([("messages", pa.list_(message)), *((name, pa.string()) for name in texts)])
-    table = pa.Table.from_pylist([task_source.row_for(example) for example in examples], schema=schema)
+    table = pa.Table.from_pylist([row_for(example) for example in examples], schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
 
-def code_sha256(source: str) -> str:
-    """SHA-256 over the code that makes the data: with other code the same flags may mean other files."""
-    paths = [Path(task_source.__file__), Path(__file__), Path(baselines.__file__), baselines.TEMPLATE]
-    paths += [Path(in_context.__file__), Path(families.__file__), Path(families.__file__).with_name("own_families.py")]
-    if source == "reasoning_gym":
-        paths.append(Path(answers.__file__))
-    else:
-        folder = Path(commands.__file__).parent
-        paths += [folder.parent / "answers.py", folder.parent / "scoring.py", *sorted(folder.glob("*.py"))]
-        paths += [Path(trivial.__file__), *sorted(Path(rules.__file__).parent.glob("*.py"))]
-        paths += sorted(Path(groups.__file__).parent.glob("*.py"))
+def code_sha256() -> str:
+    """SHA-256 over the code of this room: with other code the same flags may mean other files."""
     digest = hashlib.sha256()
-    for path in paths:
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), baselines.TEMPLATE):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -204,7 +195,7 @@ def why_not_current(manifest: dict[str, Any] | None, output_dir: Path, settings:
     if manifest.get("settings") != settings:
         return "they were made with other flags"
     source = settings["source"]
-    if manifest.get("code_sha256") != code_sha256(source):
+    if manifest.get("code_sha256") != code_sha256():
         return "they were made by another version of the code"
     version = (manifest.get("source") or {}).get("version")
     if source == "reasoning_gym" and version != task_source.package_version():
@@ -317,7 +308,7 @@ def _make_files(
     manifest = {
         **about,
         "command": command,
-        "code_sha256": code_sha256(settings["source"]),
+        "code_sha256": code_sha256(),
         "settings": settings,
         "files": {n: {"rows": len(members), "sha256": sha256_of(folder / n)} for n, members in files.items()},
         "baseline_configs": list(configs),

@@ -6,10 +6,12 @@ import functools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metasft.data.answers import shape
-from metasft.data.embedded_tasks import Example
+from metasft.data.benchmark_scorers import BARE, EXACT_MATCH
+from metasft.data.examples import Example, extra_info_of, has_column, read_column
+from metasft.data.scoring import score
 
 
 class Trivial(NamedTuple):
@@ -95,3 +97,51 @@ def _part(pattern: str, position: int) -> Callable[[str], str]:
 
 _PARTS = [_part(pattern, position) for pattern in (r"\S+", r"\w+", r"\w") for position in range(-6, 6)]
 """Words with and without punctuation, and single characters."""
+
+
+def majority_baseline(rows: Iterable[Mapping[str, Any] | Example]) -> float:
+    """Accuracy (a fraction) of always giving the most frequent gold answer, in the form asked for.
+
+    Among equally frequent answers the alphabetically first counts.
+
+    Raises:
+        ValueError: no rows.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("the majority baseline needs at least one row: the test set is empty")
+    constant = _most_frequent_answer(rows)
+    return sum(score(_stating(constant, row), row).correct for row in rows) / len(rows)
+
+
+def constant_per_form(
+    pool: Sequence[Mapping[str, Any] | Example], rows: Sequence[Mapping[str, Any] | Example]
+) -> float:
+    """Accuracy (a fraction) on ``rows`` of a policy that sees which form of answer is asked for, and nothing else.
+
+    It gives the most frequent answer of ``pool`` among examples of the same ``data_source``, which all ask for one
+    form (a family of problems, a benchmark); the most frequent of all where the pool has none of that.
+
+    Args:
+        pool: may be empty, which gets nothing right.
+        rows: at least one.
+    """
+    by_form: dict[str, list[Mapping[str, Any] | Example]] = defaultdict(list)
+    for example in pool:
+        by_form[read_column(example, "data_source")].append(example)
+    constants = {form: _most_frequent_answer(examples) for form, examples in by_form.items()}
+    rest = _most_frequent_answer(pool)
+    answers = [constants.get(read_column(row, "data_source"), rest) for row in rows]
+    right = [score(_stating(answer, row), row).correct for answer, row in zip(answers, rows, strict=True)]
+    return sum(right) / len(right)
+
+
+def _most_frequent_answer(rows: Iterable[Mapping[str, Any] | Example]) -> str:
+    counts = Counter(str(read_column(row, "answer")) for row in rows)
+    return min(counts, key=lambda answer: (-counts[answer], answer), default="")
+
+
+def _stating(answer: str, row: Mapping[str, Any] | Example) -> str:
+    """A text that gives this answer in the form that the row's scorer reads."""
+    whole = has_column(row, "extra_info") and extra_info_of(row).get("scorer") in (BARE, EXACT_MATCH)
+    return answer if whole else f"Answer: {answer}"

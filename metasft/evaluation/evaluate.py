@@ -52,7 +52,7 @@ def evaluate(config: EvaluationConfig) -> tuple[dict[str, dict[str, dict[str, An
 
 def _check_scoring(tasks: Sequence[TestTask]) -> None:
     """Score an empty answer to every test item: one that cannot be scored would show only after the last generation."""
-    from metasft.data.embedded_tasks import score
+    from metasft.data.scoring import score
 
     for task in tasks:
         for number, row in enumerate(task.test):
@@ -136,7 +136,7 @@ def _run(
     by: str,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Run the planned cells that ``store`` lacks, and write its results: task -> value of the field ``by`` -> entry."""
-    from metasft.data.embedded_tasks import majority_baseline
+    from metasft.data.trivial import majority_baseline
 
     store.open(settings, overwrite=config.overwrite)
     by_name = {task.name: task for task in tasks}
@@ -227,7 +227,7 @@ def trivial_baseline(task: TestTask) -> dict[str, Any]:
     Those that the manifest has, which were measured on all test items; else the best constant per form of answer, as
     the shot pool shows it, on the test items in use.
     """
-    from metasft.data.embedded_tasks import constant_per_form
+    from metasft.data.trivial import constant_per_form
 
     if task.trivial:
         name = max(task.trivial, key=task.trivial.__getitem__)
@@ -253,7 +253,7 @@ def _record(
     task: TestTask, cell: Cell, shots: Sequence[int], outcome: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(record of the cell, one prediction per test item)."""
-    from metasft.data.embedded_tasks import score, score_leniently
+    from metasft.data.scoring import score, score_leniently
 
     place = {"task": cell.task, "n_shots": cell.n_shots, "run": cell.run}
     if cell.step is not None:

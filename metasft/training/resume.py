@@ -28,7 +28,7 @@ from metasft.files.atomic import PARTIAL, flush, put_in_place, remove, replacing
 from metasft.files.paths import user_path
 from metasft.files.untrusted import is_inside, read_json
 from metasft.training.faults import Divergence, DivergenceWatch, writing
-from metasft.training.validation import Measured, better
+from metasft.training.validation_tasks import Measured, better
 
 LAYOUT_FILE = "layout.json"
 RATES_FILE = "inner_rates.pt"

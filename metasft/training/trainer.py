@@ -78,7 +78,7 @@ from metasft.training.resume import (
 )
 from metasft.training.run_summary import peaks_of_ranks, write_summary
 from metasft.training.update_rules import MetaGradient
-from metasft.training.validation import LOSS, Measured, fixed_masks, validation_episodes, validation_metrics
+from metasft.training.validation_tasks import LOSS, Measured, fixed_masks, validation_episodes, validation_metrics
 
 logger = logging.getLogger(__name__)
 

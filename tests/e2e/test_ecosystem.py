@@ -14,7 +14,7 @@ from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasft.checkpoint.exports import attach_adapter, load_adapter_folder, load_meta_lora, save_meta_lora
-from metasft.data.embedded_tasks import score
+from metasft.data.scoring import score
 
 LM_EVAL_TASKS = ROOT / "lm_eval_tasks"
 

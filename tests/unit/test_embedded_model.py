@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasft import embedded_model
 from metasft.data import embedded_tasks as tasks
+from metasft.data.examples import row_for
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 MULTILINE = "x  12 café\n\n  3 ∫ 2*x dx ▁ ° × don't <|im_end|>."
@@ -26,7 +27,7 @@ def verl_dataset(folder, tmp_path, examples):
     from omegaconf import OmegaConf
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
-    pd.DataFrame([tasks.row_for(example) for example in examples]).to_parquet(tmp_path / "rows.parquet")
+    pd.DataFrame([row_for(example) for example in examples]).to_parquet(tmp_path / "rows.parquet")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = OmegaConf.create({"pad_mode": "no_padding", "max_length": 2048, "truncation": "error"})
     return MultiTurnSFTDataset(str(tmp_path / "rows.parquet"), tokenizer, config), tokenizer

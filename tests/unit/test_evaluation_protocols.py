@@ -17,8 +17,8 @@ from few_shot_data import (
     write_validation_tasks,
 )
 
-from metasft.data.embedded_tasks import constant_per_form, majority_baseline
 from metasft.data.in_context import in_context
+from metasft.data.trivial import constant_per_form, majority_baseline
 from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.evaluate import evaluate, trivial_baseline
 from metasft.evaluation.few_shot_model import Job

@@ -25,12 +25,13 @@ from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
 from metasft.config import records, result_files
 from metasft.config.schema import fields_of, members_of, validated
 from metasft.config.training import METHODS, MetaConfig, check_training_config
+from metasft.data import benchmark_scorers
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
-from metasft.data import scoring
 from metasft.data.answers import extract_answer, last_boxed, unwrap
-from metasft.data.embedded_tasks import Example, score
 from metasft.data.episodes import EpisodeSampler, ShuffledStream
+from metasft.data.examples import Example, row_for
+from metasft.data.scoring import score
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.commands import split_sizes
 from metasft.data.sources.suite import Suite as DataSuite
@@ -346,11 +347,11 @@ def test_answers_are_found_or_not_in_any_text(examples):
         boxed = last_boxed(text)
         assert boxed is None or boxed in text
         assert unwrap(unwrap(text)) == unwrap(text)
-        found = scoring.last_number(text)
+        found = benchmark_scorers.last_number(text)
         assert found is None or found in text
-        scoring.read_number(text)
-        scoring.read_boolean(text)
-        scoring.chosen_letter(text, ["1", text, "x"])
+        benchmark_scorers.read_number(text)
+        benchmark_scorers.read_boolean(text)
+        benchmark_scorers.chosen_letter(text, ["1", text, "x"])
         assert time.process_time() - started < 2
 
     long = [
@@ -409,10 +410,10 @@ def generated():
 @tiers(150, 6000)
 def test_any_text_gets_a_verdict_of_every_family(examples, generated):
     for item in generated.values():
-        assert score(item.response, item).correct and score(item.response, tasks.row_for(item)).correct
+        assert score(item.response, item).correct and score(item.response, row_for(item)).correct
 
     def check(family, text, wrap):
-        row = tasks.row_for(generated[family])
+        row = row_for(generated[family])
         started = time.process_time()
         verdict = score(f"{wrap}{text}", row)
         assert time.process_time() - started < 20
@@ -424,7 +425,7 @@ def test_any_text_gets_a_verdict_of_every_family(examples, generated):
 @tiers(80, 2000)
 def test_any_row_is_scored_or_a_sentence(examples, generated):
     def check(family, key, value, source):
-        info = json.loads(tasks.row_for(generated[family])["extra_info"])
+        info = json.loads(row_for(generated[family])["extra_info"])
         info[key] = value
         row = {"data_source": source, "answer": "1", "extra_info": json.dumps(info)}
         value_or_sentence(lambda: score("Answer: 1", row))

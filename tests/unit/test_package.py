@@ -15,7 +15,7 @@ import yaml
 from script_runner import ROOT, script_environment
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-SHIPPED = {"math_science_meta/config_*.yaml", "suites/*.yaml", "experiments/*.yaml", "experiments/scales/*.yaml"}
+SHIPPED = {"math_science_meta/config_*.yaml", "task_sets/*.yaml", "experiments/*.yaml", "experiments/scales/*.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_suites_and_scales_are_read_from_the_wheel(wheel, tmp_path):
     file, *names = experiments.split()
     assert Path(file).is_relative_to(wheel)
     assert set(names) == {"cpu", *(path.stem for path in (ROOT / "data/experiments").glob("*.yaml"))}
-    assert set(suites.split()) == {path.stem for path in (ROOT / "data/suites").glob("*.yaml")}
+    assert set(suites.split()) == {path.stem for path in (ROOT / "data/task_sets").glob("*.yaml")}
 
 
 def test_an_unknown_command_is_named(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 from script_runner import ROOT
 
 from metasft.data import command as prepare_data
-from metasft.data.embedded_tasks import score
 from metasft.data.families import FAMILIES, OWN_FAMILIES
 from metasft.data.reasoning import table
 from metasft.data.reasoning.groups import GROUPS, KINDS, LEFT_OUT
+from metasft.data.scoring import score
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.duplicates import normalised_question
 from metasft.data.sources.suite import ROLES, read_suite

@@ -9,8 +9,8 @@ import pytest
 import source_files
 from datasets import Features, Value
 
+from metasft.data import benchmark_scorers
 from metasft.data import embedded_tasks as tasks
-from metasft.data import scoring
 from metasft.data.sources import catalog
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.hub import Access
@@ -76,7 +76,7 @@ def test_items_of_every_source(name, copies):
         assert item.prompt.startswith(item.question.split("\n")[0]) or name == "deeptheorem"
         assert re.search(r"Answer: <answer>|boxed|####", item.prompt)  # the form of the answer is asked for
         assert item.scoring["scorer"] in SOURCES[name].scorer
-        verdict = scoring.judge(item.response, item.answer, item.scoring)
+        verdict = benchmark_scorers.judge(item.response, item.answer, item.scoring)
         assert verdict.correct and verdict.formatted, item  # the response is what its own scorer asks for
 
 
@@ -88,7 +88,7 @@ def test_catalog_entries_are_complete(name):
     assert source.package or source.revision == "main" or re.fullmatch(r"[0-9a-f]{40}", source.revision)
     assert set(source.train_splits) | set(source.test_splits) <= set(source.files)
     assert bool(source.subsets) == ("{subset}" in "".join(source.files.values()))
-    assert source.generate is not None or set(source.scorer.split(", ")) <= set(scoring.SCORERS)
+    assert source.generate is not None or set(source.scorer.split(", ")) <= set(benchmark_scorers.SCORERS)
     assert source.fallback is None or SOURCES[source.fallback].subsets == source.subsets
 
 

@@ -11,6 +11,8 @@ import yaml
 from metasft import chat_template
 from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
+from metasft.data.answers import Score
+from metasft.data.scoring import score
 
 SIZES = {"samples_per_task": 20, "test_samples": 6, "shot_pool": 5}
 
@@ -83,8 +85,8 @@ def test_own_files(run_here, tmp_path, suffix):
         'Give metres. End with "Answer: <answer>".'
     )
     assert row["response"] == f"{row['response'].splitlines()[0]}\nAnswer: {row['answer']}"
-    assert tasks.score(f"Answer: {row['answer']} m", row).correct
-    assert not tasks.score(f"Answer: {row['answer']} km", row).correct
+    assert score(f"Answer: {row['answer']} m", row).correct
+    assert not score(f"Answer: {row['answer']} km", row).correct
     assert len(pd.read_parquet(tmp_path / "x/meta_test/sound_test.parquet")) == 6
     manifest = json.loads((tmp_path / "x/manifest.json").read_text())
     assert manifest["sources"]["steps"]["licence"] == "ours"
@@ -176,9 +178,9 @@ def test_own_data_mix_with_embedded_tasks(run_here, tmp_path):
         left = {why: count for why, count in entry["counts"].items() if why != "read"}
         assert entry["counts"]["read"] == taken + sum(left.values()) + sum(entry["contamination"].values())
         for row in (row for frame in frames for _, row in frame.iterrows()):
-            verdict = tasks.score(row["response"], row)
+            verdict = score(row["response"], row)
             assert verdict.correct and verdict.formatted
-            assert not tasks.score("Answer: something else", row).correct
+            assert not score("Answer: something else", row).correct
 
 
 def test_own_test_files(run_here, tmp_path):
@@ -211,7 +213,7 @@ def test_responses_end_in_the_form_of_the_scorer(run_here, tmp_path, scorer, ans
     assert run_here(plain(scorer=scorer, fields=fields)) == 0
     row = pd.read_parquet(tmp_path / "x/meta_train/one_query.parquet").iloc[0]
     assert row["response"] == f"Because.\n{ending}"
-    assert tasks.score(row["response"], row) == tasks.Score(True, True, answer)
+    assert score(row["response"], row) == Score(True, True, answer)
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
@@ -310,8 +312,8 @@ def test_layouts_are_recognised_and_kept_word_for_word(layout, suffix, run_here,
     row = pd.read_parquet(tmp_path / "x/meta_train/one_test.parquet").iloc[0]
     assert row["response"] == row["answer"] == row["messages"][-1]["content"]
     assert all(turn["content"] in row["prompt"] for turn in row["messages"][:-1])
-    assert tasks.score(row["response"], row) == tasks.Score(True, True, row["response"].strip())
-    assert not tasks.score(f"Answer: {row['response']}", row).correct
+    assert score(row["response"], row) == Score(True, True, row["response"].strip())
+    assert not score(f"Answer: {row['response']}", row).correct
 
 
 def test_a_single_question_is_the_prompt_and_turns_are_named(run_here, tmp_path):
@@ -349,7 +351,7 @@ def test_only_a_scorer_changes_texts_and_the_command_says_so(run_here, tmp_path,
         assert [dict(turn) for turn in before] == original[:-2]
         expected = {"7": "Answer: 7", "It is 7.": "It is 7.\nAnswer: 7"}
         assert response["content"] == expected.get(original[-1]["content"], original[-1]["content"])
-        assert tasks.score("Answer: 7", row).correct and not tasks.score("7", row).correct
+        assert score("Answer: 7", row).correct and not score("7", row).correct
 
 
 def test_an_instruction_of_ones_own_needs_no_scorer(run_here, tmp_path, capsys):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from metasft.data import benchmark_scorers
 from metasft.data import embedded_tasks as tasks
-from metasft.data import scoring
-from metasft.data.scoring import judge
+from metasft.data.benchmark_scorers import judge
+from metasft.data.scoring import score, score_leniently
+from metasft.data.trivial import majority_baseline
 
 PLANETS = ["Mars", "Venus", "The Moon", "Neither of them"]
 
@@ -121,7 +123,7 @@ def test_outputs_written_by_hand(case):
 def test_what_is_right_is_right_leniently_too(case):
     gold, info, right, _ = HAND_MADE[case]
     row = {"data_source": "x", "answer": gold, "extra_info": {"scorer": case.split(",")[0], **info}}
-    assert [output for output in right if not tasks.score_leniently(output, row)] == []
+    assert [output for output in right if not score_leniently(output, row)] == []
 
 
 LENIENT = {
@@ -146,20 +148,20 @@ LENIENT = {
 def test_lenient_scoring_looks_at_the_first_line_and_past_its_form(case):
     gold, info, right, wrong = LENIENT[case]
     row = {"data_source": "x", "answer": gold, "extra_info": {"scorer": case.split(",")[0], **info}}
-    assert [output for output in right if tasks.score(output, row).correct] == []
-    assert [output for output in right if not tasks.score_leniently(output, row)] == []
-    assert [output for output in wrong if tasks.score_leniently(output, row)] == []
+    assert [output for output in right if score(output, row).correct] == []
+    assert [output for output in right if not score_leniently(output, row)] == []
+    assert [output for output in wrong if score_leniently(output, row)] == []
 
 
 def test_lenient_scoring_of_verified_families():
     (example,) = tasks.generate_examples("number_theory", 1, seed=3)
-    assert not tasks.score(example.answer, example).correct
-    assert tasks.score_leniently(f"{example.answer}\nand so on", example)
-    assert not tasks.score_leniently("", example) and not tasks.score_leniently("no idea", example)
+    assert not score(example.answer, example).correct
+    assert score_leniently(f"{example.answer}\nand so on", example)
+    assert not score_leniently("", example) and not score_leniently("no idea", example)
 
 
 def test_every_scorer_has_outputs_written_by_hand():
-    assert {case.split(",")[0] for case in HAND_MADE} == set(scoring.SCORERS)
+    assert {case.split(",")[0] for case in HAND_MADE} == set(benchmark_scorers.SCORERS)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +187,13 @@ def test_format_is_apart_from_correctness(scorer, output, formatted):
 
 def test_rows_of_data_files_are_scored_by_the_scorer_they_name():
     row = {"data_source": "mmlu/astronomy", "answer": "B", "extra_info": '{"scorer": "choice", "choices": ["x", "y"]}'}
-    assert tasks.score("Answer: y", row).correct
-    assert tasks.majority_baseline([row, {**row, "answer": "A"}]) == 0.5
+    assert score("Answer: y", row).correct
+    assert majority_baseline([row, {**row, "answer": "A"}]) == 0.5
     free = {"data_source": "mine", "answer": "Thank you.", "extra_info": '{"scorer": "exact_match"}'}
-    assert tasks.majority_baseline([free, free, {**free, "answer": "No."}]) == pytest.approx(2 / 3)
+    assert majority_baseline([free, free, {**free, "answer": "No."}]) == pytest.approx(2 / 3)
     bare = {"data_source": "rules/sort_up", "answer": "2 9", "extra_info": '{"scorer": "bare"}'}
-    assert tasks.majority_baseline([bare, {**bare, "answer": "3 4"}]) == 0.5
-    assert [tasks.score(text, bare).formatted for text in ("4 4", "4 4 4", "4, 4", "two 9")] == [True, *[False] * 3]
+    assert majority_baseline([bare, {**bare, "answer": "3 4"}]) == 0.5
+    assert [score(text, bare).formatted for text in ("4 4", "4 4 4", "4, 4", "two 9")] == [True, *[False] * 3]
 
 
 def test_unusable_rows():
@@ -203,9 +205,9 @@ def test_unusable_rows():
 
 def test_two_options_with_one_text_are_told_apart_by_letter_only():
     options = ["four", "four", "five"]
-    assert scoring.chosen_letter("four", options) is None
-    assert scoring.chosen_letter("B", options) == "B"
-    assert scoring.chosen_letter("A", ["B", "A"]) == "B"  # an option whose text looks like another letter
+    assert benchmark_scorers.chosen_letter("four", options) is None
+    assert benchmark_scorers.chosen_letter("B", options) == "B"
+    assert benchmark_scorers.chosen_letter("A", ["B", "A"]) == "B"  # an option whose text looks like another letter
 
 
 @pytest.mark.parametrize("first_order", [True, False])
@@ -220,7 +222,7 @@ def test_mathematics_needs_both_orders_of_verify(monkeypatch, first_order):
         return (len(calls) == 1) is first_order
 
     monkeypatch.setattr(math_verify, "verify", one_way)
-    assert not scoring.equal_mathematics(r"\sqrt{2}", "x+1")
+    assert not benchmark_scorers.equal_mathematics(r"\sqrt{2}", "x+1")
     assert calls[0] == tuple(reversed(calls[1])) if first_order else len(calls) == 1
 
 
@@ -228,7 +230,7 @@ def test_mathematics_outside_the_main_thread():
     verdicts = []
     thread = threading.Thread(
         target=lambda: verdicts.extend(
-            scoring.equal_mathematics(r"\frac{1}{2}", a) for a in (r"\frac{2}{4}", r"\frac13")
+            benchmark_scorers.equal_mathematics(r"\frac{1}{2}", a) for a in (r"\frac{2}{4}", r"\frac13")
         )
     )
     thread.start()

@@ -16,11 +16,12 @@ from datasets import Dataset
 from metasft.data import command as prepare_command
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare as prepare_data
+from metasft.data.scoring import score
 from metasft.data.sources.build import Candidate, splits_of, stratified
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.duplicates import Questions, normalised_question
 from metasft.data.sources.source import Item
-from metasft.data.sources.suite import SUITES_DIR, read_suite, shipped_suites, suite_from
+from metasft.data.sources.suite import TASK_SETS_DIR, read_suite, shipped_suites, suite_from
 
 GUIDE = "guide_public"
 SMALL = ["--samples-per-task", "30", "--test-samples", "10", "--shot-pool", "8"]
@@ -67,7 +68,7 @@ def assert_every_item_has_one_fate(manifest: dict) -> None:
 def test_shipped_suites_are_sound(name):
     suite = read_suite(name, SOURCES)
     assert suite.train and suite.unseen
-    text = (SUITES_DIR / f"{name}.yaml").read_text()
+    text = (TASK_SETS_DIR / f"{name}.yaml").read_text()
     assert re.search(rf"python prepare_math_science_data.py --(suite|benchmark) {name}", text)
     needing = sorted({s for task in suite.tasks.values() for s in task.sources if SOURCES[s].opt_in})
     assert not needing or f"--accept-licence {' '.join(reversed(needing))}" in text
@@ -142,7 +143,7 @@ def test_the_guides_suite(run_here, copies, tmp_path, capsys):
     whole = pd.concat(frames.values())
     assert whole["example_id"].is_unique and whole["prompt"].is_unique
     for _, row in whole.iterrows():
-        assert tasks.score(row["response"], row).correct
+        assert score(row["response"], row).correct
         assert [dict(message) for message in row["messages"]] == [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]},

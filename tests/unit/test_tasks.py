@@ -12,14 +12,11 @@ import pytest
 
 from metasft.data import embedded_tasks as tasks
 from metasft.data import prepare
-from metasft.data.embedded_tasks import (
-    Example,
-    extract_answer,
-    generate_examples,
-    majority_baseline,
-    row_for,
-    score,
-)
+from metasft.data.answers import Score, extract_answer
+from metasft.data.embedded_tasks import generate_examples
+from metasft.data.examples import Example, messages_for, row_for
+from metasft.data.scoring import score
+from metasft.data.trivial import majority_baseline
 
 FAMILIES = [family for families in tasks.all_tasks().values() for family in families]
 
@@ -81,7 +78,7 @@ def test_examples_are_distinct_short_and_mixed(task):
         assert 0 < len(e.answer) <= 60
         assert len(e.prompt) <= 400
         assert json.loads(json.dumps(e.extra_info)) == e.extra_info
-        assert tasks.messages_for(e) == [
+        assert messages_for(e) == [
             {"role": "user", "content": e.prompt},
             {"role": "assistant", "content": e.response},
         ]
@@ -153,7 +150,7 @@ def test_gold_scores_and_wrong_answers_do_not(family, by_family):
     examples = by_family[family]
     assert len(examples) >= 12
     for example in examples:
-        assert score(example.response, example) == tasks.Score(True, True, extract_answer(example.response))
+        assert score(example.response, example) == Score(True, True, extract_answer(example.response))
         assert score(f"Let me think.\n{example.response}\n", example).correct
         assert score(f"**{example.response}**", example).correct
         wrong = wrong_answer(example, examples)
@@ -161,8 +158,8 @@ def test_gold_scores_and_wrong_answers_do_not(family, by_family):
         assert not answered(example, f"{example.answer} or something else")
         for garbage in ("garbage", "nan", "(nan, nan)", "inf", "×", ",", "()", "1/0", "\\frac{}{}", "1e999999999", "°"):
             assert not answered(example, garbage), garbage
-        assert score("", example) == tasks.Score(False, False, None)
-        assert score("Answer:", example) == tasks.Score(False, False, None)
+        assert score("", example) == Score(False, False, None)
+        assert score("Answer:", example) == Score(False, False, None)
         assert score(example.answer, example).formatted is False  # right, but not in the format asked for
 
 

@@ -17,7 +17,7 @@ from script_runner import ROOT
 from metasft.config.training import MetaConfig
 from metasft.data import command as prepare_command
 from metasft.data import prepare as prepare_data
-from metasft.data.embedded_tasks import score
+from metasft.data.scoring import score
 from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.hub import Access
 from metasft.data.sources.local import read_mapping

@@ -11,7 +11,7 @@ from few_shot_data import sum_rows, write_unseen_tasks
 from metasft.config.training import MetaConfig
 from metasft.data.task_sets import find_validation_files
 from metasft.data.unseen_tasks import shot_indices
-from metasft.training.validation import Measured, better, validation_episodes, validation_metrics
+from metasft.training.validation_tasks import Measured, better, validation_episodes, validation_metrics
 
 
 def meta(data_dir, **changes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metasft.data.embedded_tasks import Example
+from metasft.data.examples import Example
 from metasft.data.families import FAMILIES
 from metasft.data.sources.suite import Suite
 from metasft.data.trivial import of_task

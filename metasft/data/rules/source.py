@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from metasft.data.embedded_tasks import Example
+from metasft.data.examples import Example
 from metasft.data.rules.rule import ITEMS, OPENING, all_items, all_rules
 from metasft.data.sources.column_layouts import prompt_text
 from metasft.data.sources.source import Item, Source

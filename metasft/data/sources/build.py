@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from metasft.data.embedded_tasks import Example, score
+from metasft.data.examples import Example
+from metasft.data.scoring import score
 from metasft.data.sources.duplicates import Questions
 from metasft.data.sources.hub import Access, Location, manifest_entry
 from metasft.data.sources.reading import locate_source, open_source, read_items

@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from metasft.data.benchmark_scorers import boxed_answer
 from metasft.data.rules import source as rules
-from metasft.data.scoring import boxed_answer
 from metasft.data.sources import embedded
 from metasft.data.sources.source import (
     BOXED,

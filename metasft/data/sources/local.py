@@ -40,7 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metasft.data import scoring
+from metasft.data import benchmark_scorers
 from metasft.data.sources import column_layouts as layouts
 from metasft.data.sources.source import ANSWER_LINE, BOXED, GSM8K, Item, Row, Source, multiple_choice
 from metasft.data.sources.suite import ROLES, Suite, read_yaml, suite_from
@@ -66,8 +66,9 @@ def read_mapping(path: Path, known: Mapping[str, Source]) -> tuple[Suite, Source
         raise ValueError(
             f"{where} has the entry {unknown[0]!r}, which means nothing: use {', '.join(_OWN_KEYS + _SUITE_KEYS)}"
         )
-    scorer = scoring.EXACT_MATCH if values.get("scorer") is None else values["scorer"]
-    scorers = [name for name in scoring.SCORERS if name != scoring.BARE]  # of responses without a last line Answer:
+    scorer = benchmark_scorers.EXACT_MATCH if values.get("scorer") is None else values["scorer"]
+    # Of responses without a last line "Answer: ...".
+    scorers = [name for name in benchmark_scorers.SCORERS if name != benchmark_scorers.BARE]
     if not isinstance(scorer, str) or scorer not in scorers:
         raise ValueError(f"scorer in {where} is {scorer!r}: choose from {', '.join(scorers)}")
     fields = _check_fields(values.get("fields"), scorer, where)
@@ -136,7 +137,7 @@ def _check_fields(fields: Any, scorer: str, where: str) -> dict[str, str]:
         raise ValueError(f"fields in {where} has messages and prompt: map one of the two, messages hold the prompt")
     if "response" in fields and "messages" not in fields and "prompt" not in fields:
         raise ValueError(f"fields in {where} lacks prompt, which goes with response: say which column holds it")
-    if "prompt" in fields and "answer" not in fields and scorer != scoring.EXACT_MATCH:
+    if "prompt" in fields and "answer" not in fields and scorer != benchmark_scorers.EXACT_MATCH:
         raise ValueError(_lacks_answer(scorer, where))
     return dict(fields)
 
@@ -173,7 +174,7 @@ def _reader(
         return layouts.text_of(row.get(fields.get(name, ""))).strip()
 
     def read(row: Row, subset: str) -> Item | None:
-        if scorer != scoring.EXACT_MATCH and answers not in row:
+        if scorer != benchmark_scorers.EXACT_MATCH and answers not in row:
             raise ValueError(_lacks_answer(scorer, where))
         turns = layouts.read_conversation(row, fields, where)
         if turns is None:
@@ -182,7 +183,7 @@ def _reader(
         asked = max(index for index, turn in enumerate(before) if turn["role"] == "user")
         question, response = before[asked]["content"], reply["content"]
         answer = layouts.text_of(row.get(answers)).strip()
-        if scorer == scoring.EXACT_MATCH:
+        if scorer == benchmark_scorers.EXACT_MATCH:
             if "answer" in fields and answer != response.strip():
                 raise ValueError(
                     f"{where} maps answer to {answers} beside responses, but names no scorer that would read it: add "
@@ -231,7 +232,7 @@ def _within(item: Item, before: list[layouts.Turn], asked: int) -> Item:
 
 def _remark(scorer: str, values: Mapping[str, Any]) -> str:
     """In words, what is done to the texts, and how the data are evaluated."""
-    if scorer == scoring.EXACT_MATCH:
+    if scorer == benchmark_scorers.EXACT_MATCH:
         added = "with the instruction of the mapping added to prompts" if values.get("instruction") else "word for word"
         return f"no scorer: texts are used {added}; evaluation measures the loss and exact matches of the response"
     instruction, ending = _FORMS.get(scorer, ANSWER_LINE)
@@ -263,7 +264,7 @@ def _asking(prompt: str, *lines: str) -> str:
 def _read_formed(prompt: str, answer: str, response: str, scoring_info: Mapping[str, Any], hint: str) -> Item:
     """The answer in the form that its scorer reads; a response that already ends so stays as it is."""
     instruction, ending = _FORMS.get(scoring_info["scorer"], ANSWER_LINE)
-    verdict = scoring.judge(response, answer, scoring_info)
+    verdict = benchmark_scorers.judge(response, answer, scoring_info)
     if not (verdict.formatted and verdict.correct):
         response = f"{response}\n{ending % answer}".strip()
     return Item(prompt, _asking(prompt, hint, instruction), response, answer, scoring_info)
@@ -275,5 +276,5 @@ def _read_choice(prompt: str, answer: str, response: str, choices: Any, hint: st
         options = [str(option) for option in (json.loads(choices) if isinstance(choices, str) else choices)]
     except (TypeError, ValueError, RecursionError):
         return None
-    letter = scoring.chosen_letter(answer, options) if options else None
+    letter = benchmark_scorers.chosen_letter(answer, options) if options else None
     return None if letter is None else multiple_choice(prompt, options, letter, hint=hint, response=response)

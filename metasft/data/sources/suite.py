@@ -1,6 +1,6 @@
 """Task suites: which tasks are trained on, which stay unseen, what they are made of, and how large they are.
 
-A suite is a YAML file. ``data/suites`` holds those that come with the project; any other is given by its path:
+A suite is a YAML file. ``data/task_sets`` holds those that come with the project; any other is given by its path:
 
     title: One line that says what it is.
     sizes: {samples_per_task: 667, support_ratio: 0.15, query_ratio: 0.25, test_samples: 200, shot_pool: 100}
@@ -31,7 +31,7 @@ from metasft.config.schema import STRICT, Named, Schema, Text, Tuple, rule, vali
 from metasft.data.sources.source import Source
 from metasft.files import untrusted
 
-SUITES_DIR = (Path(__file__).parents[2] / "shipped" / "suites").resolve()
+TASK_SETS_DIR = (Path(__file__).parents[2] / "shipped" / "task_sets").resolve()
 ROLES = ("train", "search", "valid", "unseen")
 SIZES = {"samples_per_task": 667, "support_ratio": 0.15, "query_ratio": 0.25, "test_samples": 200, "shot_pool": 100}
 
@@ -129,7 +129,7 @@ class Suite(Schema):
 
 def shipped_suites() -> list[str]:
     """Names of the suites that come with the project."""
-    return sorted(path.stem for path in SUITES_DIR.glob("*.yaml"))
+    return sorted(path.stem for path in TASK_SETS_DIR.glob("*.yaml"))
 
 
 def read_suite(name: str, known: Mapping[str, Source]) -> Suite:
@@ -142,7 +142,7 @@ def read_suite(name: str, known: Mapping[str, Source]) -> Suite:
     Raises:
         ValueError: there is no such suite, it cannot be read, or an entry is wrong.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_DIR / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else TASK_SETS_DIR / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"--suite is {name}, which is no file and none of {', '.join(shipped_suites())}")
     return suite_from(read_yaml(path), path.stem, str(path), known)
@@ -156,7 +156,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     values = untrusted.read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping: see data/suites for examples")
+        raise ValueError(f"{path} holds no mapping: see data/task_sets for examples")
     return values
 
 
