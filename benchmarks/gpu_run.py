@@ -391,6 +391,7 @@ def _parts() -> dict[str, Callable[[Run], dict[str, Any]]]:
         "gradients": gradients,
         **{f"meta_step.{dtype}": section("peft_loop", "135m", dtype) for dtype in ("bf16", "fp32")},
         **{f"fomaml.{dtype}": section("fomaml", "135m", dtype) for dtype in ("bf16", "fp32")},
+        "update_rule.bf16": section("update_rule", "135m", "bf16"),
         **{f"memory.{arm}": memory("135m", arm) for arm in memory_arms},
         **{f"inner_step.{dtype}": section("inner_step", "135m", dtype) for dtype in ("bf16", "fp32")},
         "meta_step_05b.bf16": section("peft_loop", "05b", "bf16"),
@@ -502,6 +503,10 @@ def _speeds(name: str, result: Mapping[str, Any]) -> Iterator[list[str]]:
                     f"{values['tokens'] / s:.0f}",
                     f"{s / batched:.2f}",
                 ]
+    elif kind == "update_rule":
+        for rule, seconds in result["seconds"].items():
+            over = result["ratio"].get(rule, {"median": 1.0})["median"]
+            yield [name, rule, f"{seconds['median']:.4f}", "", f"{over:.2f}"]
     elif kind == "inner_step":
         for cell in result["cells"]:
             for arm, seconds in cell["seconds"].items():
