@@ -564,7 +564,12 @@ class EpisodicSFTTrainer(SFTTrainer):
 
     @abstractmethod
     def meta_step(self, batch: MetaBatch) -> MetaStepResult:
-        """Run the episodes of ``batch`` and update theta."""
+        """Run the episodes of ``batch`` and update theta.
+
+        Called on every rank. An implementation calls :meth:`reduce` once, whatever it computed, and leaves theta and
+        all else that is learned as they are where the result names a fault. Inside ``inner_loop.adapting()`` it gives
+        every record its ``contribution_norm``, or :meth:`reduce` takes that of the tensors it is given.
+        """
 
     def adapted_gradient_step(self, batch: MetaBatch) -> MetaStepResult:
         """g = aggregate_i g_i, then veRL's optimizer: the step FOMAML and META-LORA share.
