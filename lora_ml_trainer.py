@@ -19,9 +19,6 @@ Launch (any number of processes):
 
 from dataclasses import replace
 
-import torch
-
-from metasft.backend.devices import get_device_id
 from metasft.training.launch import hydra_main, run
 from metasft.training.meta_step import MetaBatch, MetaStepResult
 from metasft.training.resume import TASK_LORAS_FILE
@@ -42,7 +39,6 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
             names,
             self.inner_loop.parameters,
             (self.config.model.lora_rank, self.meta.task_lora_rank),
-            torch.device(get_device_id()),
             self.engine.optimizer_without_decay,
         )
         if self.rank == 0:
@@ -56,7 +52,7 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
         shared = MetaGradient(
             parameters, 1 / self.meta.meta_batch_size, trajectory=steps / (steps + 1), num_inner_steps=steps
         )
-        of_tasks = parameters[0].new_zeros(len(batch.tasks), self.task_loras.size, dtype=torch.float32)
+        of_tasks = self.task_loras.no_gradients(len(batch.tasks))
         row = self.engine.task_group_index * len(batch.episodes)
         passes = self.episodes.passes(batch.episodes)
         for records in passes:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from metasft.backend.devices import get_device_id
 from metasft.model.inner_loop import Adaptation
 
 
@@ -24,7 +25,6 @@ class TaskLoRAs:
         names: of theta's tensors.
         theta: the adapter, A [r, in] and B [out, r] of every layer.
         ranks: r, and those that a task has alone, fewer.
-        device: of gradients; theta may lie elsewhere in between.
         build_optimizer: an optimizer of the parameters it is given.
 
     Raises:
@@ -40,7 +40,6 @@ class TaskLoRAs:
         names: Sequence[str],
         theta: Sequence[torch.Tensor],
         ranks: tuple[int, int],
-        device: torch.device,
         build_optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
         whole, self._rank = ranks
@@ -53,6 +52,7 @@ class TaskLoRAs:
                     "(model.target_modules)"
                 )
         self._names = list(names)
+        device = torch.device(get_device_id())  # theta may lie elsewhere between its steps
         start = torch.cat([part.flatten() for part in self._parts(list(theta))]).to(device, torch.float32)
         self.values = {task: torch.nn.Parameter(start.clone()) for task in tasks}
         self._optimizer = build_optimizer(list(self.values.values()))
@@ -61,6 +61,11 @@ class TaskLoRAs:
     def size(self) -> int:
         """Numbers of one task's LoRA."""
         return next(iter(self.values.values())).numel()
+
+    def no_gradients(self, episodes: int) -> torch.Tensor:
+        """Zeros, [episodes, size], to add those of a meta-step to."""
+        start = next(iter(self.values.values()))
+        return torch.zeros(episodes, self.size, dtype=start.dtype, device=start.device)
 
     def _parts(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Views of the tasks' own ranks, [T, rank, width], in theta's layout (T = 1) or in that of stacked adapters."""

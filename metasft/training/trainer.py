@@ -548,7 +548,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         if self.skipped_steps > most:
             raise RunFault(
                 f"meta-step {step}: {fault}; more than meta.max_skipped_steps={most} meta-steps were skipped, so the "
-                "run ends here: {self._calmer_settings()}, or allow more; the last "
+                f"run ends here: {self._calmer_settings()}, or allow more; the last "
                 f"checkpoint is that of meta-step {self._last_saved}"
             )
         if self.rank == 0:

@@ -138,17 +138,18 @@ LEFT_FOR_SLOW = {
         *("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_adamw", "-rates_per_step_adamw", "-exact_last"),
         *("-trajectory_padded", "-exact_last_adamw", "-exact_rates", "-lora_b_adamw", "-one_at_a_time_lora_b"),
         *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "sum", "token_budget", "micro_batches")),
+        *("lora_ml-group1-micro_batches", "lora_ml-group1-limited"),
     ),
     2: (
         *("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
         *("group1-trajectory", "group1-rates_per_step", "fomaml-group1-packed", "reptile-group1-packed"),
-        *("fomaml-group2-gathered", "reptile-group2-gathered"),
+        *("fomaml-group2-gathered", "reptile-group2-gathered", "lora_ml-group2-packed"),
     ),
     4: (
         *("-trajectory", "-exact", "-rates_per_step"),
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
-        *("reptile-group1-packed", "reptile-group4-checkpointed_padded"),
+        *("reptile-group1-packed", "reptile-group4-checkpointed_padded", "lora_ml-group1-packed"),
     ),
 }
 """World size -> endings of the names of layouts that only the slow tier runs."""

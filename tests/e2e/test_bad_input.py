@@ -105,6 +105,7 @@ REAL = [
     ("meta_lora", "meta.inner_lr=-1", ("meta.inner_lr=-1", "above 0"), None),
     ("fomaml", "meta.num_iner_steps=3", ("meta.num_iner_steps", "did you mean meta.num_inner_steps"), None),
     ("reptile", "", (SUPPORT, "prepare the data again"), lambda folder: cut_off(folder / SUPPORT)),
+    ("lora_ml", "meta.task_lora_rank=4", ("meta.task_lora_rank=4", "raise model.lora_rank"), None),
     ("fomaml", "meta.task_group_size=2", ("meta.task_group_size=2", "use one of 1, 3"), 3),
     ("evaluate", "--n-runs 0", ("--n-runs=0", "at least 1"), None),
     ("evaluate", "", (POOL, "does not exist"), lambda folder: (folder / POOL).unlink()),

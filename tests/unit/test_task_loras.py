@@ -18,7 +18,7 @@ def build(theta, rank=1):
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=1.0)
 
-    return TaskLoRAs(["a", "b"], NAMES, theta, (4, rank), torch.device("cpu"), sgd)
+    return TaskLoRAs(["a", "b"], NAMES, theta, (4, rank), sgd)
 
 
 def test_two_loras_side_by_side_are_one():
