@@ -53,7 +53,7 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
             parameters, 1 / self.meta.meta_batch_size, trajectory=steps / (steps + 1), num_inner_steps=steps
         )
         of_tasks = self.task_loras.no_gradients(len(batch.tasks))
-        row = self.engine.task_group_index * len(batch.episodes)
+        row = batch.first
         passes = self.episodes.passes(batch.episodes)
         for records in passes:
             if batch.measures_gain:

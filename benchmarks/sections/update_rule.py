@@ -25,6 +25,7 @@ RULES: dict[str, list[str]] = {
     "meta.order=2, meta.second_order_steps=2": ["meta.order=2", "meta.second_order_steps=2"],
     "meta.order=2": ["meta.order=2"],
 }
+INSIDE = ["meta.inner_optimizer=adamw", "meta.inner_lr=1e-4", *TOGETHER]
 STEPS = (1, 2, 5, 10)
 
 
@@ -46,10 +47,8 @@ def measure(settings: Settings) -> dict[str, Any]:
                     f"meta.query_batch_size={batch}",
                     f"meta.meta_batch_size={num_tasks}",
                     *sample_counts(settings),
-                    "meta.inner_optimizer=adamw",
-                    "meta.inner_lr=1e-4",
                     f"model.lora_rank={RANK}",
-                    *TOGETHER,
+                    *INSIDE,
                     *overrides,
                 ],
             )
@@ -71,10 +70,10 @@ def measure(settings: Settings) -> dict[str, Any]:
             del pair
             gc.collect()
     shared = {"tasks": tasks, "inner_steps": steps, "batch": batch, "support_samples": support_samples(settings)}
-    peaks = {
-        name: run_worker("memory", settings, {**shared, "arm": _memory_arm(settings, overrides)})["peak_bytes"]
-        for name, overrides in progress(list(rules.items()), "memory")
-    }
+    peaks = {}
+    for name, overrides in progress(list(rules.items()), "memory"):
+        arm = {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*INSIDE, *overrides]}
+        peaks[name] = run_worker("memory", settings, {**shared, "arm": arm})["peak_bytes"]
     seconds = {name: column(found, "seconds") for name, found in samples.items()}
     return {
         **shared,
@@ -83,8 +82,3 @@ def measure(settings: Settings) -> dict[str, Any]:
         "peak_bytes": peaks,
         "of_steps": of_steps,
     }
-
-
-def _memory_arm(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
-    inside = ["meta.inner_optimizer=adamw", "meta.inner_lr=1e-4", *TOGETHER]
-    return {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*inside, *overrides]}

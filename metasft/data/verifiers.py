@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
+from metasft.data.benchmark_scorers import MAX_SCORED_CHARS
 from metasft.data.families import EXPRESSION_FAMILIES, FAMILIES, OWN_FAMILIES
 
 CORRECT_SCORE = 0.99
 """A verifier's score from which an answer counts as correct: they give partial credit below it."""
-_MAX_SCORED_CHARS = 300  # five times the longest answer there is: whatever is longer is wrong, and may be slow to judge
 
 _FUNCTIONS = frozenset(("exp", "sin", "cos", "tan", "log", "ln", "sqrt", "asin", "acos", "atan"))
 _VARIABLES = frozenset({"x", "X", "C"})
@@ -135,7 +135,7 @@ def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
 
 def is_correct(answer: str, gold: str, extra_info: Mapping[str, Any]) -> bool:
     family = extra_info["family"]
-    if len(answer) > _MAX_SCORED_CHARS:
+    if len(answer) > MAX_SCORED_CHARS:
         return False
     lowered = answer.lower()
     # Verifiers compare distances, and every comparison with nan passes; exact fractions of 1e999999999 take forever.

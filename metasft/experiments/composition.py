@@ -70,12 +70,16 @@ def compose(folder: Path, name: str, overrides: tuple[str, ...], arm: str) -> Ma
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = with_values(_composed(folder, name), overrides) or _compose(folder, name, overrides)
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(configuration(folder, name, overrides), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(
             f"arm {arm}: {_first_sentences(error)}; correct its overrides, or those of the scale"
         ) from error
+
+
+def configuration(folder: Path, name: str, overrides: Sequence[str] = ()) -> Any:
+    """As Hydra composes it, not resolved; the base is composed once per process, the result is the caller's own."""
+    return _with_values(_composed(folder, name), overrides) or _compose(folder, name, overrides)
 
 
 @cache
@@ -83,7 +87,7 @@ def _composed(folder: Path, name: str) -> Any:
     return _compose(folder, name)
 
 
-def _compose(folder: Path, name: str, overrides: tuple[str, ...] = ()) -> Any:
+def _compose(folder: Path, name: str, overrides: Sequence[str] = ()) -> Any:
     from importlib.util import find_spec
 
     import hydra
@@ -94,7 +98,7 @@ def _compose(folder: Path, name: str, overrides: tuple[str, ...] = ()) -> Any:
         return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[file://{defaults}]"])
 
 
-def with_values(config: Any, overrides: Sequence[str]) -> Any:
+def _with_values(config: Any, overrides: Sequence[str]) -> Any:
     """A copy of a composed configuration with other values, a tenth of the work of composing it anew; None where
     overrides do more than that, or name something that is not there."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

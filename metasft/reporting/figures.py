@@ -410,6 +410,9 @@ def rates(by_name: Mapping[str, Any]) -> Any:
     return figure
 
 
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
 def cost_of_steps(of_steps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
     """Seconds of a meta-step against the number of inner steps, first order and order 2.
 

@@ -50,8 +50,8 @@ def _steps(results: Results) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                 yield device, dtype, of_steps
 
 
-def page(results: Results, name: str = "performance") -> str:
-    """The whole Markdown file; ``name`` is that of its file, without suffix."""
+def page(results: Results, stem: str = "performance") -> str:
+    """The whole Markdown file; ``stem`` is the name of its file, without suffix."""
 
     def whole(section: str, device: str, dtype: str) -> Mapping[str, Any]:
         """The result of a measurement; empty where there is none, or a quick one, whose settings differ."""
@@ -59,7 +59,7 @@ def page(results: Results, name: str = "performance") -> str:
         return {} if entry.get("quick") else entry.get("result", {})
 
     return render(
-        "performance.md.j2", name=name, results=results, targets=targets(), judge=judge, ratio=ratio, whole=whole
+        "performance.md.j2", stem=stem, results=results, targets=targets(), judge=judge, ratio=ratio, whole=whole
     )
 
 

@@ -17,12 +17,14 @@ class MetaBatch:
         step: counted from 1.
         tasks: of every episode of the whole meta-batch, in order.
         episodes: those that this rank's task group works on.
+        first: number of the first of them in the whole meta-batch.
         measures_gain: whether query losses before adaptation are measured, too.
     """
 
     step: int
     tasks: tuple[str, ...]
     episodes: Sequence[Episode]
+    first: int
     measures_gain: bool
 
 

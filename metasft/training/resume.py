@@ -17,7 +17,6 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +73,7 @@ def save_state(
     engine: Any,
     sampler: Any,
     layout: Mapping[str, Any],
-    learned: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    learned: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write ``global_step_<step>/`` and let the tracker file point to it; called by every rank.
 

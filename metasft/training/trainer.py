@@ -520,6 +520,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             step=step,
             tasks=tuple(episode.task for episode in episodes),
             episodes=episodes[first : first + per_group],
+            first=first,
             measures_gain=bool(every and step % every == 0 and self.meta.query_batch_size),
         )
 
@@ -533,7 +534,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             else f"optim.lr={self.config.optim.lr}"
         )
         if self.method == "lora_ml":
-            return f"lower {outer} or meta.task_lora_lr={meta.task_lora_lr}"
+            return f"lower {outer}" + (f" or meta.task_lora_lr={meta.task_lora_lr}" if meta.task_lora_lr else "")
         if not meta.num_inner_steps:
             return f"lower {outer}"
         if meta.order == 2:
@@ -660,7 +661,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         table = to_table(
             records,
             torch.device(get_device_id()),  # not that of theta, which engine.offload_policy keeps on the host
-            first=self.engine.task_group_index * len(records),
+            first=batch.first,
             rows=self.meta.meta_batch_size,
             stopping=self._preemption.requested,
         )

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from meta_step_worker import composed, configuration, trainer_class
+from meta_step_worker import configuration, trainer_class
 
 from metasft.model.inner_loop import local_tensor
 
 for name in ("config_meta_lora_example", "config_fomaml_math_science", "config_reptile_math_science", "config_lora_ml"):
-    composed(name)  # before the forks
+    configuration(name)  # before the forks
 
 
 def train(script, config_name, overrides, crash=None, stop=None, poison=None, drift=None, full=None, apart=None):

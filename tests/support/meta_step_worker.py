@@ -19,7 +19,6 @@ import json
 import os
 import random
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +47,11 @@ def trainer_class(script):
     return found
 
 
-@cache
-def composed(config_name, overrides=()):
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
-        return compose(config_name, overrides=list(overrides))
-
-
-def configuration(config_name, overrides):
+def configuration(config_name, overrides=()):
     """What a script's command line says. Composing takes as long as a meta-step here: once for all cases and forks."""
-    from metasft.experiments.composition import with_values
+    from metasft.experiments import composition
 
-    return with_values(composed(config_name), overrides) or copy.deepcopy(composed(config_name, tuple(overrides)))
+    return composition.configuration(ROOT / "data" / "math_science_meta", config_name, overrides)
 
 
 def build_trainer(script, config_name, overrides):
