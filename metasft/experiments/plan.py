@@ -386,6 +386,7 @@ class _Planner:
         self, arm: Arm, name: str, of: Mapping[str, Any], config: Mapping[str, Any]
     ) -> tuple[str, Mapping[str, Any]]:
         script, config_name = SCRIPTS[arm.method]
+        config_name = arm.config or config_name
         asked = {**self.scale.train.meta_learners, **getattr(self.scale.train, arm.method), **arm.overrides}
         own = {
             "model.path": self.model,

@@ -82,6 +82,7 @@ class Arm(Schema):
     method: Method
     experiment: str | None = Field(None, description="its name in a plan of experiments, such as Exp 1")
     tasks: Annotated[tuple[str, ...], Tuple] = Field((), description="lora_single only: a list of tasks, one run each")
+    config: Text | None = Field(None, description="meta-learners only: a configuration in place of the shipped one")
     overrides: Settings = Field(description="Hydra key -> value for its trainer, over those of the scale")
     trains_like: TrainsLike | None = Field(None, description="standard LoRA and MetaICL only: sets the update steps")
     data: Settings = Field(description="flags of prepare_math_science_data.py in place of the scale's")
@@ -101,6 +102,11 @@ class Arm(Schema):
         if self.method == "base" and self.overrides:
             raise ValueError(
                 f"overrides has {next(iter(self.overrides))}, but the method base trains nothing: remove it"
+            )
+        if self.config is not None and self.method not in META_LEARNERS:
+            raise ValueError(
+                f"config={self.config!r} has no effect with the method {self.method}, whose configuration comes with "
+                "the data; remove it"
             )
         if self.trains_like is not None and self.model_type != "lora":
             raise ValueError(f"trains_like sets the update steps of standard LoRA and MetaICL, not of {self.method}")

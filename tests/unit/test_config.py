@@ -27,12 +27,13 @@ CONFIGS = {
     "reptile": "config_reptile_math_science",
     "lora_ml": "config_lora_ml",
 }
+GUIDE = "config_meta_lora_guide"
 
 
 @pytest.fixture(scope="module")
 def configs(tiny_model):
     found = {}
-    for method, name in CONFIGS.items():
+    for method, name in {**CONFIGS, "guide": GUIDE}.items():
         with initialize_config_dir(str(ROOT / "data" / "math_science_meta"), version_base=None):
             found[method] = OmegaConf.to_container(compose(name, [f"model.path={tiny_model}"]), resolve=True)
     return found
@@ -59,7 +60,15 @@ REMOVED = object()
 def test_every_shipped_yaml_composes_and_passes_its_own_checks(method, configs):
     assert checked(configs, method).task_dir == "data/math_science_meta/meta_train"
     shipped = {path.stem for path in (ROOT / "data" / "math_science_meta").glob("config_*.yaml")}
-    assert shipped == set(CONFIGS.values())
+    assert shipped == {*CONFIGS.values(), GUIDE}
+
+
+def test_the_guides_rule_is_what_the_code_does_by_default(configs):
+    guide = MetaConfig.from_mapping(configs["guide"]["meta"], "meta_lora")
+    assert (guide.trajectory_weight, guide.order, guide.learned_inner_lr, guide.inner_scope) == (0.0, 1, "none", "all")
+    assert (guide.inner_optimizer, guide.episode_shots) == ("sgd", None)
+    needed = {"task_dir": guide.task_dir, "inner_lr": guide.inner_lr}
+    assert guide == MetaConfig.from_mapping(needed, "meta_lora")
 
 
 def test_defaults_are_those_of_the_guide(configs):

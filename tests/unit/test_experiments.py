@@ -351,6 +351,16 @@ def test_arms_on_data_of_their_own(tmp_path):
         plan_of(tmp_path, {"a": {**META_LORA, **valid}, "b": {**BASE, **valid, "data": {"suite": "rules", "seed": 2}}})
 
 
+def test_an_arm_can_be_trained_with_another_configuration(tmp_path):
+    plan = plan_of(tmp_path, {"a": META_LORA, "guide": {**META_LORA, "config": "config_meta_lora_guide"}})
+    for arm, config in (("a", "config_meta_lora_example"), ("guide", "config_meta_lora_guide")):
+        assert flag(plan.runs[f"train-{arm}-seed1"].command, "--config-name") == config
+    with pytest.raises(ValueError, match=r"arm a: .*'nowhere'"):
+        plan_of(tmp_path, {"a": {**META_LORA, "config": "nowhere"}})
+    with pytest.raises(ValueError, match=r"config='x' has no effect with the method base, .*remove it"):
+        plan_of(tmp_path, {"a": {**BASE, "config": "x"}})
+
+
 def test_arms_train_on_as_many_examples_as_a_meta_learner(tmp_path):
     """One meta-step of 2 tasks with 2 inner steps of 2 and 2 query examples: 12; and 10 meta-steps."""
     settings = {"overrides": {"data.train_batch_size": 4}, "data": {"suite": "rules", "in_context": 4}}
