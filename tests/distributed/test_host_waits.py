@@ -19,7 +19,7 @@ COMMON = [
     "trainer.resume_mode=disable",
     "trainer.logger=[]",
 ]
-META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", ["model.lora_rank=4", "model.lora_alpha=8"])
+META_LORA = ("meta_lora_trainer.py", "config_meta_lora_guide", ["model.lora_rank=4", "model.lora_alpha=8"])
 RATES = ["meta.learned_inner_lr=per_tensor_per_step", "meta.inner_lr_meta_lr=0.1"]
 CASES = {
     "meta_lora": (*META_LORA[:2], [*META_LORA[2], "meta.task_batch_limit=2"]),

@@ -29,7 +29,7 @@ COMMON = [
 # All four tasks in one pass: left to itself, a CPU would take some of these alone.
 META_LORA = (
     "meta_lora_trainer.py",
-    "config_meta_lora_example",
+    "config_meta_lora_guide",
     ["model.lora_rank=4", "model.lora_alpha=8", "meta.task_batch_limit=4"],
 )
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", [])

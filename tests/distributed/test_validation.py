@@ -20,7 +20,7 @@ TASKS = {"counting": 12, "calculus": 14, "logic": 30}
 """Task -> examples in its pool."""
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SCRIPTS = {
-    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
+    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_guide"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
     "lora_ml": ("lora_ml_trainer.py", "config_lora_ml"),

@@ -25,7 +25,7 @@ from script_runner import ROOT, must_run, script_environment
 
 STEPS, SAVE_EVERY = 9, 2
 LORA = ["model.lora_rank=4", "model.lora_alpha=8", "meta.inner_lr=0.3"]
-META_LORA = ("meta_lora_trainer.py", "config_meta_lora_example", LORA)
+META_LORA = ("meta_lora_trainer.py", "config_meta_lora_guide", LORA)
 FOMAML = ("maml_sft_trainer.py", "config_fomaml_math_science", ["meta.inner_lr=0.05", "optim.lr=1e-3"])
 REPTILE = ("reptile_sft_trainer.py", "config_reptile_math_science", ["meta.inner_lr=0.05"])
 LORA_ML = ("lora_ml_trainer.py", "config_lora_ml", [*LORA[:2], "meta.task_lora_rank=2"])

@@ -17,7 +17,7 @@ SCRIPT = (
     "--config-path",
     "data/math_science_meta",
     "--config-name",
-    "config_meta_lora_example",
+    "config_meta_lora_guide",
 )
 STEPS = 4
 

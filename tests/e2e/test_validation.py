@@ -16,7 +16,7 @@ RUNS = {
     # method -> (script, configuration, settings, processes)
     "meta_lora": (
         "meta_lora_trainer.py",
-        "config_meta_lora_example",
+        "config_meta_lora_guide",
         {**LORA, "+model.override_config.attention_dropout": 0.2, "optim.lr_scheduler_type": "cosine"},
         1,
     ),

@@ -15,7 +15,7 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA GPUs, {GPUS} vi
 
 # name -> script, configuration, inner learning rate, overrides, largest relative error. TF32 is off by default, but
 # kernels sum in other orders; bf16 has 8 bits of mantissa.
-LORA = ("meta_lora_trainer.py", "config_meta_lora_example", 0.3)
+LORA = ("meta_lora_trainer.py", "config_meta_lora_guide", 0.3)
 RANK_4 = ["model.lora_rank=4", "model.lora_alpha=8"]
 RATES = ["meta.learned_inner_lr=per_tensor_per_step", "meta.inner_lr_meta_lr=0.2"]
 BF16 = [

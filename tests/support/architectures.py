@@ -163,8 +163,11 @@ def build(model_type: str, output: Path, seed: int = 0) -> Path:
     return output
 
 
+LORA = ("meta_lora_trainer.py", "config_meta_lora_guide", 0.1, ["model.lora_rank=4", "model.lora_alpha=8"])
+SECOND_ORDER = "order 2"
 METHODS = {
-    "META-LORA": ("meta_lora_trainer.py", "config_meta_lora_example", 0.1, ["model.lora_rank=4", "model.lora_alpha=8"]),
+    "META-LORA": LORA,
+    SECOND_ORDER: (*LORA[:3], [*LORA[3], "meta.order=2"]),
     "FOMAML": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.02, []),
 }
 # PEFT wants to be told which modules these may have adapters on.
@@ -210,36 +213,42 @@ class Verdict(NamedTuple):
 def examine(model_type: str, method: str, model: Path, task_dir: Path) -> Verdict:
     """Two meta-steps of ``method`` on a tiny model, compared with the reference. Needs a process group of one."""
     targets = TARGETS.get(model_type, "all-linear")
-    adapts_some = targets != "all-linear" and method == "META-LORA"
+    adapts_some = targets != "all-linear" and method != "FOMAML"
     overrides = [f"model.target_modules=[{','.join(targets)}]"] if adapts_some else []
     try:
         trainer, seen = _train(method, model, task_dir, overrides)
     except (ValueError, ImportError) as error:
         return Verdict(refused=str(error).replace(f"model.path={model} ", "").replace(str(model), "the model"))
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": targets} if method == "META-LORA" else None
-    error, rounding = _errors(seen, model, task_dir, lora, METHODS[method][2])
+    error, rounding = _errors(seen, model, task_dir, targets, method)
     single = math.nan
     if not error < max(TOLERANCE, 10 * rounding):
         _, alone = _train(method, model, task_dir, [*overrides, *ONE_AT_A_TIME])
-        single, _ = _errors(alone, model, task_dir, lora, METHODS[method][2])
+        single, _ = _errors(alone, model, task_dir, targets, method)
     tasks = ", tasks together" if isinstance(trainer.inner_loop, TaskBatchedLoRA) else ""
     layout = f"{trainer.engine.layout.rows}{tasks}"
     return Verdict(error, rounding, single, _change_of_neighbours(trainer), layout)
 
 
 def _errors(
-    seen: dict[str, Any], model: Path, task_dir: Path, lora: dict[str, Any] | None, lr: float
+    seen: dict[str, Any], model: Path, task_dir: Path, targets: Any, method: str
 ) -> tuple[float, float]:
     """(error of a trainer's gradient, rounding of the reference, 0 where the error is small)."""
-    reference, theta = Reference(model, task_dir, lora), seen["theta"]
-    expected = reference.first_order_gradient(theta, seen["episodes"], lr)
+    lora = None if method == "FOMAML" else {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    reference, theta, lr = Reference(model, task_dir, lora), seen["theta"], METHODS[method][2]
+
+    def gradient(theta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if method == SECOND_ORDER:
+            return reference.exact_gradient(theta, seen["episodes"], lr)[0]
+        return reference.first_order_gradient(theta, seen["episodes"], lr)
+
+    expected = gradient(theta)
     found = {name: seen["gradient"].get(name, torch.zeros_like(gradient)) for name, gradient in expected.items()}
     if (error := relative_error(found, expected)) < TOLERANCE:
         return error, 0.0
     # What parameters do that differ in their last bit.
     draw = torch.Generator().manual_seed(0)
     nudged = {name: t + t * 6e-8 * torch.randn(t.shape, generator=draw) for name, t in theta.items()}
-    return error, relative_error(reference.first_order_gradient(nudged, seen["episodes"], lr), expected)
+    return error, relative_error(gradient(nudged), expected)
 
 
 def _train(method: str, model: Path, task_dir: Path, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -288,12 +297,14 @@ the losses of its neighbours unchanged (below 1e-5 nats) in every row with an er
 itself. *padded*: a row each. *tasks together*: the adapters of several tasks in one pass. The trainers find this out by
 themselves, on the examples of each run, before its first meta-step.
 
-META-LORA: {lora} of {all} types right. FOMAML: {full} of {all} types right.
+*order 2*: META-LORA differentiated through both inner steps (`meta.order=2`).
+
+META-LORA: {right[META-LORA]} of {all} types right, with order 2: {right[order 2]}. FOMAML: {right[FOMAML]} of {all} types right.
 
 Made by `make architectures`; `make test-all` checks all of it.
 
-| model type | META-LORA | error | FOMAML | error |
-|---|---|---:|---|---:|
+| model type | META-LORA | error | order 2 | error | FOMAML | error |
+|---|---|---:|---|---:|---|---:|
 """
 
 
@@ -327,8 +338,7 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         torch=torch.__version__.split("+")[0],
         peft=peft.__version__,
         all=len(verdicts),
-        lora=right["META-LORA"],
-        full=right["FOMAML"],
+        right=right,
     )
     works = {t: v for t, v in verdicts.items() if any(verdict.right for verdict in v)}
     for model_type, row in works.items():

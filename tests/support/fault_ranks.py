@@ -15,7 +15,7 @@ from meta_step_worker import configuration, trainer_class
 
 from metasft.model.inner_loop import local_tensor
 
-for name in ("config_meta_lora_example", "config_fomaml_math_science", "config_reptile_math_science", "config_lora_ml"):
+for name in ("config_meta_lora_guide", "config_fomaml_math_science", "config_reptile_math_science", "config_lora_ml"):
     configuration(name)  # before the forks
 
 
