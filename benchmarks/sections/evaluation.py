@@ -33,7 +33,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     def grid(
         cells_per_batch: int | None, n_shots: tuple[int, ...], limit: int, *, packed: bool = True
     ) -> dict[str, Any]:
-        unpacked = patch("metasft.evaluation.few_shot_model.why_not_packed", lambda *_: "padded for the comparison")
+        unpacked = patch("metasft.adapt.adaptable_model.why_not_packed", lambda *_: "padded for the comparison")
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()),

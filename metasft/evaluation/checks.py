@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from metasft.adapt.open_model import OpenedModel, load_settings, load_tokenizer
 from metasft.checkpoint.exports import with_adapter_of
 from metasft.checkpoint.model_folder import check_model_files, check_vocabulary
 from metasft.config.prompts import Prompts, check_arguments
 from metasft.data.task_sets import TokenizedSet
-from metasft.evaluation.open_model import OpenedModel, load_settings, load_tokenizer
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 
 

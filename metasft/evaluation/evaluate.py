@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metasft.adapt.starts import Adaptation, ModelSource, candidate_name, find_model_source
 from metasft.config.prompts import Prompts
 from metasft.data.unseen_tasks import shot_indices
-from metasft.evaluation.model_source import Adaptation, ModelSource, candidate_name, find_model_source
 from metasft.evaluation.protocol import (
     Cell,
     EvaluationConfig,
@@ -67,8 +67,8 @@ def _check_scoring(tasks: Sequence[TestTask]) -> None:
 def _evaluate(
     config: EvaluationConfig, tasks: Sequence[TestTask], search_tasks: Sequence[TestTask], source: ModelSource
 ) -> tuple[dict[str, dict[str, dict[str, Any]]], list[ResultStore]]:
+    from metasft.adapt.open_model import open_model
     from metasft.evaluation.checks import check_before_loading
-    from metasft.evaluation.open_model import open_model
     from metasft.evaluation.search import read_search
 
     opened, searched = open_model(config, source), None
@@ -168,13 +168,13 @@ def _run_missing(
 ) -> None:
     from tqdm import tqdm
 
-    from metasft.evaluation.few_shot_model import Job
+    from metasft.evaluation.few_shot_model import CellJob
 
     missing = [cell for cell in planned if cell not in store.cells]
     # Cells that differ in the step alone are points of one adaptation; those of one optimizer and rate go together.
-    groups: dict[Adaptation, dict[Cell, Job]] = {}
+    groups: dict[Adaptation, dict[Cell, CellJob]] = {}
     for cell in missing:
-        job = Job(cell.task, _shots_of(tasks[cell.task], cell, config), cell.run)
+        job = CellJob(cell.task, _shots_of(tasks[cell.task], cell, config), cell.run)
         groups.setdefault(adaptations[cell.n_shots], {})[cell._replace(step=None)] = job
     steps = sorted({cell.step for cell in missing if cell.step is not None}) or None
     model.prepare(tasks.values(), needed_shots(config, missing, tasks))

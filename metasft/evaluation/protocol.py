@@ -11,42 +11,34 @@ Chosen so that numbers can be compared across N and across methods:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, create_model
+from pydantic import Field
 
-from metasft.config.prompts import chosen_arguments, chosen_template
-from metasft.config.schema import Count, Schema, Unique, rule, validated
-from metasft.config.verl_groups import LARGEST_RANK, LARGEST_RATE, LARGEST_SEED
+from metasft.adapt.settings import AdaptationSettings, told
+from metasft.config.schema import Count, Unique, rule
+from metasft.config.verl_groups import LARGEST_RATE
 from metasft.data.task_sets import SUPPORT_SUFFIX, check_turns
 from metasft.data.unseen_tasks import FOLDERS, TEST_SUFFIX, describe_tasks, tasks_in, tasks_of
 from metasft.files.atomic import check_place
 from metasft.files.untrusted import DataFile, printable
 
 ModelType = Literal["base", "fomaml", "meta_lora", "reptile", "lora"]
-DEFAULT_LORA_RANK = 16
-DEFAULT_LORA_ALPHA = 32.0
-DEFAULT_OPTIMIZER = "adamw"
-DEFAULT_LR_LORA = 1e-3
-DEFAULT_LR_ALL = 1e-5
+_STARTS: dict[str, tuple[str, ...]] = {
+    "base": ("model",),
+    "fomaml": ("model",),
+    "meta_lora": ("lora_file", "lora_folder"),
+    "reptile": ("model", "lora_file", "lora_folder"),
+    "lora": ("lora_folder", "lora_file", "verl_folder"),
+}
 SEARCH_GRID = ("sgd:0.005", "sgd:0.05", "sgd:0.5", "adamw:1e-5", "adamw:1e-4", "adamw:1e-3", "adamw:3e-3")
 """Of rates for all parameters and for LoRA alike: neither kind is given a grid of its own."""
 _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
-
-
-def _is_device(name: str) -> bool:
-    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
-
-
-def _told(doc: str, **bounds: Any) -> Any:
-    return Field(description=doc, **bounds)
 
 
 def _is_candidate(text: str) -> bool:
@@ -61,95 +53,76 @@ Candidate = Annotated[str, rule(_is_candidate, "an optimizer and a rate, such as
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(AdaptationSettings):
     """What to evaluate, one attribute per flag of ``evaluate_few_shot.py``, whose help is the text beside it."""
 
-    model_path: Annotated[str, _told("model folder or hub name, adapter (.pt, PEFT folder) or veRL checkpoint folder")]
-    model_type: Annotated[ModelType, _told("what it is; names the result files")]
-    output_dir: Annotated[Path, _told("folder for the result files")]
+    model_type: Annotated[ModelType, told("what it is; names the result files")]
+    output_dir: Annotated[Path, told("folder for the result files")]
     split: Annotated[
         Literal["test", "valid", "search"],
-        _told("tasks of DATA_DIR/meta_test, or those of DATA_DIR/meta_valid with this role"),
+        told("tasks of DATA_DIR/meta_test, or those of DATA_DIR/meta_valid with this role"),
     ] = "test"
     eval_tasks: Annotated[
-        tuple[str, ...], Unique, _told("tasks of the split, by default all; those of meta_train are tested in-domain")
+        tuple[str, ...], Unique, told("tasks of the split, by default all; those of meta_train are tested in-domain")
     ] = ()
-    n_shots: Annotated[tuple[Count, ...], Unique, _told("shot counts, such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
-    base_model: Annotated[str | None, _told("model under an adapter, by default what the checkpoint records")] = None
-    data_dir: Annotated[Path, _told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
-    n_runs: Annotated[int, _told("shot sets per task and N above 0", ge=1, le=10_000)] = 3
-    adaptation_steps: Annotated[int, _told("update steps of one adaptation, whatever N is", ge=1, le=100_000)] = 10
-    adaptation_lr: Annotated[
-        float | None,
-        _told(
-            f"its learning rate, by default what the checkpoint records, else {DEFAULT_LR_LORA:g} for LoRA, "
-            f"{DEFAULT_LR_ALL:g} for all parameters",
-            gt=0,
-            le=LARGEST_RATE,
-        ),
-    ] = None
-    adaptation_optimizer: Annotated[
-        Literal["sgd", "adamw"] | None, _told("by default what the checkpoint records, else adamw")
-    ] = None
-    adaptation_scope: Annotated[
-        Literal["all", "lora_b"] | None,
-        _told("lora_b: adapt the B matrices of a LoRA alone; by default what the checkpoint records, else all"),
-    ] = None
-    adaptation_batch_size: Annotated[int, _told("examples per update step, N where there are fewer", ge=1)] = 4
-    batch_size: Annotated[int, _told("rows (a test item under one adaptation) generated together", ge=1)] = 64
-    max_new_tokens: Annotated[int, _told("longest answer in tokens", ge=1, le=1_000_000)] = 48
-    limit: Annotated[int | None, _told("test items per task, the first ones, by default all", ge=1)] = None
-    seed: Annotated[int, _told("of shots, adaptation batches, fresh LoRA weights", ge=0, le=LARGEST_SEED)] = 1
-    device: Annotated[str, rule(_is_device, "auto, cpu, cuda or cuda:<index>")] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        _told("of frozen weights; with all parameters adapted these stay in float32 and it is the autocast dtype"),
-    ] = "float32"
-    max_length: Annotated[int, _told("longest example in tokens; longer ones are an error", ge=2)] = 1024
-    chat_template: Annotated[
-        str | None, _told("Jinja text or file, by default what the checkpoint records, else the model's own")
-    ] = None
-    chat_template_kwargs: Annotated[
-        str | None,
-        _told("its arguments as JSON, such as '{\"enable_thinking\": false}', by default as recorded"),
-    ] = None
-    lora_rank: Annotated[int | None, _told("of the fresh LoRA under base, by default 16", ge=1, le=LARGEST_RANK)] = None
-    lora_alpha: Annotated[float | None, _told("its scale, by default 32", gt=0)] = None
+    n_shots: Annotated[tuple[Count, ...], Unique, told("shot counts, such as 0 5", min_length=1)] = (0, 5, 10, 25, 50)
+    data_dir: Annotated[Path, told("folder made by prepare_math_science_data.py")] = Path("data/math_science_meta")
+    n_runs: Annotated[int, told("shot sets per task and N above 0", ge=1, le=10_000)] = 3
+    limit: Annotated[int | None, told("test items per task, the first ones, by default all", ge=1)] = None
     cells_per_batch: Annotated[
-        int | None, _told("LoRA adaptations done and tested together, same results; by default automatic", ge=1)
+        int | None, told("LoRA adaptations done and tested together, same results; by default automatic", ge=1)
     ] = None
-    full: Annotated[bool, _told("with base: adapt all parameters in place of a fresh LoRA")] = False
-    shots_in_prompt: Annotated[bool, _told("in-context: the shots are earlier turns, nothing is adapted")] = False
+    shots_in_prompt: Annotated[bool, told("in-context: the shots are earlier turns, nothing is adapted")] = False
     search_adaptation: Annotated[
         bool,
-        _told(
+        told(
             "choose optimizer and rate for every shot count on the tasks of --split search, or where there are none on "
             "held-out items of the training tasks"
         ),
     ] = False
-    search_limit: Annotated[int, _told("test items per task of that search", ge=1)] = 16
-    search_grid: Annotated[tuple[Candidate, ...], Unique, _told("what it chooses from", min_length=1)] = SEARCH_GRID
+    search_limit: Annotated[int, told("test items per task of that search", ge=1)] = 16
+    search_grid: Annotated[tuple[Candidate, ...], Unique, told("what it chooses from", min_length=1)] = SEARCH_GRID
     search_steps: Annotated[
         tuple[Steps, ...],
         Unique,
-        _told("update steps to choose from as well, by default --adaptation-steps alone"),
+        told("update steps to choose from as well, by default --adaptation-steps alone"),
     ] = ()
     adaptation_settings: Annotated[
-        str | None, _told("the <model-type>_search.json of another evaluation: adapt as it chose for every shot count")
+        str | None, told("the <model-type>_search.json of another evaluation: adapt as it chose for every shot count")
     ] = None
     speed_steps: Annotated[
         tuple[Annotated[int, Field(ge=0, le=100_000)], ...],
         Unique,
-        _told("also measure after these update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)"),
+        told("also measure after these update steps, such as 0 1 2 5 10 20 (<model-type>_speed.json)"),
     ] = ()
-    speed_shots: Annotated[int, _told("shots of the speed curve", ge=1)] = 25
-    speed_only: Annotated[bool, _told("measure the speed curve alone")] = False
-    overwrite: Annotated[bool, _told("drop earlier results of this model type instead of continuing them")] = False
+    speed_shots: Annotated[int, told("shots of the speed curve", ge=1)] = 25
+    speed_only: Annotated[bool, told("measure the speed curve alone")] = False
+    overwrite: Annotated[bool, told("drop earlier results of this model type instead of continuing them")] = False
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """As of :class:`AdaptationSettings`: those of the model type."""
+        return _STARTS[self.model_type]
+
+    @property
+    def taken_by(self) -> str:
+        """As of :class:`AdaptationSettings`."""
+        return f"--model-type {self.model_type}"
+
+    @property
+    def fresh_lora(self) -> bool:
+        """As of :class:`AdaptationSettings`: under ``base`` alone."""
+        return self.model_type == "base" and not self.full
+
+    @property
+    def searches(self) -> bool:
+        """As of :class:`AdaptationSettings`."""
+        return self.search_adaptation
 
     def check(self) -> None:
         """Raise ValueError naming the first flag with an impossible value."""
-        validated(_schema(), vars(self), name=lambda loc: f"--{loc[0]}".replace("_", "-"))
+        super().check()
         if self.model_type != "base":
             for flag, value in (("--lora-rank", self.lora_rank), ("--lora-alpha", self.lora_alpha)):
                 if value is not None:
@@ -166,10 +139,6 @@ class EvaluationConfig:
             if getattr(self, flag) != default and not self.search_adaptation:
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} has no effect without --search-adaptation: add it, or leave --{name} out")
-        if self.chat_template is not None:
-            chosen_template(self.chat_template, "--chat-template")
-        if self.chat_template_kwargs is not None:
-            chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
         if self.shots_in_prompt:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
             flags += ("adaptation_scope",)
@@ -183,11 +152,6 @@ class EvaluationConfig:
             raise ValueError("--speed-only needs --speed-steps: give the update steps to measure after, such as 0 5 10")
         check_place(self.output_dir, "--output-dir")
 
-    def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
-        for flag in flags:
-            if getattr(self, flag):
-                raise ValueError(f"--{flag} and --{setting} exclude each other: {why}".replace("_", "-"))
-
     @property
     def adapted_shots(self) -> tuple[int, ...]:
         """The shot counts above 0 of every part of the evaluation, in ascending order."""
@@ -198,13 +162,6 @@ class EvaluationConfig:
     def largest_n(self) -> int:
         """The largest number of shots that any part of the evaluation takes."""
         return max(self.adapted_shots, default=0)
-
-
-@cache
-def _schema() -> type[Schema]:
-    """Of the fields above; the dataclass itself takes any values, which :meth:`EvaluationConfig.check` looks at."""
-    kinds = get_type_hints(EvaluationConfig, include_extras=True)
-    return create_model("EvaluationConfig", __base__=Schema, **{name: (kind, ...) for name, kind in kinds.items()})
 
 
 # ---- tasks and shots ------------------------------------------------------------------------------------------------

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metasft.adapt.starts import Adaptation, candidate_name
 from metasft.config.result_files import read_search_file
 from metasft.data.unseen_tasks import shot_indices
-from metasft.evaluation.model_source import Adaptation, candidate_name
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 from metasft.files.atomic import write_json
 from metasft.files.untrusted import sha256_of
 
 if TYPE_CHECKING:
-    from metasft.evaluation.open_model import LearnedRates
+    from metasft.adapt.open_model import LearnedRates
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], p
     """
     from tqdm import tqdm
 
-    from metasft.evaluation.few_shot_model import Job
+    from metasft.evaluation.few_shot_model import CellJob
 
     earlier = read_losses(path, settings)
     losses: Losses = {str(n): earlier.get(str(n), {}) for n in settings["n_shots"]}
@@ -109,7 +109,7 @@ def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], p
     if not missing:
         return losses
     jobs = [
-        Job(task.name, shot_indices(len(task.pool), n, seed=settings["seed"], task=task.name, run=0), 0)
+        CellJob(task.name, shot_indices(len(task.pool), n, seed=settings["seed"], task=task.name, run=0), 0)
         for n in settings["n_shots"]
         for task in tasks
     ]

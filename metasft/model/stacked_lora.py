@@ -415,6 +415,11 @@ class TaskBatchedLoRA:
         """As of :class:`~metasft.model.inner_loop.Adaptation`: A [T, r, in] and B [T, r, out] of every layer."""
         return [part for layer in self._layers for part in (layer.stack.theta_a, layer.stack.theta_b)]
 
+    def of_task(self, task: int) -> list[torch.Tensor]:
+        """The adapter of one task, in the form and order of :attr:`parameters`: A [r, in] and B [out, r]."""
+        pairs = [(layer.stack.theta_a[task], layer.stack.theta_b[task].t()) for layer in self._layers]
+        return [tensor for pair in pairs for tensor in pair]
+
     def task_gradients(self) -> list[torch.Tensor]:
         """As of :class:`~metasft.model.inner_loop.Adaptation`."""
         self._has_gradient = True

@@ -16,7 +16,7 @@ from script_runner import ROOT, must_run, script_environment
 from tiny_model import CHAT_TEMPLATE
 
 import verl
-from metasft.evaluation.open_model import load_verl_lora
+from metasft.adapt.open_model import load_verl_lora
 from metasft.experiments.composition import overrides_of
 from metasft.experiments.suites import read_scale
 

@@ -229,9 +229,7 @@ def examine(model_type: str, method: str, model: Path, task_dir: Path) -> Verdic
     return Verdict(error, rounding, single, _change_of_neighbours(trainer), layout)
 
 
-def _errors(
-    seen: dict[str, Any], model: Path, task_dir: Path, targets: Any, method: str
-) -> tuple[float, float]:
+def _errors(seen: dict[str, Any], model: Path, task_dir: Path, targets: Any, method: str) -> tuple[float, float]:
     """(error of a trainer's gradient, rounding of the reference, 0 where the error is small)."""
     lora = None if method == "FOMAML" else {"r": 4, "lora_alpha": 8, "target_modules": targets}
     reference, theta, lr = Reference(model, task_dir, lora), seen["theta"], METHODS[method][2]
@@ -299,7 +297,7 @@ themselves, on the examples of each run, before its first meta-step.
 
 *order 2*: META-LORA differentiated through both inner steps (`meta.order=2`).
 
-META-LORA: {right[META-LORA]} of {all} types right, with order 2: {right[order 2]}. FOMAML: {right[FOMAML]} of {all} types right.
+Right of {all} types: META-LORA {right[META-LORA]}, with order 2 {right[order 2]}, FOMAML {right[FOMAML]}.
 
 Made by `make architectures`; `make test-all` checks all of it.
 

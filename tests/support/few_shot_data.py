@@ -132,10 +132,10 @@ def without_lora_flags(config, **changes):
 
 def load(config):
     """(model with its data prepared, task name -> task)."""
+    from metasft.adapt.open_model import open_model
+    from metasft.adapt.starts import find_model_source
     from metasft.evaluation.evaluate import needed_shots
     from metasft.evaluation.few_shot_model import FewShotModel
-    from metasft.evaluation.model_source import find_model_source
-    from metasft.evaluation.open_model import open_model
     from metasft.evaluation.protocol import plan_cells, read_test_tasks
 
     tasks = {task.name: task for task in read_test_tasks(config)}

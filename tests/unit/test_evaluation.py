@@ -19,9 +19,9 @@ from few_shot_data import (
     write_unseen_tasks,
 )
 
+from metasft.adapt.open_model import open_model
+from metasft.adapt.starts import find_model_source, recorded_adaptation, resolve_adaptation
 from metasft.data.unseen_tasks import shot_indices
-from metasft.evaluation.model_source import find_model_source, recorded_adaptation, resolve_adaptation
-from metasft.evaluation.open_model import open_model
 from metasft.evaluation.protocol import Cell, plan_cells, read_test_tasks
 from metasft.evaluation.store import ResultStore
 

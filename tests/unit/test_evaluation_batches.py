@@ -13,11 +13,12 @@ import torch
 from few_shot_data import base_config, load, random_adapter, without_lora_flags
 from transformers import AutoModelForCausalLM
 
+from metasft.adapt.adaptable_model import TOGETHER_CPU
+from metasft.adapt.packed_runner import PackedRunner
+from metasft.adapt.padded_runner import PaddedRunner
+from metasft.adapt.row_cache import RowCache, why_not_packed
 from metasft.data.unseen_tasks import shot_indices
-from metasft.evaluation.few_shot_model import CELLS_CPU, Job
-from metasft.evaluation.packed_runner import PackedRunner
-from metasft.evaluation.padded_runner import PaddedRunner
-from metasft.evaluation.row_cache import RowCache, why_not_packed
+from metasft.evaluation.few_shot_model import CellJob
 from metasft.model.forward_pass import ForwardPass, running
 from metasft.model.packed_attention import PackedSequences, use_packed_attention
 
@@ -31,7 +32,7 @@ def config(tiny_model, data_dir, tmp_path):
 
 def jobs_of(tasks, shot_counts=(0, 2, 5), runs=2):
     return [
-        Job(name, shot_indices(len(task.pool), n, seed=1, task=name, run=run), run)
+        CellJob(name, shot_indices(len(task.pool), n, seed=1, task=name, run=run), run)
         for name, task in tasks.items()
         for n in shot_counts
         for run in range(runs if n else 1)
@@ -82,7 +83,7 @@ def test_cells_together_are_peft_one_at_a_time(config):
 def load_padded(config):
     """A model that takes the path of models whose attention packing does not cover."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metasft.evaluation.few_shot_model.why_not_packed", lambda *_: "for this test")
+        patch.setattr("metasft.adapt.adaptable_model.why_not_packed", lambda *_: "for this test")
         model, tasks = load(config)
     assert isinstance(model.runner, PaddedRunner)
     return model, tasks
@@ -91,7 +92,7 @@ def load_padded(config):
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_output_that_ends_is_not_truncated(config, padded, monkeypatch):
     model, _ = load_padded(config) if padded else load(config)
-    job, ids = Job("logic", [], 0), []
+    job, ids = CellJob("logic", [], 0), []
     monkeypatch.setattr(model.tokenizer, "batch_decode", lambda outputs, **_: ids.extend(outputs) or map(str, outputs))
     (outcome,) = outcomes(model, [job])
     assert all(outcome.truncated)
@@ -128,7 +129,7 @@ def test_cells_without_shots_keep_theta(config, adapter):
 
 def test_automatic_number_of_cells(config):
     model, _ = load(config)
-    assert (model.cells_per_batch, model.one_at_a_time_because) == (CELLS_CPU, None)
+    assert (model.cells_per_batch, model.one_at_a_time_because) == (TOGETHER_CPU, None)
     assert load(dataclasses.replace(config, cells_per_batch=3))[0].cells_per_batch == 3
     full, _ = load(without_lora_flags(config, model_type="fomaml", cells_per_batch=3))
     assert (full.cells_per_batch, full.one_at_a_time_because) == (1, "all parameters are adapted")

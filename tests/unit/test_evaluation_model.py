@@ -22,10 +22,10 @@ from few_shot_data import (
 from tiny_model import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from metasft.adapt.open_model import load_verl_lora
+from metasft.adapt.starts import EMBEDDED_MODEL, find_model_source
 from metasft.data.episodes import ShuffledStream
 from metasft.data.unseen_tasks import shot_indices
-from metasft.evaluation.model_source import EMBEDDED_MODEL, find_model_source
-from metasft.evaluation.open_model import load_verl_lora
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from few_shot_data import (
     write_validation_tasks,
 )
 
+from metasft.adapt.starts import candidate_name
 from metasft.data.in_context import in_context
 from metasft.data.trivial import constant_per_form, majority_baseline
 from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.evaluate import evaluate, trivial_baseline
-from metasft.evaluation.few_shot_model import Job
-from metasft.evaluation.model_source import candidate_name
+from metasft.evaluation.few_shot_model import CellJob
 from metasft.evaluation.protocol import SEARCH_GRID, EvaluationConfig, read_search_tasks, read_test_tasks
 from metasft.evaluation.search import candidates, choose, read_losses, read_search, search
 
@@ -320,7 +320,7 @@ def test_shots_in_the_prompt_are_plain_prompts(config, tiny_model):
 
     model, tasks = load(dataclasses.replace(config, shots_in_prompt=True, adaptation_lr=None, limit=3))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
-    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 2, 5)]
+    jobs = [CellJob("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 2, 5)]
     found = {number: outcome for number, _, outcome in model.run_jobs(jobs)}
     for number, job in enumerate(jobs):
         outputs, nll, count = [], 0.0, 0
@@ -346,7 +346,7 @@ def test_shots_in_the_prompt_are_plain_prompts(config, tiny_model):
 def test_shots_in_the_prompt_are_read_once_for_all_items(config):
     """Also beside short rows under way, and with a cache that holds the long rows just so."""
     model, tasks = load(dataclasses.replace(config, shots_in_prompt=True, adaptation_lr=None, max_new_tokens=24))
-    jobs = [Job("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 12)]
+    jobs = [CellJob("logic", shot_indices(12, n, seed=1, task="logic", run=0), 0) for n in (0, 12)]
     lengths = [len(item.ids) for item in model._items(jobs[1])]
     per_row = (max(lengths) + 24) * 2 * 4 * 2 * 2 * 8  # layers, heads and sizes of the tiny model
     model.runner.budget = dataclasses.replace(model.runner.budget, cache_bytes=len(lengths) * per_row)
@@ -362,7 +362,7 @@ def test_prompts_longer_than_the_model_reads_are_named(config, monkeypatch):
     with pytest.raises(
         ValueError, match=r"--shots-in-prompt with 5 shots of logic makes prompts of \d+ tokens, too long"
     ):
-        list(model.run_jobs([Job("logic", [0, 1, 2, 3, 4], 0)]))
+        list(model.run_jobs([CellJob("logic", [0, 1, 2, 3, 4], 0)]))
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_points_of_the_curve_are_one_trajectory(config):
     """After s steps: what an adaptation of s steps gives, with the same batches."""
     model, _ = load(config)
     jobs = [
-        Job(task, shot_indices(12, 5, seed=1, task=task, run=run), run)
+        CellJob(task, shot_indices(12, 5, seed=1, task=task, run=run), run)
         for task in ("calculus", "logic")
         for run in (0, 1)
     ]

@@ -22,12 +22,12 @@ from few_shot_data import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from metasft.adapt.open_model import LearnedRates, open_model
+from metasft.adapt.starts import candidate_name, find_model_source
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora, save_hf_model
 from metasft.data.episodes import ShuffledStream
 from metasft.data.unseen_tasks import shot_indices
 from metasft.evaluation.evaluate import evaluate
-from metasft.evaluation.model_source import candidate_name, find_model_source
-from metasft.evaluation.open_model import LearnedRates, open_model
 from metasft.evaluation.search import candidates, choose, read_search
 from metasft.training.inner_rates import InnerRates
 
@@ -262,6 +262,6 @@ def test_a_search_scales_the_learned_rates(config, adapter, tmp_path):
 
 def model_adaptation(model, factor):
     """As learned, times ``factor``."""
-    from metasft.evaluation.model_source import Adaptation
+    from metasft.adapt.starts import Adaptation
 
     return Adaptation("sgd", 0.5 * factor, 4, "a test", factor)

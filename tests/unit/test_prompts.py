@@ -23,7 +23,7 @@ from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora, save
 from metasft.config.prompts import DEFAULT_DATE, Prompts, check_arguments
 from metasft.data.task_sets import TokenizedSet
 from metasft.evaluation.evaluate import evaluate
-from metasft.evaluation.few_shot_model import Job
+from metasft.evaluation.few_shot_model import CellJob
 from metasft.experiments.composition import compose
 
 NO_THINKING = {"enable_thinking": False}
@@ -213,7 +213,7 @@ def test_evaluation_renders_as_training_did(method, config, tiny_model, data_dir
         decode = model.tokenizer.decode
         assert decode(items[0].prompt).endswith("<|im_start|>assistant\n<think></think>")
     in_prompt, _ = evaluated(dataclasses.replace(config, shots_in_prompt=True), path, method)
-    text = decode(in_prompt._items(Job("calculus", [0, 1], 0))[0].prompt)
+    text = decode(in_prompt._items(CellJob("calculus", [0, 1], 0))[0].prompt)
     assert text.count("<|im_start|>assistant\n<think></think>") == 3
 
 

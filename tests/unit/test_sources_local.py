@@ -493,8 +493,8 @@ def test_a_plain_chat_template_trains_and_evaluates(bare_model, tmp_path):
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 
+    from metasft.adapt.open_model import load_transformers
     from metasft.data.task_sets import TokenizedSet
-    from metasft.evaluation.open_model import load_transformers
 
     before = {path.name: path.read_bytes() for path in bare_model.iterdir()}
     assert chat_template.main(["--model", str(bare_model), "--output", str(tmp_path / "chat")]) == 0

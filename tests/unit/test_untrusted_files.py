@@ -21,11 +21,11 @@ from script_runner import run_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import evaluate_few_shot
+from metasft.adapt.open_model import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
 from metasft.checkpoint.exports import attach_adapter, load_adapter_folder, load_meta_lora
 from metasft.checkpoint.model_folder import check_vocabulary
 from metasft.config.training import MetaConfig
 from metasft.data.task_sets import TokenizedSet, find_task_files
-from metasft.evaluation.open_model import UNLIMITED, load_tokenizer, load_transformers, load_verl_lora
 from metasft.files.untrusted import check_data_file, check_sums, read_json, read_yaml, sha256_of
 from metasft.reporting.exports import read_export
 from metasft.training.resume import _find_state

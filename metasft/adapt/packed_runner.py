@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from metasft.evaluation.row_cache import RowCache
+from metasft.adapt.row_cache import RowCache
 from metasft.model.forward_pass import ForwardPass, running
 from metasft.model.inner_loop import Adaptation
 from metasft.model.packed_attention import PackedSequences

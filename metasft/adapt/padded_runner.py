@@ -1,6 +1,6 @@
 """Adapting and testing over padded batches with the model's own attention and transformers' ``generate``.
 
-For models whose attention :mod:`metasft.evaluation.row_cache` does not cover; one slot at a time. The results are the
+For models whose attention :mod:`metasft.adapt.row_cache` does not cover; one slot at a time. The results are the
 same.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from metasft.evaluation.packed_runner import Example, Tested, TestItem, TokenCount, response_targets
+from metasft.adapt.packed_runner import Example, Tested, TestItem, TokenCount, response_targets
 from metasft.model.inner_loop import Adaptation
 
 
 @dataclass
 class PaddedRunner:
-    """The counterpart of :class:`~metasft.evaluation.packed_runner.PackedRunner`, with the same methods and one slot.
+    """The counterpart of :class:`~metasft.adapt.packed_runner.PackedRunner`, with the same methods and one slot.
 
     Attributes:
         pad: token id that pads.

@@ -12,6 +12,14 @@ from typing import Any
 
 import torch
 
+from metasft.adapt.settings import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, AdaptationSettings
+from metasft.adapt.starts import (
+    Adaptation,
+    ModelSource,
+    check_model_folder,
+    recorded_adaptation,
+    resolve_adaptation,
+)
 from metasft.checkpoint.exports import (
     MODEL_RATES_FILE,
     TEMPLATE_FILE,
@@ -26,14 +34,6 @@ from metasft.checkpoint.exports import (
 from metasft.checkpoint.model_folder import check_chat_template, why_not_loaded
 from metasft.checkpoint.tensors import read_tensors
 from metasft.config.prompts import Prompts, chosen_arguments, chosen_template
-from metasft.evaluation.model_source import (
-    Adaptation,
-    ModelSource,
-    check_model_folder,
-    recorded_adaptation,
-    resolve_adaptation,
-)
-from metasft.evaluation.protocol import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK, EvaluationConfig
 from metasft.files.untrusted import read_json, read_template
 from metasft.model.inner_loop import Rates
 
@@ -64,7 +64,7 @@ class LearnedRates:
         """
         if set(names) != self.by_name.keys():
             raise ValueError(
-                "--model-path has learned inner rates of other tensors than the model has: export it again, or give "
+                "the start has learned inner rates of other tensors than the model has: export it again, or give "
                 "--adaptation-lr"
             )
         return Rates([(self.by_name[name] * factor).tolist() for name in names])
@@ -110,7 +110,7 @@ class OpenedModel:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
-def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
+def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
     """Read the adapter and settle everything that does not need the model.
 
     Raises:
@@ -123,7 +123,7 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
         base_model = source.base_model
         if base_model is None:
             base_model = adapter.base_model
-            check_model_folder(base_model, f"--model-path {source.path} was trained on")
+            check_model_folder(base_model, f"{config.PATH_FLAG} {source.path} was trained on")
         scope = config.adaptation_scope or adapter.adaptation.get("inner_scope", "all")
         return OpenedModel(
             load_from=base_model,
@@ -140,7 +140,7 @@ def open_model(config: EvaluationConfig, source: ModelSource) -> OpenedModel:
             **_prompts(config, adapter.chat_template, adapter.adaptation),
         )
     recorded = recorded_adaptation(source)
-    if config.model_type == "base" and not config.full:
+    if config.fresh_lora:
         rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
         scope = config.adaptation_scope or "all"
         return OpenedModel(
@@ -180,7 +180,7 @@ def _learned(recorded: Mapping[str, Any], rates: Mapping[str, torch.Tensor] | No
     return None if rates is None else LearnedRates(recorded["inner_optimizer"], float(recorded["inner_lr"]), rates)
 
 
-def _prompts(config: EvaluationConfig, template: str | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _prompts(config: AdaptationSettings, template: str | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Chat template and its arguments: flags over what the checkpoint records."""
     arguments = recorded.get("chat_template_kwargs", {})
     if config.chat_template is not None:

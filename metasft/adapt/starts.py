@@ -1,4 +1,4 @@
-"""What ``--model-path`` is: recognised, checked against ``--model-type`` and hashed, without loading it."""
+"""What a start is, an adapter or a model: recognised, checked and hashed, without loading it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metasft.adapt.settings import DEFAULT_LR_ALL, DEFAULT_LR_LORA, DEFAULT_OPTIMIZER, AdaptationSettings
 from metasft.checkpoint.exports import ADAPTATION_FILE, MODEL_RATES_FILE, check_recorded
-from metasft.evaluation.protocol import (
-    DEFAULT_LR_ALL,
-    DEFAULT_LR_LORA,
-    DEFAULT_OPTIMIZER,
-    EvaluationConfig,
-)
 from metasft.files.paths import user_path
 from metasft.files.untrusted import check_sums, printable, read_json, sha256_of
 
@@ -27,18 +22,11 @@ _KIND_NAMES = {
     "lora_folder": "a PEFT adapter folder",
     "verl_folder": "a veRL checkpoint folder (global_step_<N>)",
 }
-_KINDS: dict[str, tuple[str, ...]] = {
-    "base": ("model",),
-    "fomaml": ("model",),
-    "meta_lora": ("lora_file", "lora_folder"),
-    "reptile": ("model", "lora_file", "lora_folder"),
-    "lora": ("lora_folder", "lora_file", "verl_folder"),
-}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What ``--model-path`` turned out to be.
+    """What the path of a start turned out to be.
 
     Attributes:
         kind: ``model``, ``lora_file``, ``lora_folder`` or ``verl_folder``.
@@ -53,29 +41,26 @@ class ModelSource:
     base_model: str | None = None
 
 
-def find_model_source(config: EvaluationConfig) -> ModelSource:
-    """Look at ``config.model_path`` without loading it, and check that it fits the model type.
+def find_model_source(config: AdaptationSettings) -> ModelSource:
+    """Look at ``config.model_path`` without loading it, and check that it is of the kinds ``config.starts``.
 
-    ``base`` and ``fomaml`` take a Hugging Face model folder (or hub name); ``meta_lora`` the exported ``.pt`` file or
-    the PEFT folder beside it; ``reptile`` either kind; ``lora`` an adapter, or veRL's ``global_step_<N>`` folder, or
-    the run folder above it (its latest step).
+    These are a Hugging Face model folder (or hub name); an adapter, the ``.pt`` file that trainers export or a PEFT
+    folder; veRL's ``global_step_<N>`` folder, or the run folder above it (its latest step).
 
     Raises:
         ValueError: nothing is there, or something of another kind.
     """
     path = user_path(config.model_path)
-    expected = " or ".join(_KIND_NAMES[kind] for kind in _KINDS[config.model_type])
+    expected = " or ".join(_KIND_NAMES[kind] for kind in config.starts)
     if not path.exists():
-        if "model" in _KINDS[config.model_type] and _looks_like_hub_name(config.model_path):
+        if "model" in config.starts and _looks_like_hub_name(config.model_path):
             return ModelSource("model", config.model_path, None, _base_model("model", path, config))
-        raise ValueError(
-            f"--model-path is {path}, which does not exist: --model-type {config.model_type} takes {expected}"
-        )
+        raise ValueError(f"{config.PATH_FLAG} is {path}, which does not exist: {config.taken_by} takes {expected}")
     kind, place = _recognise(path)
-    if kind not in _KINDS[config.model_type]:
+    if kind not in config.starts:
         found = _KIND_NAMES.get(kind, kind)
         raise ValueError(
-            f"--model-path {path} is {found}, but --model-type {config.model_type} takes {expected}{_suggestion(path)}"
+            f"{config.PATH_FLAG} {path} is {found}, but {config.taken_by} takes {expected}{_suggestion(path)}"
         )
     base_model = _base_model(kind, place, config)
     if place.is_dir() and kind != "model":  # a model's are compared with all else of it, before it is loaded
@@ -83,27 +68,28 @@ def find_model_source(config: EvaluationConfig) -> ModelSource:
     return ModelSource(kind, str(place), _hash_weights(place), base_model)
 
 
-def _base_model(kind: str, place: Path, config: EvaluationConfig) -> str | None:
+def _base_model(kind: str, place: Path, config: AdaptationSettings) -> str | None:
     """The model under an adapter, as far as it can be told without reading the weights."""
     if config.base_model is not None:
         if kind == "model":
             raise ValueError(
-                f"--base-model is {config.base_model}, but --model-path {config.model_path} is no adapter: leave it out"
+                f"--base-model is {config.base_model}, but {config.PATH_FLAG} {config.model_path} is no adapter: leave "
+                "it out"
             )
         check_model_folder(config.base_model, "--base-model is")
         return config.base_model
     if kind == "lora_folder":
         recorded = _read_json(place / "adapter_config.json").get("base_model_name_or_path")
         if not recorded or not isinstance(recorded, str):
-            raise ValueError(f"--model-path {place} does not record its base model: give --base-model")
-        check_model_folder(recorded, f"--model-path {place} was trained on")
+            raise ValueError(f"{config.PATH_FLAG} {place} does not record its base model: give --base-model")
+        check_model_folder(recorded, f"{config.PATH_FLAG} {place} was trained on")
         return recorded
     if kind == "verl_folder":
-        return _base_of_verl_folder(place)
+        return _base_of_verl_folder(place, config)
     return None
 
 
-def _base_of_verl_folder(place: Path) -> str:
+def _base_of_verl_folder(place: Path, config: AdaptationSettings) -> str:
     """veRL saves the configuration of the model it trained but not its path: the embedded model is tried."""
     trained, known = place / "huggingface" / "config.json", Path(EMBEDDED_MODEL) / "config.json"
     if trained.is_file() and known.is_file():
@@ -111,7 +97,8 @@ def _base_of_verl_folder(place: Path) -> str:
         if all(ours.get(key) == theirs.get(key) for key in _ARCHITECTURE_KEYS):
             return EMBEDDED_MODEL
     raise ValueError(
-        f"--model-path {place} does not record its base model: give --base-model, the model.path it was trained with"
+        f"{config.PATH_FLAG} {place} does not record its base model: give --base-model, the model.path it was trained "
+        "with"
     )
 
 
@@ -212,7 +199,7 @@ def candidate_name(adaptation: Adaptation) -> str:
 
 
 def resolve_adaptation(
-    config: EvaluationConfig, recorded: Mapping[str, Any], *, lora: bool, learned: bool = False
+    config: AdaptationSettings, recorded: Mapping[str, Any], *, lora: bool, learned: bool = False
 ) -> Adaptation:
     """Flags over what the checkpoint records (``inner_optimizer``, ``inner_lr``) over the defaults.
 
@@ -230,7 +217,7 @@ def resolve_adaptation(
     if config.adaptation_lr is not None:
         instead = ", not the learned rates" if learned else ""
         return Adaptation(wanted, config.adaptation_lr, config.adaptation_steps, f"flags{instead}")
-    if wanted != optimizer and not config.search_adaptation:  # a search finds the rate
+    if wanted != optimizer and not config.searches:  # a search finds the rate
         raise ValueError(
             f"--adaptation-optimizer is {wanted}, but the learning rate {lr:g} ({origin}) belongs to {optimizer}: give "
             "--adaptation-lr too"
