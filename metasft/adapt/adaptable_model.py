@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ TOGETHER_CPU = 8
 """Jobs adapted together on a CPU. More of them gain nothing there, and an interruption costs what is under way."""
 TOGETHER_BYTES = 2**33
 """Most bytes of adapted parameters, their gradients and optimizer states elsewhere."""
+
+
+Keep = Callable[[int, dict[str, torch.Tensor], list[float]], None]
+"""(index of a job, its adapted tensors on the CPU by their names in an export, the loss of each step's batch)."""
 
 
 class Job(NamedTuple):
@@ -161,6 +166,26 @@ class AdaptableModel:
             return TOGETHER_CPU
         return max(1, TOGETHER_BYTES // (16 * self.trained_parameters))
 
+    @contextmanager
+    def fresh_lora(self, seed: int) -> Iterator[None]:
+        """Inside, an untrained LoRA of the same rank and modules is in the place of the adapter, all of it adapted.
+
+        Inside, :meth:`use` says how; afterwards it has to be called again.
+        """
+        layers = [module for module in self.model.modules() if hasattr(module, "reset_lora_parameters")]
+        before = [parameter.detach().clone() for parameter in self._adapter.parameters]
+        scope, self._scope = self._scope, "all"
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                for layer in layers:
+                    layer.reset_lora_parameters("default", True)
+            yield
+        finally:
+            self._scope = scope
+            for parameter, value in zip(self._adapter.parameters, before, strict=True):
+                parameter.data.copy_(value)
+
     def adapt(
         self,
         jobs: Sequence[Job],
@@ -168,7 +193,7 @@ class AdaptableModel:
         together: int | None = None,
         test_after: Sequence[int] | None = None,
         generate: bool = True,
-        keep: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+        keep: Keep | None = None,
     ) -> Iterator[tuple[int, int, Outcome]]:
         """Adapt to the examples of every job and test it, several at a time; the results are those of one at a time.
 
@@ -179,8 +204,7 @@ class AdaptableModel:
             test_after: update steps after which to test; None = after those of :meth:`use`. Jobs without examples are
                 tested as they stand.
             generate: False measures losses only.
-            keep: called with the index of each job with examples and its adapted tensors after the last step, on the
-                CPU, by their names in an export.
+            keep: called with each job that has examples, after the last step.
 
         Yields:
             (index into ``jobs``, update steps, outcome), each as soon as it is there.
@@ -192,13 +216,8 @@ class AdaptableModel:
             some = jobs[start : start + size]
             # Jobs that adapt to nothing leave the parameters as they are: one slot serves all.
             slots = list(range(len(some))) if any(job.examples for job in some) else [0] * len(some)
-            for number, done, outcome in self._run_together(some, slots, steps, generate):
-                if outcome is not None:
-                    yield start + number, done, outcome
-                elif keep is not None:
-                    for slot, job in zip(slots, some, strict=True):
-                        if job.examples:
-                            keep(start + slot, self._adapted(slot))
+            for number, done, outcome in self._run_together(some, slots, steps, generate, start, keep):
+                yield start + number, done, outcome
 
     def _adapted(self, slot: int) -> dict[str, torch.Tensor]:
         names = [export_name(name) for name in names_of(self._adapter.parameters, self.model)]
@@ -209,9 +228,14 @@ class AdaptableModel:
         return {name: tensor.to("cpu", copy=True) for name, tensor in zip(names, tensors, strict=True)}
 
     def _run_together(
-        self, jobs: Sequence[Job], slots: Sequence[int], test_after: Sequence[int], generate: bool
-    ) -> Iterator[Any]:
-        """(number of the job, steps, outcome); at the end, while the parameters are adapted, one without an outcome."""
+        self,
+        jobs: Sequence[Job],
+        slots: Sequence[int],
+        test_after: Sequence[int],
+        generate: bool,
+        first: int,
+        keep: Keep | None,
+    ) -> Iterator[tuple[int, int, Outcome]]:
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(len(jobs))}
         adapted = {slot: job for slot, job in zip(slots, jobs, strict=True) if job.examples}
         seconds = done = 0
@@ -238,7 +262,7 @@ class AdaptableModel:
                         number,
                         done,
                         Outcome(
-                            outputs=self.tokenizer.batch_decode(ids, skip_special_tokens=True),
+                            outputs=self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else [],
                             truncated=[self._stop.isdisjoint(output) for output in ids],
                             nll=[item.nll for item in tested],
                             tokens=[item.tokens for item in tested],
@@ -246,7 +270,9 @@ class AdaptableModel:
                             adapt_seconds=spent,
                         ),
                     )
-            yield 0, done, None
+            if keep is not None:
+                for slot in adapted:
+                    keep(first + slot, self._adapted(slot), measured[slot])
             adaptation.zero_grad()
 
     def _draw(self, job: Job) -> list[Example]:

@@ -86,6 +86,7 @@ class OpenedModel:
         chat_template_kwargs: its arguments, as recorded or given.
         scope: ``all``, or ``lora_b``: the B matrices of the adapter alone.
         learned: the inner rates that meta-training learned, where an adaptation can use them.
+        recorded: the inner-loop settings that meta-training left beside it, where an adaptation can use them.
     """
 
     load_from: str
@@ -99,6 +100,7 @@ class OpenedModel:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "all"
     learned: LearnedRates | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
             adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}{_SCOPES[scope]}",
             scope=scope,
             device=device,
+            recorded=adapter.adaptation,
             **_prompts(config, adapter.chat_template, adapter.adaptation),
         )
     recorded = recorded_adaptation(source)
@@ -169,6 +172,7 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
         learned=_learned(recorded, rates),
         adapts="all parameters",
         device=device,
+        recorded=recorded,
         **_prompts(config, None, recorded),
     )
 

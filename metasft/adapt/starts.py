@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metasft.adapt.settings import DEFAULT_LR_ALL, DEFAULT_LR_LORA, DEFAULT_OPTIMIZER, AdaptationSettings
+from metasft.adapt.settings import DEFAULT_LR_ALL, DEFAULT_LR_LORA, DEFAULT_OPTIMIZER, DEFAULT_STEPS, AdaptationSettings
 from metasft.checkpoint.exports import ADAPTATION_FILE, MODEL_RATES_FILE, check_recorded
 from metasft.files.paths import user_path
 from metasft.files.untrusted import check_sums, printable, read_json, sha256_of
@@ -213,18 +213,19 @@ def resolve_adaptation(
         optimizer, lr, origin = recorded["inner_optimizer"], float(recorded["inner_lr"]), "checkpoint"
     else:
         optimizer, lr, origin = DEFAULT_OPTIMIZER, DEFAULT_LR_LORA if lora else DEFAULT_LR_ALL, "default"
+    steps = config.adaptation_steps or recorded.get("num_inner_steps") or DEFAULT_STEPS
     wanted = config.adaptation_optimizer or optimizer
     if config.adaptation_lr is not None:
         instead = ", not the learned rates" if learned else ""
-        return Adaptation(wanted, config.adaptation_lr, config.adaptation_steps, f"flags{instead}")
+        return Adaptation(wanted, config.adaptation_lr, steps, f"flags{instead}")
     if wanted != optimizer and not config.searches:  # a search finds the rate
         raise ValueError(
             f"--adaptation-optimizer is {wanted}, but the learning rate {lr:g} ({origin}) belongs to {optimizer}: give "
             "--adaptation-lr too"
         )
     if learned:
-        return Adaptation(optimizer, lr, config.adaptation_steps, f"{origin}, learned rates", 1.0)
-    return Adaptation(optimizer, lr, config.adaptation_steps, origin)
+        return Adaptation(optimizer, lr, steps, f"{origin}, learned rates", 1.0)
+    return Adaptation(optimizer, lr, steps, origin)
 
 
 def recorded_adaptation(source: ModelSource) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from pydantic import Field
 
 from metasft.checkpoint.tensors import read_tensors
 from metasft.config.prompts import are_arguments
-from metasft.config.schema import Positive, Record, rule, validated
+from metasft.config.schema import Count, Positive, Record, rule, validated
 from metasft.config.verl_groups import LARGEST_RATE
 from metasft.files.atomic import replacing_file, replacing_folder, write_json
 from metasft.files.untrusted import check_sums, printable, read_json, read_template, reason, write_sums
@@ -122,7 +122,6 @@ def save_meta_lora(
         The path of the ``.pt`` file.
     """
     import torch
-    from safetensors.torch import save_file
 
     config = peft_model.peft_config["default"]
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -142,12 +141,45 @@ def save_meta_lora(
             },
             temporary,
         )
-    with replacing_folder(folder / f"adapter_step_{step}") as temporary:
+    save_adapter_folder(
+        folder / f"adapter_step_{step}",
+        peft_model,
+        base_model=base_model,
+        adaptation={**adaptation, "step": step},
+        tensors=on_cpu,
+        chat_template=chat_template,
+        inner_rates=inner_rates,
+    )
+    return pt_path
+
+
+def save_adapter_folder(
+    target: Path,
+    peft_model: Any,
+    *,
+    base_model: str,
+    adaptation: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    chat_template: str | None = None,
+    inner_rates: Mapping[str, Any] | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a PEFT folder, with ``adaptation.json`` and sums of all files. Arguments as of :func:`save_meta_lora`.
+
+    Args:
+        tensors: on the CPU.
+        adaptation: what ``adaptation.json`` says.
+        more: writes further files into the folder that it is given.
+    """
+    from safetensors.torch import save_file
+
+    config = peft_model.peft_config["default"]
+    with replacing_folder(target) as temporary:
         config_base, config.base_model_name_or_path = config.base_model_name_or_path, base_model
         try:
             # save_embedding_layers="auto" would ask the hub whether the vocabulary was resized.
             peft_model.save_pretrained(
-                temporary, state_dict=_with_adapter_names(on_cpu), save_embedding_layers=False, is_main_process=True
+                temporary, state_dict=_with_adapter_names(tensors), save_embedding_layers=False, is_main_process=True
             )
         finally:
             config.base_model_name_or_path = config_base
@@ -155,9 +187,10 @@ def save_meta_lora(
             (temporary / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         if inner_rates is not None:
             save_file(dict(inner_rates), temporary / RATES_FILE)
-        write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+        write_json(temporary / ADAPTATION_FILE, adaptation)
+        if more is not None:
+            more(temporary)
         write_sums(temporary)
-    return pt_path
 
 
 def export_name(name: str) -> str:
@@ -171,30 +204,29 @@ def _with_adapter_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_hf_model(
-    folder: Path,
+    target: Path,
     state_dict: Mapping[str, Any],
     config: Any,
     tokenizer: Any,
     adaptation: Mapping[str, Any],
-    step: int,
     inner_rates: Mapping[str, Any] | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``step_<N>/``: a plain Hugging Face model folder that ``from_pretrained`` loads.
+    """Write a plain Hugging Face model folder that ``from_pretrained`` loads.
 
     Args:
-        folder: ``trainer.default_local_dir``.
+        target: the folder.
         state_dict: full (unsharded) tensors on the CPU, by the names inside the model.
         config: the transformers model configuration.
         tokenizer: saved beside the weights, with its chat template.
         adaptation: inner-loop settings of the run and ``chat_template_kwargs``, saved as ``adaptation.json``.
-        step: N, meta-steps done.
         inner_rates: learned, name inside the model -> fp32 [S]; ``inner_rates/rates.safetensors``.
+        more: writes further files into the folder that it is given.
     """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    target = folder / f"step_{step}"
     tensors = dict(state_dict)
     dtype = next(iter(tensors.values())).dtype
     with torch.device("meta"):
@@ -213,7 +245,9 @@ def save_hf_model(
         if inner_rates is not None:
             (temporary / MODEL_RATES_FILE).parent.mkdir()
             save_file(dict(inner_rates), temporary / MODEL_RATES_FILE)
-        write_json(temporary / ADAPTATION_FILE, {**adaptation, "step": step})
+        write_json(temporary / ADAPTATION_FILE, adaptation)
+        if more is not None:
+            more(temporary)
         write_sums(temporary)
     return target
 
@@ -317,6 +351,8 @@ class _Recorded(Record):
     inner_optimizer: Literal["sgd", "adamw"] | None = None
     inner_lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
     inner_scope: Literal["all", "lora_b"] = "all"
+    num_inner_steps: Count | None = None
+    inner_batch_size: Positive | None = None
 
 
 class _Adaptation(_Recorded):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
-
-from metasft.adapt.open_model import OpenedModel, load_settings, load_tokenizer
-from metasft.checkpoint.exports import with_adapter_of
-from metasft.checkpoint.model_folder import check_model_files, check_vocabulary
-from metasft.config.prompts import Prompts, check_arguments
+from metasft.adapt.checks import check_start
+from metasft.adapt.open_model import OpenedModel
+from metasft.config.prompts import Prompts
 from metasft.data.task_sets import TokenizedSet
 from metasft.evaluation.protocol import EvaluationConfig, TestTask
 
@@ -32,13 +28,7 @@ def check_before_loading(
     Raises:
         ValueError: naming the file, or the example, and the remedy.
     """
-    check_model_files(opened.load_from, "--model-path" if opened.adapter is None else "--base-model")
-    tokenizer = load_tokenizer(opened.load_from, opened.chat_template, opened.chat_template_kwargs)
-    prompts = Prompts.of(tokenizer, opened.data_config)
-    if config.chat_template_kwargs is not None:
-        check_arguments(prompts.template, opened.chat_template_kwargs, "--chat-template-kwargs")
-    settings = load_settings(opened.load_from)
-    check_vocabulary(tokenizer, settings, f"the model {opened.load_from}", prompts.keywords)
+    tokenizer, prompts, _ = check_start(config, opened)
     for task in tasks:
         for path, rows, used in (
             (task.pool_path, task.pool, set(shots[task.name])),
@@ -51,19 +41,4 @@ def check_before_loading(
                         f"{path} row {index} has {length} tokens, more than --max-length {config.max_length}: raise it"
                     )
             examples.check_template(sorted(used))
-    if opened.adapter is not None:
-        _check_adapter(opened, settings)
     return prompts
-
-
-def _check_adapter(opened: OpenedModel, settings: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-    except Exception:  # loading says what is wrong with it
-        return
-    with torch.device("meta"):
-        skeleton.name_or_path = opened.load_from
-        with_adapter_of(skeleton, opened.adapter, remedy="give --base-model the same architecture")

@@ -19,9 +19,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from metasft.adapt.settings import AdaptationSettings, told
-from metasft.config.schema import Count, Unique, rule
-from metasft.config.verl_groups import LARGEST_RATE
+from metasft.adapt.settings import AdaptationSettings, Candidate, Steps, told
+from metasft.config.schema import Count, Unique
 from metasft.data.task_sets import SUPPORT_SUFFIX, check_turns
 from metasft.data.unseen_tasks import FOLDERS, TEST_SUFFIX, describe_tasks, tasks_in, tasks_of
 from metasft.files.atomic import check_place
@@ -39,18 +38,6 @@ SEARCH_GRID = ("sgd:0.005", "sgd:0.05", "sgd:0.5", "adamw:1e-5", "adamw:1e-4", "
 """Of rates for all parameters and for LoRA alike: neither kind is given a grid of its own."""
 _COLUMNS = ("messages", "prompt", "answer", "data_source", "example_id")
 _OPTIONAL_COLUMNS = ("extra_info",)  # the scorers of some data sources need it
-
-
-def _is_candidate(text: str) -> bool:
-    optimizer, _, rate = text.partition(":")
-    try:
-        return optimizer in ("sgd", "adamw") and 0 < float(rate) <= LARGEST_RATE
-    except ValueError:
-        return False
-
-
-Candidate = Annotated[str, rule(_is_candidate, "an optimizer and a rate, such as adamw:1e-3")]
-Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
 @dataclass(frozen=True, kw_only=True)

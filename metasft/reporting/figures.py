@@ -430,3 +430,30 @@ def cost_of_steps(of_steps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     _grid(axis)
     axis.legend()
     return figure
+
+
+@_literal
+def adaptation_curve(points: Sequence[Mapping[str, Any]]) -> Any:
+    """Loss on held-out examples by the number of examples adapted on, with 95% intervals: of a task of one's own.
+
+    Args:
+        points: ``examples``, ``after`` and, where measured, ``fresh_lora``, these with ``loss`` and ``loss_ci95``.
+    """
+    figure, axes = _panels(6.4, 4.2, 1, 1)
+    axis = axes[0][0]
+    for number, (key, label) in enumerate((("after", "this start"), ("fresh_lora", "fresh LoRA"))):
+        drawn = [(point["examples"], point[key]) for point in points if key in point]
+        if not drawn:
+            continue
+        x, measured = zip(*drawn, strict=True)
+        losses = [one["loss"] for one in measured]
+        limits = [one["loss_ci95"] or (one["loss"], one["loss"]) for one in measured]
+        errors = [[loss - low for loss, (low, _) in zip(losses, limits, strict=True)]]
+        errors.append([high - loss for loss, (_, high) in zip(losses, limits, strict=True)])
+        axis.errorbar(x, losses, yerr=errors, label=label, capsize=3, **_style(number))
+    axis.set_xlabel("Examples adapted on (0: the start as it is)")
+    axis.set_ylabel("Loss on held-out examples\n(nats per response token)")
+    axis.set_xticks([point["examples"] for point in points])
+    _grid(axis)
+    axis.legend(frameon=False)
+    return figure

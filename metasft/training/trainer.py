@@ -777,7 +777,12 @@ class EpisodicSFTTrainer(SFTTrainer):
             elif self.rank == 0:
                 processor = self.model_config.get_processor()
                 save_hf_model(
-                    self.run_dir, tensors, self.model_config.hf_config, processor, adaptation, step, inner_rates=rates
+                    self.run_dir / f"step_{step}",
+                    tensors,
+                    self.model_config.hf_config,
+                    processor,
+                    {**adaptation, "step": step},
+                    inner_rates=rates,
                 )
         return self._export_path(step)
 

@@ -74,7 +74,8 @@ def fomaml(tiny_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer, rates = AutoTokenizer.from_pretrained(tiny_model), random_rates(dict(model.named_parameters()), COLUMNS)
     rates = {name: rate / 20 for name, rate in rates.items()}
-    return save_hf_model(tmp_path, model.state_dict(), model.config, tokenizer, ADAPTATION, 3, inner_rates=rates)
+    target = tmp_path / "step_3"
+    return save_hf_model(target, model.state_dict(), model.config, tokenizer, ADAPTATION, inner_rates=rates)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def export(method, folder, model, template, arguments):
         return [save_meta_lora(folder, 7, adapted, **kwargs), folder / "adapter_step_7"]
     weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
     settings = AutoConfig.from_pretrained(model)
-    return [save_hf_model(folder, weights, settings, tokenizer_with(model, template), adaptation, 7)]
+    return [save_hf_model(folder / "step_7", weights, settings, tokenizer_with(model, template), adaptation)]
 
 
 def evaluated(config, path, method):
