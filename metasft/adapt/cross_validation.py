@@ -110,7 +110,7 @@ def search(
         grid: the first one is kept where nothing decides.
     """
     trials = [
-        ((task, split), number) for number, (task, indices) in enumerate(problems) for split in folds(indices, seed)
+        (task, split, number) for number, (task, indices) in enumerate(problems) for split in folds(indices, seed)
     ]
     totals: list[dict[Adaptation, float]] = [dict.fromkeys(grid, 0.0) for _ in problems]
     by_rate: dict[Adaptation, list[Adaptation]] = {}

@@ -47,7 +47,7 @@ def write_result(
 
     def more(place: Path) -> None:
         write_json(place / RECORD_FILE, record)
-        if record.get("curve"):
+        if record["curve"]:
             _draw_curve(record, place / CURVE_FILE)
         (place / "README.md").write_text(model_card(record, task.name, config.full), encoding="utf-8")
 

@@ -214,22 +214,24 @@ def _is_done(config: AdaptConfig, task: OwnTask, records: Mapping[str, Any], don
     """Whether its folder holds this very result.
 
     Raises:
-        ValueError: it holds something else, and nothing was said about overwriting.
+        ValueError: it holds something else: files that are not ours, or a result that nobody said to overwrite.
     """
     folder, wanted = done.folders[task.name], records[task.name]
     if not folder.exists() or not any(folder.iterdir()):
         return False
+    if not (folder / RECORD_FILE).is_file():
+        raise ValueError(f"--output {folder} holds files that are no adapter of adapt.py: give another folder")
+    if config.overwrite:
+        return False
     with contextlib.suppress(ValueError):
         found = read_json(folder / RECORD_FILE, "")
-        if all(found.get(key) == value for key, value in wanted.items()) and not config.overwrite:
+        if all(found.get(key) == value for key, value in wanted.items()):
             done.records[task.name] = found
             return True
-    if not config.overwrite:
-        raise ValueError(
-            f"--output {folder} holds something else than these examples adapted with these settings: give another "
-            "folder, or --overwrite"
-        )
-    return False
+    raise ValueError(
+        f"--output {folder} holds something else than these examples adapted with these settings: give another "
+        "folder, or --overwrite"
+    )
 
 
 @dataclass
@@ -247,7 +249,7 @@ class _Result:
             "adaptation": {**self.adaptation._asdict(), "name": candidate_name(self.adaptation)},
             "support_losses": list(self.support_losses),
             "figures": dict(self.figures),
-            **({"curve": list(self.curve)} if self.curve else {}),
+            "curve": list(self.curve),
         }
 
 
