@@ -29,7 +29,7 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor
 """No tokens beside the text, so that an example can have exactly 16."""
 
 SCRIPTS = {
-    "meta_lora": ("meta_lora_trainer", "MetaLoRATrainer", "config_meta_lora_example"),
+    "meta_lora": ("meta_lora_trainer", "MetaLoRATrainer", "config_meta_lora_guide"),
     "fomaml": ("maml_sft_trainer", "FOMAMLTrainer", "config_fomaml_math_science"),
 }
 

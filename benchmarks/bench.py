@@ -41,6 +41,7 @@ SECTION_NAMES = (
     "checkpoint",
     "two_processes",
     "evaluation",
+    "adapt",
 )
 WITHOUT_DTYPE = ("memory", "checkpoint")
 """Sections that fix the dtype of every arm themselves; their entry is kept under ``any``."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.arms import ROOT, ArmsDiffer, Settings
 from benchmarks.sections import (
+    adapt,
     checkpoint,
     evaluation,
     fomaml,
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "checkpoint": checkpoint.measure,
     "two_processes": two_processes.measure,
     "evaluation": evaluation.measure,
+    "adapt": adapt.measure,
 }
 
 

@@ -44,7 +44,17 @@ def test_an_arm_that_computes_something_else_stops_the_section(bench, tmp_path):
 
 @pytest.mark.slow
 def test_every_section_runs(bench, tmp_path):
-    sections = ("peft_loop", "verl_sft", "fomaml", "update_rule", "memory", "checkpoint", "two_processes", "evaluation")
+    sections = (
+        "peft_loop",
+        "verl_sft",
+        "fomaml",
+        "update_rule",
+        "memory",
+        "checkpoint",
+        "two_processes",
+        "evaluation",
+        "adapt",
+    )
     must_run(*bench, "--sections", *sections, timeout=600)
     results = json.loads((tmp_path / "p.json").read_text())
     assert set(results) == set(sections)

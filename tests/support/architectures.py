@@ -190,7 +190,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         error: of the second meta-gradient (at the first B = 0, and A has no gradient), relative to the reference.
-        rounding: what the last bit of the parameters does to the reference, where ``error`` is above :data:`TOLERANCE`.
+        rounding: what rounding does to the reference, where ``error`` is above :data:`TOLERANCE`.
         single: the error where no two examples share a forward, where ``error`` is above both: what padding rounds.
         change: largest change of an example's token losses, in nats, when an example beside it changes.
         layout: how the trainer laid out rows and tasks.
@@ -243,10 +243,16 @@ def _errors(seen: dict[str, Any], model: Path, task_dir: Path, targets: Any, met
     found = {name: seen["gradient"].get(name, torch.zeros_like(gradient)) for name, gradient in expected.items()}
     if (error := relative_error(found, expected)) < TOLERANCE:
         return error, 0.0
-    # What parameters do that differ in their last bit.
+    # What parameters do that differ in their last bit, and how far the reference is from itself in double precision.
     draw = torch.Generator().manual_seed(0)
     nudged = {name: t + t * 6e-8 * torch.randn(t.shape, generator=draw) for name, t in theta.items()}
-    return error, relative_error(gradient(nudged), expected)
+    moved = relative_error(gradient(nudged), expected)
+    reference.model.double()
+    try:
+        exact = gradient({name: t.double() for name, t in theta.items()})
+    except RuntimeError:  # torch's grouped products of experts know no double precision
+        return error, moved
+    return error, max(moved, relative_error({name: t.double() for name, t in expected.items()}, exact))
 
 
 def _train(method: str, model: Path, task_dir: Path, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -355,11 +361,7 @@ def _cell(verdict: Verdict) -> str:
 def _error(verdict: Verdict) -> str:
     if verdict.refused:
         return ""
-    note = (
-        f" (the last bit of the parameters moves the reference by {verdict.rounding:.0e})"
-        if 10 * verdict.rounding > verdict.error
-        else ""
-    )
+    note = f" (rounding moves the reference by {verdict.rounding:.0e})" if 10 * verdict.rounding > verdict.error else ""
     if not math.isnan(verdict.single):
         note = f" ({verdict.single:.0e} one example at a time)"
     return f"{verdict.error:.0e}{note}"
