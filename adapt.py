@@ -6,6 +6,9 @@ A start is an adapter (META-LORA, Reptile, any LoRA of peft or veRL), or a model
 examples are a file, or a folder with a file per task; columns prompt and response, messages, ShareGPT or Alpaca. The
 output is a PEFT folder with a model card that says, from held-out examples, whether adapting helped. Run again after an
 interruption, it continues where it stopped.
+
+    python adapt.py try adapters/mine       ask it, and the base model, in the terminal
+    python adapt.py page --start models/SmolLM2-135M-Instruct --output adapters    all of this in a browser
 """
 
 import sys

@@ -21,6 +21,7 @@ COMMANDS = {
     "train fomaml": ("maml_sft_trainer", "FOMAML-SFT: all parameters"),
     "train reptile": ("reptile_sft_trainer", "Reptile-SFT: all parameters, or LoRA"),
     "train lora_ml": ("lora_ml_trainer", "LoRA-ML: a shared LoRA and one per training task, no inner loop"),
+    "adapt": ("adapt", "a start and your own examples to an adapter in use"),
     "evaluate": ("evaluate_few_shot", "adapt on N shots of unseen tasks, then test"),
     "compare": ("compare_methods", "plot, table, paired comparison and report of measured results"),
     "run": ("run_experiments", "suites of experiments, scheduled on Ray"),

@@ -1,4 +1,4 @@
-"""``python -m metasft.adapt``: the flags of ``adapt.py``."""
+"""``python -m metasft.adapt``: the flags and subcommands (``try``, ``page``) of ``adapt.py``."""
 
 import sys
 

@@ -32,6 +32,8 @@ TOGETHER_BYTES = 2**33
 
 Keep = Callable[[int, dict[str, torch.Tensor], list[float]], None]
 """(index of a job, its adapted tensors on the CPU by their names in an export, the loss of each step's batch)."""
+OnStep = Callable[[list[float]], None]
+"""(the loss of its batch, before the update step, of every job that is adapted)."""
 
 
 class Job(NamedTuple):
@@ -194,6 +196,7 @@ class AdaptableModel:
         test_after: Sequence[int] | None = None,
         generate: bool = True,
         keep: Keep | None = None,
+        on_step: OnStep | None = None,
     ) -> Iterator[tuple[int, int, Outcome]]:
         """Adapt to the examples of every job and test it, several at a time; the results are those of one at a time.
 
@@ -205,6 +208,7 @@ class AdaptableModel:
                 tested as they stand.
             generate: False measures losses only.
             keep: called with each job that has examples, after the last step.
+            on_step: called after each update step; waits for the device every time.
 
         Yields:
             (index into ``jobs``, update steps, outcome), each as soon as it is there.
@@ -216,7 +220,7 @@ class AdaptableModel:
             some = jobs[start : start + size]
             # Jobs that adapt to nothing leave the parameters as they are: one slot serves all.
             slots = list(range(len(some))) if any(job.examples for job in some) else [0] * len(some)
-            for number, done, outcome in self._run_together(some, slots, steps, generate, start, keep):
+            for number, done, outcome in self._run_together(some, slots, steps, generate, start, keep, on_step):
                 yield start + number, done, outcome
 
     def _adapted(self, slot: int) -> dict[str, torch.Tensor]:
@@ -235,6 +239,7 @@ class AdaptableModel:
         generate: bool,
         first: int,
         keep: Keep | None,
+        on_step: OnStep | None,
     ) -> Iterator[tuple[int, int, Outcome]]:
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(len(jobs))}
         adapted = {slot: job for slot, job in zip(slots, jobs, strict=True) if job.examples}
@@ -250,6 +255,8 @@ class AdaptableModel:
                         batches = [(slot, self._draw(job)) for slot, job in adapted.items()]
                         for slot, loss in zip(adapted, self.runner.step(adaptation, batches, len(jobs)), strict=True):
                             losses[slot].append(loss)
+                        if on_step is not None:
+                            on_step([float(losses[slot][-1]) for slot in adapted])
                     self.model.eval()
                 done = stop
                 measured = {slot: [float(loss) for loss in losses[slot]] for slot in losses}  # waits for the device

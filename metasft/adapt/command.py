@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from metasft.adapt.own_tasks import Adapted, adapt_tasks
 from metasft.adapt.settings import AdaptConfig
-from metasft.cli.errors import one_line, report_error
+from metasft.cli.errors import ArgumentParser, one_line, report_error
 from metasft.cli.flags import given_flags, parser_of
 from metasft.files.untrusted import printable
+
+SUBCOMMANDS = {"try": "metasft.adapt.chat", "page": "metasft.adapt.page"}
+"""Word -> the module whose ``main`` takes what follows it."""
+
+
+def parser(description: str | None = None) -> ArgumentParser:
+    """The flags are the fields of :class:`AdaptConfig`."""
+    return parser_of(AdaptConfig, description, names={"model_path": AdaptConfig.PATH_FLAG})
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> int:
     """Returns the exit code: 0; 1 when some tasks of a folder failed; 2 after a one-line message on stderr when a
-    setting or file is unusable and nothing was written."""
-    parser = parser_of(AdaptConfig, description, names={"model_path": AdaptConfig.PATH_FLAG})
+    setting or file is unusable and nothing was written. Those of a subcommand are like these."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in SUBCOMMANDS:
+        return import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
     try:
-        done = adapt_tasks(AdaptConfig(**given_flags(parser, argv)))
+        done = adapt_tasks(AdaptConfig(**given_flags(parser(description), argv)))
     except (ValueError, OSError) as error:
         return report_error(error)
     for name, record in done.records.items():

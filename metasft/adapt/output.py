@@ -8,10 +8,13 @@ from typing import Any
 
 import jinja2
 
+from metasft.adapt.adaptable_model import AdaptableModel
+from metasft.adapt.open_model import OpenedModel, load_transformers
 from metasft.adapt.own_examples import OwnTask
 from metasft.adapt.own_tasks import CURVE_FILE, RECORD_FILE
 from metasft.adapt.settings import AdaptConfig
 from metasft.checkpoint.exports import save_adapter_folder, save_hf_model
+from metasft.cli.errors import one_line
 from metasft.files.atomic import replacing_folder, write_json
 from metasft.files.untrusted import write_sums
 
@@ -20,8 +23,8 @@ CARD = Path(__file__).with_name("card.md.j2")
 
 def write_result(
     config: AdaptConfig,
-    opened: Any,
-    model: Any,
+    opened: OpenedModel,
+    model: AdaptableModel,
     folder: Path,
     task: OwnTask,
     record: Mapping[str, Any],
@@ -65,8 +68,29 @@ def write_result(
         chat_template=opened.chat_template,
         more=more,
     )
-    if config.merge:
-        _merge(opened, folder, folder.with_name(f"{folder.name}_merged"), config.dtype)
+
+
+def publish(folder: Path, name: str) -> None:
+    """Upload a finished folder to the hub, into a model repository that is created where there is none.
+
+    Args:
+        folder: of one task, as :func:`write_result` leaves it.
+        name: of the repository, ``user/name``.
+
+    Raises:
+        ValueError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # those of its HTTP client, of its storage and of its checks have no common class
+        raise ValueError(
+            f"--push-to-hub {name} was not published ({one_line(error)}): {folder} is complete; run the same command "
+            "again, which only uploads it, with access by HF_TOKEN or `hf auth login`"
+        ) from error
 
 
 def model_card(record: Mapping[str, Any], name: str, full: bool) -> str:
@@ -77,13 +101,17 @@ def model_card(record: Mapping[str, Any], name: str, full: bool) -> str:
     return template.from_string(CARD.read_text(encoding="utf-8")).render(record=record, name=name, full=full)
 
 
-def _merge(opened: Any, adapter: Path, target: Path, dtype: str) -> None:
-    """The base model with the adapter in its weights, a plain model folder."""
+def merged_folder(adapter: Path) -> Path:
+    """Where the merged model of an adapter folder is: beside it."""
+    return adapter.with_name(f"{adapter.name}_merged")
+
+
+def merge(config: AdaptConfig, opened: OpenedModel, adapter: Path) -> None:
+    """Write the base model with the adapter in its weights, a plain model folder at :func:`merged_folder`."""
     import torch
     from peft import PeftModel
 
-    from metasft.adapt.open_model import load_transformers
-
+    target, dtype = merged_folder(adapter), config.dtype
     prompts = opened.chat_template, opened.chat_template_kwargs
     tokenizer, base = load_transformers(opened.load_from, getattr(torch, dtype), *prompts)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -71,8 +71,8 @@ class OwnTask:
             )
         if len(self.conversations) >= ADVISED:
             said.append(
-                f"of {len(self.conversations):,} examples the update steps see a part; ordinary fine-tuning "
-                "(verl.trainer.sft_trainer, --start as model.lora_adapter_path) learns from all"
+                f"of {len(self.conversations):,} examples the update steps see a part; ordinary fine-tuning learns "
+                "from all (verl.trainer.sft_trainer, --start as model.lora_adapter_path its rank as model.lora_rank)"
             )
         return said
 
@@ -153,13 +153,18 @@ def _task_of(rows: Any, name: str, path: Path) -> OwnTask:
     return OwnTask(name, path, conversations)
 
 
-def _read_jsonl(path: Path) -> list[Any]:
+def parse_jsonl(text: str) -> list[Any]:
+    """The value of every line that is not blank.
+
+    Raises:
+        ValueError: naming the first line that is no JSON.
+    """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is no JSON: {reason(error)}") from error
     return rows
 
@@ -181,7 +186,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 _READERS: dict[str, Any] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": lambda path: parse_jsonl(path.read_text(encoding="utf-8-sig")),
     ".json": lambda path: json.loads(path.read_text(encoding="utf-8-sig")),
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +18,16 @@ from typing import Any
 from metasft.adapt.own_examples import OwnTask, files_of, read_task, read_tasks
 from metasft.adapt.settings import (
     DEFAULT_BATCH_SIZE,
-    DEFAULT_LR_LORA,
-    DEFAULT_OPTIMIZER,
     AdaptConfig,
 )
-from metasft.adapt.starts import Adaptation, candidate_name, find_model_source
+from metasft.adapt.starts import find_model_source
 from metasft.files.atomic import remove, sole_user
+from metasft.files.paths import user_path
 from metasft.files.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE, CURVE_FILE = "adapt.json", "curve.png"
-CURVE_SHOTS = (5, 10, 25, 50, 100)
 
 
 @dataclass
@@ -40,7 +37,7 @@ class Adapted:
     Attributes:
         records: task -> what its ``adapt.json`` says.
         folders: task -> where its adapter is.
-        failed: file or task -> why it could not be adapted.
+        failed: file or task -> why it could not be adapted; name on the hub -> why it could not be published.
         remarks: task -> sentences about its examples.
     """
 
@@ -78,11 +75,16 @@ def adapt(
     return adapt_tasks(config, read_tasks(examples, "examples") if in_memory else None)
 
 
-def adapt_tasks(config: AdaptConfig, tasks: Sequence[OwnTask] | None = None) -> Adapted:
+def adapt_tasks(
+    config: AdaptConfig,
+    tasks: Sequence[OwnTask] | None = None,
+    on_step: Callable[[list[float]], None] | None = None,
+) -> Adapted:
     """Adapt to every task, several together.
 
     Args:
         tasks: in place of those in the files of ``config.examples``.
+        on_step: called after every update step towards an adapter that is written, with the loss of every task.
 
     Raises:
         ValueError: as of :func:`adapt`.
@@ -100,7 +102,14 @@ def adapt_tasks(config: AdaptConfig, tasks: Sequence[OwnTask] | None = None) -> 
         return done
     source = find_model_source(config)
     with sole_user(config.output if several else config.output.parent, name=".adapt.lock", setting="--output"):
-        _adapt(config, tasks, source, done)
+        _adapt(config, tasks, source, done, on_step)
+        if config.push_to_hub is not None:
+            from metasft.adapt.output import publish
+
+            try:
+                publish(config.output, config.push_to_hub)
+            except ValueError as error:
+                done.failed[config.push_to_hub] = str(error)
     return done
 
 
@@ -116,10 +125,7 @@ def _read(config: AdaptConfig, done: Adapted) -> list[OwnTask]:
     return tasks
 
 
-def _adapt(config: AdaptConfig, tasks: Sequence[OwnTask], source: Any, done: Adapted) -> None:
-    from tqdm import tqdm
-
-    from metasft.adapt.adaptable_model import AdaptableModel
+def _adapt(config: AdaptConfig, tasks: Sequence[OwnTask], source: Any, done: Adapted, on_step: Any) -> None:
     from metasft.adapt.checks import check_start
     from metasft.adapt.open_model import open_model
 
@@ -145,23 +151,51 @@ def _adapt(config: AdaptConfig, tasks: Sequence[OwnTask], source: Any, done: Ada
     )
     records = {task.name: _record(config, task, source, opened) for task in tasks if task.name in tokenized}
     missing = [task for task in tasks if task.name in tokenized and not _is_done(config, task, records, done)]
-    if not missing:
-        return
+    if missing:
+        _adapt_missing(config, missing, tokenized, opened, records, done, on_step)
+    if config.merge:
+        from metasft.adapt.output import merge, merged_folder
+
+        made = {task.name for task in missing}
+        for name in done.records:
+            if name in made or not merged_folder(done.folders[name]).exists():
+                merge(config, opened, done.folders[name])
+
+
+def _adapt_missing(
+    config: AdaptConfig,
+    missing: Sequence[OwnTask],
+    tokenized: Mapping[str, Any],
+    opened: Any,
+    records: Mapping[str, dict[str, Any]],
+    done: Adapted,
+    on_step: Any,
+) -> None:
+    from tqdm import tqdm
+
+    from metasft.adapt.adaptable_model import AdaptableModel
+    from metasft.adapt.output import write_result
+    from metasft.adapt.task_runner import TaskRunner
+
     model = AdaptableModel(config, opened)
     size = config.tasks_together or model.together
-    work = _Work(config, opened, model)
-    total = sum(work.adaptations(len(tokenized[task.name].items)) for task in missing)
+    runner = TaskRunner(config, opened, model, on_step)
+    versions = {name: version(name) for name in ("metasft", "torch", "transformers", "peft")}
+    total = sum(runner.adaptations(len(tokenized[task.name].items)) for task in missing)
     with tqdm(total=total, desc="adapting", unit="adaptation") as progress:
         for first in range(0, len(missing), size):
             some = missing[first : first + size]
             started = time.perf_counter()
-            results = work.adapt([tokenized[task.name] for task in some], progress.update)
+            results = runner.adapt([tokenized[task.name] for task in some], progress.update)
             seconds = (time.perf_counter() - started) / len(some)
             for task, result in zip(some, results, strict=True):
-                record = {**records[task.name], **result.record(), "seconds": round(seconds, 3)}
-                work.write(done.folders[task.name], task, record, result)
+                record = {**records[task.name], **result.record(), "seconds": round(seconds, 3), "versions": versions}
+                folder = done.folders[task.name]
+                if folder.exists() and not any(folder.iterdir()):
+                    remove(folder)
+                write_result(config, opened, model, folder, task, record, result.tensors)
                 done.records[task.name] = record
-                progress.set_postfix_str(f"{len(done.records)} of {len(tasks)} tasks done")
+                progress.set_postfix_str(f"{len(done.records)} of {len(done.folders)} tasks done")
 
 
 def _tokenize(task: OwnTask, tokenizer: Any, data_config: Mapping[str, Any], limit: int) -> Any:
@@ -192,6 +226,7 @@ def _record(config: AdaptConfig, task: OwnTask, source: Any, opened: Any) -> dic
         "start": config.model_path,
         "start_sha256": source.sha256,
         "base_model": opened.load_from,
+        "base_model_on_hub": not user_path(opened.load_from).exists(),  # the hub takes no other names in a card
         "adapts": opened.adapts,
         "examples": {"file": task.path.name, "count": len(task.conversations), "sha256": task.sha256},
         "settings": {
@@ -206,7 +241,6 @@ def _record(config: AdaptConfig, task: OwnTask, source: Any, opened: Any) -> dic
             "evaluate": config.evaluate,
             "curve": config.curve,
         },
-        "versions": {name: version(name) for name in ("metasft", "torch", "transformers", "peft")},
     }
 
 
@@ -232,205 +266,3 @@ def _is_done(config: AdaptConfig, task: OwnTask, records: Mapping[str, Any], don
         f"--output {folder} holds something else than these examples adapted with these settings: give another "
         "folder, or --overwrite"
     )
-
-
-@dataclass
-class _Result:
-    """Of one task: how it was adapted, the adapted tensors, and what was measured (empty without)."""
-
-    adaptation: Adaptation
-    tensors: Mapping[str, Any]
-    support_losses: Sequence[float]
-    figures: Mapping[str, Any]
-    curve: Sequence[Mapping[str, Any]]
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "adaptation": {**self.adaptation._asdict(), "name": candidate_name(self.adaptation)},
-            "support_losses": list(self.support_losses),
-            "figures": dict(self.figures),
-            "curve": list(self.curve),
-        }
-
-
-@dataclass
-class _Work:
-    config: AdaptConfig
-    opened: Any
-    model: Any
-    _fresh: Any = None  # with all parameters adapted: a second model with a LoRA on it
-
-    @property
-    def grid(self) -> list[Adaptation]:
-        """Candidates of the search; the settings in use alone without one."""
-        given = self.opened.adaptation
-        if not self.config.search:
-            return [given]
-        learned, found = self.opened.learned, []
-        for optimizer, lr in (
-            (name, float(rate)) for name, rate in (one.split(":") for one in self.config.search_grid)
-        ):
-            scales = learned is not None and learned.optimizer == optimizer
-            for steps in sorted(self.config.search_steps) or [given.steps]:
-                found.append(Adaptation(optimizer, lr, steps, "search", lr / learned.start if scales else None))
-        return found
-
-    @property
-    def compares(self) -> bool:
-        """Whether there is a fresh LoRA to compare with: where one is adapted anyway there is none."""
-        return self.opened.fresh_lora is None
-
-    def shots(self, examples: int) -> list[int]:
-        """Of the curve: as many as can be adapted on with something held out."""
-        from metasft.adapt.cross_validation import folds
-
-        most = min((len(split.adapt_on) for split in folds(range(examples), self.config.seed)), default=0)
-        return [n for n in CURVE_SHOTS if n < most] + [most] * (most > 0) if self.config.curve else []
-
-    def adaptations(self, examples: int) -> int:
-        """How many adaptations a task with so many examples takes, for the progress."""
-        from metasft.adapt.cross_validation import folds
-
-        splits = folds(range(examples), self.config.seed)
-        rates = len(self.config.search_grid) * max(1, len(self.config.search_steps)) if self.config.search else 0
-        inner = sum(len(folds(split.adapt_on, self.config.seed)) for split in splits)
-        search = rates * len(splits)
-        if not self.config.evaluate or not splits:
-            return 1 + search
-        arm = len(splits) * (1 + max(0, len(self.shots(examples)) - 1)) + rates * inner
-        return 1 + search + 1 + arm * (2 if self.compares else 1)
-
-    def adapt(self, tasks: Sequence[Any], progress: Any) -> list[_Result]:
-        """Adapt to all examples of every task, and measure on held-out ones."""
-        from metasft.adapt import cross_validation as cv
-
-        seed, everything = self.config.seed, [tuple(range(len(task.items))) for task in tasks]
-        chosen = [self.opened.adaptation] * len(tasks)
-        if self.config.search:
-            chosen = cv.search(self.model, list(zip(tasks, everything, strict=True)), self.grid, seed, progress)
-        tensors: list[dict[str, Any]] = [{} for _ in tasks]
-        losses: list[list[float]] = [[] for _ in tasks]
-        for adaptation in dict.fromkeys(chosen):
-            numbers = [number for number, one in enumerate(chosen) if one == adaptation]
-            self.model.use(adaptation)
-            jobs = [tasks[number].job(everything[number], (), seed) for number in numbers]
-
-            def keep(job: int, adapted: Any, support: Any, numbers: Sequence[int] = numbers) -> None:
-                tensors[numbers[job]], losses[numbers[job]] = adapted, support
-                progress()
-
-            for _ in self.model.adapt(jobs, generate=False, keep=keep):
-                pass
-        figures: list[dict[str, Any]] = [{} for _ in tasks]
-        curves: list[list[dict[str, Any]]] = [[] for _ in tasks]
-        if self.config.evaluate:
-            measured = [number for number, task in enumerate(tasks) if len(task.items) > 1]
-            before = cv.run_trials(
-                self.model, [(tasks[n], cv.Split((), everything[n])) for n in measured], seed, progress, generate=True
-            )
-            after, by_shots = self._cross_validate(
-                [tasks[n] for n in measured], self.model, self.opened.adaptation, progress
-            )
-            fresh, fresh_by_shots = None, None
-            if self.compares:
-                with self._fresh_lora() as (model, adaptation):
-                    fresh, fresh_by_shots = self._cross_validate(
-                        [tasks[n] for n in measured], model, adaptation, progress
-                    )
-            for place, number in enumerate(measured):
-                one = [before[place], after[place], None if fresh is None else fresh[place]]
-                figures[number] = _figures(*one)
-                curves[number] = _curve(
-                    before[place], by_shots[place], None if fresh_by_shots is None else fresh_by_shots[place]
-                )
-        return [_Result(*of) for of in zip(chosen, tensors, losses, figures, curves, strict=True)]
-
-    def _cross_validate(self, tasks: Sequence[Any], model: Any, fallback: Adaptation, progress: Any) -> tuple[Any, Any]:
-        """Per task: every example measured while held out; and the same by the number of examples adapted on."""
-        from metasft.adapt import cross_validation as cv
-
-        seed = self.config.seed
-        trials = [(task, split) for task in tasks for split in cv.folds(range(len(task.items)), seed)]
-        chosen = [fallback] * len(trials)
-        if self.config.search:
-            problems = [(task, split.adapt_on) for task, split in trials]
-            chosen = cv.search(model, problems, self.grid, seed, progress)
-        held_out: dict[str, dict[int, Any]] = {task.name: {} for task in tasks}
-        by_shots: dict[str, dict[int, dict[int, Any]]] = {task.name: {} for task in tasks}
-        for adaptation in dict.fromkeys(chosen):
-            model.use(adaptation)
-            some = [trial for trial, one in zip(trials, chosen, strict=True) if one == adaptation]
-            for (task, _), found in zip(some, cv.run_trials(model, some, seed, progress, generate=True), strict=True):
-                held_out[task.name] |= found
-            fewer = []
-            for task, split in some:
-                order = list(split.adapt_on)
-                random.Random(f"{seed}/curve").shuffle(order)
-                for n in self.shots(len(task.items))[:-1]:
-                    fewer.append((task, cv.Split(tuple(order[:n]), split.held_out)))
-            for (task, split), found in zip(
-                fewer, cv.run_trials(model, fewer, seed, progress, generate=False), strict=True
-            ):
-                by_shots[task.name].setdefault(len(split.adapt_on), {}).update(found)
-        for task in tasks:
-            if shots := self.shots(len(task.items)):
-                by_shots[task.name][shots[-1]] = held_out[task.name]
-        return [held_out[task.name] for task in tasks], [by_shots[task.name] for task in tasks]
-
-    @contextlib.contextmanager
-    def _fresh_lora(self) -> Iterator[tuple[Any, Adaptation]]:
-        """A model with an untrained LoRA, and how it is adapted: with as many steps."""
-        from metasft.adapt.adaptable_model import AdaptableModel
-
-        given = self.opened.adaptation
-        adaptation = Adaptation(DEFAULT_OPTIMIZER, DEFAULT_LR_LORA, given.steps, "default")
-        if self.opened.adapter is not None:
-            with self.model.fresh_lora(self.config.seed):
-                yield self.model, adaptation
-            return
-        if self._fresh is None:
-            from metasft.adapt.open_model import open_model
-
-            config = replace(self.config, full=False)
-            self._fresh = AdaptableModel(config, open_model(config, find_model_source(config)))
-        yield self._fresh, adaptation
-
-    def write(self, folder: Path, task: OwnTask, record: Mapping[str, Any], result: _Result) -> None:
-        """Put the adapter or the model in place, whole."""
-        from metasft.adapt.output import write_result
-
-        if folder.exists() and not any(folder.iterdir()):
-            remove(folder)
-        write_result(self.config, self.opened, self.model, folder, task, record, result.tensors)
-
-
-def _figures(before: Mapping[int, Any], after: Mapping[int, Any], fresh: Mapping[int, Any] | None) -> dict[str, Any]:
-    from metasft.adapt import cross_validation as cv
-
-    order, count = sorted(before), len(before)
-    arms = {"before": before, "after": after, **({} if fresh is None else {"fresh_lora": fresh})}
-    measured = {name: [values[i] for i in order] for name, values in arms.items()}
-    gain = cv.difference(measured["before"], measured["after"])
-    found: dict[str, Any] = {name: cv.summary(values) for name, values in measured.items()}
-    found |= {"gain": gain, "verdict": cv.verdict(gain, count, "adapting")}
-    if fresh is not None:
-        over = cv.difference(measured["fresh_lora"], measured["after"])
-        found |= {
-            "over_fresh_lora": over,
-            "verdict_on_start": cv.verdict(over, count, "this start in place of a fresh LoRA"),
-        }
-    return found
-
-
-def _curve(before: Any, by_shots: Any, fresh: Any) -> list[dict[str, Any]]:
-    from metasft.adapt import cross_validation as cv
-
-    if not by_shots:
-        return []
-    points = [{"examples": 0, "after": cv.summary([before[i] for i in sorted(before)])}]
-    for n, values in sorted(by_shots.items()):
-        point = {"examples": n, "after": cv.summary([values[i] for i in sorted(values)])}
-        if fresh is not None:
-            point["fresh_lora"] = cv.summary([fresh[n][i] for i in sorted(fresh[n])])
-        points.append(point)
-    return points

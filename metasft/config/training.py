@@ -72,8 +72,8 @@ class MetaConfig(Schema):
     )
     inner_batch_size: int = key("support examples per inner step", 4, ge=1)
     episode_shots: Positive | Annotated[tuple[Positive, Positive], Tuple] | None = key(
-        "support examples of one episode, cycled by its inner steps, a number or [least, most] to draw it from; null = "
-        "other examples of the support set for every inner step",
+        "support examples of one episode, cycled by its inner steps, a number or [least, most] to draw it from, "
+        "at most the whole support set; null = other examples of the support set for every inner step",
         None,
     )
     inner_clip_grad: float | None = key(
@@ -210,10 +210,10 @@ class MetaConfig(Schema):
                 "give a learning rate of the logarithms of the rates, for example 0.01"
             )
         least, most = self.shots_of_an_episode
-        if least > most or most > self.set_sizes()[0]:
+        if least > most:
             raise ValueError(
                 f"meta.episode_shots={_written(self.episode_shots)} must be at most the {self.set_sizes()[0]} examples "
-                "of a support set, [least, most] in this order; lower it, or use more examples"
+                "of a support set, or [least, most] in this order; lower it, or use more examples"
             )
         if method != "reptile" and self.query_batch_size < 1:
             raise ValueError(
@@ -260,9 +260,10 @@ class MetaConfig(Schema):
 
     @property
     def shots_of_an_episode(self) -> tuple[int, int]:
-        """(least, most) of ``episode_shots``; (0, 0) without it."""
+        """(least, most) of ``episode_shots``, at most the support set; (0, 0) without it."""
         shots = self.episode_shots or 0
-        return (shots, shots) if isinstance(shots, int) else shots
+        least, most = (shots, shots) if isinstance(shots, int) else shots
+        return least, min(most, self.set_sizes()[0])
 
     @property
     def inner_batch_sizes(self) -> range:

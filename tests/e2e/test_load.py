@@ -15,7 +15,7 @@ SUPPORT, QUERY = 1400, 163
 """64 tasks of 1,563 examples are 100,032."""
 
 METHODS = {
-    "META-LORA": ("meta_lora_trainer.py", "config_meta_lora_example", {"model.lora_rank": 4, "model.lora_alpha": 8}),
+    "META-LORA": ("meta_lora_trainer.py", "config_meta_lora_guide", {"model.lora_rank": 4, "model.lora_alpha": 8}),
     "FOMAML": ("maml_sft_trainer.py", "config_fomaml_math_science", {}),
 }
 

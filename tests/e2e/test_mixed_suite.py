@@ -38,7 +38,7 @@ def test_a_mixed_suite_is_trained_evaluated_and_compared(tiny_model, tmp_path):
     must_run("prepare_math_science_data.py", "--mapping", tmp_path / "own.yaml", "--output-dir", data)
 
     must_run(
-        "meta_lora_trainer.py", "--config-path", "data/math_science_meta", "--config-name", "config_meta_lora_example",
+        "meta_lora_trainer.py", "--config-path", "data/math_science_meta", "--config-name", "config_meta_lora_guide",
         f"model.path={tiny_model}", f"meta.task_dir={data / 'meta_train'}", "meta.support_samples=8",
         "meta.num_inner_steps=2", "model.lora_rank=4", "model.lora_alpha=8", "trainer.total_training_steps=1",
         f"trainer.default_local_dir={run}",

@@ -15,7 +15,7 @@ import evaluate_few_shot
 from metasft.experiments.composition import overrides_of
 
 SCRIPTS = {
-    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
+    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_guide"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
 }

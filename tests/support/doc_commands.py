@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from doc_pages import Page
 from script_runner import ROOT
 
 from metasft.__main__ import COMMANDS
+from metasft.adapt import command as adaptation
+from metasft.cli.flags import parser_of
 from metasft.data.command import parse_arguments
-from metasft.evaluation import command as evaluation
+from metasft.evaluation.protocol import EvaluationConfig
 from metasft.experiments import command as experiments
 from metasft.experiments.composition import compose
 from metasft.experiments.plan import CONFIG_DIR, SCRIPTS
@@ -183,10 +186,18 @@ def _parsed_by(read: Callable[[Sequence[str]], object]) -> Callable[[Sequence[st
     return run
 
 
+def _adapt(arguments: Sequence[str]) -> None:
+    if arguments[0] in adaptation.SUBCOMMANDS:
+        import_module(adaptation.SUBCOMMANDS[arguments[0]]).parser().parse_args(arguments[1:])
+    else:
+        adaptation.parser().parse_args(arguments)
+
+
 _SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     **{script: lambda words, name=name: _hydra(words, name) for script, name in SCRIPTS.values()},
     "prepare_math_science_data.py": _parsed_by(parse_arguments),
-    "evaluate_few_shot.py": _parsed_by(evaluation.parser().parse_args),
+    "adapt.py": _parsed_by(_adapt),
+    "evaluate_few_shot.py": _parsed_by(parser_of(EvaluationConfig).parse_args),
     "compare_methods.py": _parsed_by(_compare),
     "run_experiments.py": _parsed_by(_experiments),
 }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from script_runner import ROOT
 
 TRAINERS = {
-    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_example"),
+    "meta_lora": ("meta_lora_trainer.py", "config_meta_lora_guide"),
     "fomaml": ("maml_sft_trainer.py", "config_fomaml_math_science"),
     "reptile": ("reptile_sft_trainer.py", "config_reptile_math_science"),
     "lora_ml": ("lora_ml_trainer.py", "config_lora_ml"),

@@ -71,8 +71,14 @@ def test_the_guides_rule_is_what_the_code_does_by_default(configs):
     assert guide == MetaConfig.from_mapping(needed, "meta_lora")
 
 
+def test_an_episode_has_at_most_the_support_set(configs):
+    for samples, expected in ((100, (5, 25)), (20, (5, 20)), (5, (5, 5))):
+        assert checked(configs, "meta_lora", **{"meta.support_samples": samples}).shots_of_an_episode == expected
+
+
 def test_defaults_are_those_of_the_guide(configs):
-    lora, fomaml = (checked(configs, method) for method in ("meta_lora", "fomaml"))
+    lora = MetaConfig.from_mapping(configs["guide"]["meta"], "meta_lora")
+    fomaml = checked(configs, "fomaml")
     assert (lora.support_samples, lora.num_inner_steps) == (100, 10)
     assert (fomaml.support_samples, fomaml.num_inner_steps) == (300, 5)
     bare = MetaConfig.from_mapping({"task_dir": "x", "inner_lr": 1}, "fomaml")
@@ -133,7 +139,7 @@ BOUNDS = [
     ("reptile", "meta.learned_inner_lr", ["per_tensor"], "no effect in Reptile-SFT"),
     ("reptile", "meta.inner_lr_meta_lr", [0.01], "no effect in Reptile-SFT"),
     ("reptile", "meta.episode_shots", [0, 2.5, "few", [5], [0, 5]], "a number or"),
-    ("meta_lora", "meta.episode_shots", [[10, 5], 101, [5, 101]], "at most the 100 examples"),
+    ("meta_lora", "meta.episode_shots", [[10, 5], 101, [101, 200]], "at most the 100 examples"),
     ("meta_lora", "meta.inner_optimizer", ["lion"], "'sgd' or 'adamw'"),
     ("meta_lora", "meta.tasks", ["algebra", [], ["a", "a"]], "task"),
     ("meta_lora", "meta.meta_batch_size", [0, 10**12], "tasks per meta-step"),

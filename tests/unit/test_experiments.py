@@ -106,7 +106,7 @@ def test_the_matrix_is_that_of_the_guide(scale, plans):
         "Exp 4": ("lora_single", 100, ("algebra", "geometry", "number_theory")),
         "Exp 5": ("lora_mixed", 600, ()),
     }
-    assert [a.arm.method for a in arms if not a.arm.experiment] == ["reptile", "base"]
+    assert [a.arm.method for a in arms if not a.arm.experiment] == ["meta_lora", "reptile", "base"]
     assert [a.arm.name for a in arms if a.config and a.config["model"]["lora_rank"] == 0] == [
         "fomaml_300",
         "reptile_300",
@@ -206,7 +206,7 @@ def test_arms_that_do_the_same_share_their_runs(plans):
     # At the guide's settings FOMAML has another budget in the matrix than in the comparison of sample counts.
     assert trained("gpu", "fomaml_n300") == ["train-fomaml_n300-seed1"]
     kinds = [run.kind for run in plans["smoke"].runs.values()]
-    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (28, 35, 67)
+    assert (kinds.count("train"), kinds.count("evaluate"), len(kinds)) == (30, 37, 71)
 
 
 def known_from(plan):

@@ -210,7 +210,7 @@ def test_training_on_a_model_that_brings_code(tmp_path, marker, tiny_model, task
     (template / "chat_template.jinja").write_text(RENDERED_ON_IMPORT)
     elsewhere = tmp_path / "elsewhere" / "global_step_2"
     write_pickle(elsewhere / "model_world_size_1_rank_0.pt", marker)
-    lora = ("meta_lora_trainer.py", "config_meta_lora_example", "model.lora_rank=4")
+    lora = ("meta_lora_trainer.py", "config_meta_lora_guide", "model.lora_rank=4")
     full = ("maml_sft_trainer.py", "config_fomaml_math_science", "meta.num_inner_steps=1")
     reptile = ("reptile_sft_trainer.py", "config_reptile_math_science", "meta.num_inner_steps=1")
     models = {k: bait_model(tmp_path / k, tiny_model, marker, k) for k in ("config", "tokenizer", "weights")}
