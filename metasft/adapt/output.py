@@ -11,8 +11,7 @@ import jinja2
 from metasft.adapt.adaptable_model import AdaptableModel
 from metasft.adapt.open_model import OpenedModel, load_transformers
 from metasft.adapt.own_examples import OwnTask
-from metasft.adapt.own_tasks import CURVE_FILE, RECORD_FILE
-from metasft.adapt.settings import AdaptConfig
+from metasft.adapt.settings import CURVE_FILE, RECORD_FILE, AdaptConfig
 from metasft.checkpoint.exports import save_adapter_folder, save_hf_model
 from metasft.cli.errors import one_line
 from metasft.files.atomic import replacing_folder, write_json

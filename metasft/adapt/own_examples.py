@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metasft.data.sources.column_layouts import Turn, prompt_text, read_conversation
-from metasft.files.untrusted import check_data_file, printable, reason
+from metasft.data.sources.column_layouts import COLUMNS, Turn, prompt_text, read_conversation
+from metasft.files.untrusted import DataFile, check_data_file, printable, reason
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ADVISED = 1_000
@@ -146,7 +146,8 @@ def _task_of(rows: Any, name: str, path: Path) -> OwnTask:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"{path} row {number} is {type(row).__name__}: give a prompt and a response by name")
-        turns = read_conversation(dict(row), {}, f"{path} row {number}")
+        where = f"{path} row {number}"
+        turns = read_conversation(dict(row), {}, where, remedy="give prompt and response")
         if turns is None:
             raise ValueError(f"{path} row {number} has no question or no response: complete or remove it")
         conversations.append(turns)
@@ -179,15 +180,9 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
-
-
 _READERS: dict[str, Any] = {
     ".jsonl": lambda path: parse_jsonl(path.read_text(encoding="utf-8-sig")),
     ".json": lambda path: json.loads(path.read_text(encoding="utf-8-sig")),
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": lambda path: DataFile(path).rows((), COLUMNS, remedy="give the columns prompt and response"),
 }

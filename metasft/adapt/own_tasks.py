@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from metasft.adapt.own_examples import OwnTask, files_of, read_task, read_tasks
-from metasft.adapt.settings import (
-    DEFAULT_BATCH_SIZE,
-    AdaptConfig,
-)
+from metasft.adapt.settings import DEFAULT_BATCH_SIZE, RECORD_FILE, AdaptConfig
 from metasft.adapt.starts import find_model_source
 from metasft.files.atomic import remove, sole_user
 from metasft.files.paths import user_path
 from metasft.files.untrusted import read_json
 
 logger = logging.getLogger(__name__)
-
-RECORD_FILE, CURVE_FILE = "adapt.json", "curve.png"
 
 
 @dataclass

@@ -12,6 +12,8 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -185,6 +187,7 @@ def main(argv: Sequence[str]) -> int:
                 output=given.output,
             )
         )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what was uploaded is removed then too
         serve(workshop, given.port)
     except (ValueError, OSError) as error:
         return report_error(error)

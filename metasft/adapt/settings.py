@@ -25,6 +25,8 @@ DEFAULT_STEPS = 10
 DEFAULT_BATCH_SIZE = 4
 OWN_GRID = ("adamw:3e-4", "adamw:1e-3", "adamw:3e-3", "adamw:1e-2")
 """What a search on a user's own examples chooses from."""
+RECORD_FILE, CURVE_FILE = "adapt.json", "curve.png"
+"""In the folder of an adapter: how it was made and what was measured, and the curve over numbers of examples."""
 
 
 def _is_device(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from metasft.adapt import cross_validation as cv
+import metasft.adapt.cross_validation as cv
 from metasft.adapt.adaptable_model import AdaptableModel
 from metasft.adapt.cross_validation import Measured, Tokenized
 from metasft.adapt.open_model import LearnedRates, OpenedModel, open_model

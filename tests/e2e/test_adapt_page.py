@@ -39,14 +39,20 @@ def server(tiny_model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--start", str(tiny_model), "--output", str(folder / "out"), "--port", str(port)]
+    (folder / "tmp").mkdir()
+    environment = {**script_environment(), "TMPDIR": str(folder / "tmp")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "adapt.py", "page", *flags], cwd=ROOT, env=script_environment(), stdout=log, stderr=log
+            [sys.executable, "adapt.py", "page", *flags], cwd=ROOT, env=environment, stdout=log, stderr=log
         )
     address = f"http://127.0.0.1:{port}"
     try:
         wait(lambda: f"open {address} (Ctrl-C ends)" in (folder / "log").read_text(), 120)
+        assert list((folder / "tmp").glob("adapt_page_*"))
         yield process, address, folder / "out"
+        process.terminate()
+        assert process.wait(30) == 0
+        assert not list((folder / "tmp").glob("adapt_page_*"))  # uploads and archives
     finally:
         process.kill()
         process.wait()

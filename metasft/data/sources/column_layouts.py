@@ -59,7 +59,9 @@ def text_of(value: Any) -> str:
     return "" if value is None or value != value else str(value)  # NaN: a gap in a parquet file
 
 
-def read_conversation(row: Row, fields: Mapping[str, str], where: str) -> list[Turn] | None:
+def read_conversation(
+    row: Row, fields: Mapping[str, str], where: str, remedy: str = "say under fields which column is what"
+) -> list[Turn] | None:
     """The turns of a row, the last one the assistant's response; what follows that one is left out.
 
     Args:
@@ -68,6 +70,7 @@ def read_conversation(row: Row, fields: Mapping[str, str], where: str) -> list[T
             them. Without the first two the layout is recognised by the columns. Where there is no response the answer
             is one.
         where: the mapping, for messages.
+        remedy: ends the message about columns of no layout.
 
     Returns:
         None where the row has no question or no response.
@@ -75,7 +78,7 @@ def read_conversation(row: Row, fields: Mapping[str, str], where: str) -> list[T
     Raises:
         ValueError: the columns are of no layout, or one holds something else than text or turns.
     """
-    layout = _layout(row, fields, where)
+    layout = _layout(row, fields, where, remedy)
     turns = _turns(row.get(layout.opening), layout, where)
 
     def cell(column: str | None) -> str:
@@ -114,7 +117,7 @@ def prompt_text(turns: Sequence[Mapping[str, str]]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def _layout(row: Row, fields: Mapping[str, str], where: str) -> _Layout:
+def _layout(row: Row, fields: Mapping[str, str], where: str, remedy: str) -> _Layout:
     if "messages" in fields:
         return _Layout(fields["messages"], fields.get("response"), turns_only=True)
     if "prompt" in fields:
@@ -126,7 +129,7 @@ def _layout(row: Row, fields: Mapping[str, str], where: str) -> _Layout:
         return _Layout("prompt")
     raise ValueError(
         f"the data of {where} have the columns {', '.join(map(printable, row))}, which are of no known layout "
-        "(messages; conversations; instruction and output; prompt and response): say under fields which column is what"
+        f"(messages; conversations; instruction and output; prompt and response): {remedy}"
     )
 
 
