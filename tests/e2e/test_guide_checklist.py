@@ -22,6 +22,8 @@ def run(tiny_model, task_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checklist")
     must_run(
         "meta_lora_trainer.py",
+        "--config-name",
+        "config_meta_lora_guide",
         f"model.path={tiny_model}",
         f"meta.task_dir={task_dir}",
         "meta.support_samples=20",
@@ -88,6 +90,8 @@ def test_no_more_than_the_support_samples_are_used(run, tiny_model, task_dir, tm
     folder = tmp_path / "run"
     must_run(
         "meta_lora_trainer.py",
+        "--config-name",
+        "config_meta_lora_guide",
         f"model.path={tiny_model}",
         f"meta.task_dir={tmp_path}",
         "meta.support_samples=20",

@@ -67,7 +67,7 @@ def test_the_guides_rule_is_what_the_code_does_by_default(configs):
     guide = MetaConfig.from_mapping(configs["guide"]["meta"], "meta_lora")
     assert (guide.trajectory_weight, guide.order, guide.learned_inner_lr, guide.inner_scope) == (0.0, 1, "none", "all")
     assert (guide.inner_optimizer, guide.episode_shots) == ("sgd", None)
-    needed = {"task_dir": guide.task_dir, "inner_lr": guide.inner_lr}
+    needed = {"task_dir": guide.task_dir, "inner_lr": guide.inner_lr, "task_group_size": 1}
     assert guide == MetaConfig.from_mapping(needed, "meta_lora")
 
 

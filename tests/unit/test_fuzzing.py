@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from script_runner import ROOT
 
+from metasft.adapt.settings import AdaptConfig, _schema
 from metasft.checkpoint import exports
 from metasft.checkpoint.exports import load_adapter_folder, load_meta_lora
 from metasft.config import records, result_files
@@ -36,7 +37,7 @@ from metasft.data.sources.catalog import SOURCES
 from metasft.data.sources.commands import split_sizes
 from metasft.data.sources.suite import Suite as DataSuite
 from metasft.data.task_sets import find_task_files
-from metasft.evaluation.protocol import _schema, read_test_tasks
+from metasft.evaluation.protocol import EvaluationConfig, read_test_tasks
 from metasft.experiments.suites import Scale, Suite
 from metasft.files import untrusted
 
@@ -275,7 +276,8 @@ KINDS = {
     "experiments": (records._PlannedExperiments, None),
     "results": (dict[str, dict[result_files.WholeText, result_files.SpeedEntry]], None),
     "summary": (result_files.Summary, None),
-    "settings of an evaluation": (_schema(), None),
+    "settings of an evaluation": (_schema(EvaluationConfig), None),
+    "settings of adapt.py": (_schema(AdaptConfig), None),
     "prediction": (result_files.Prediction, None),
     "adapter": (exports._Export, None),
 }
