@@ -100,7 +100,6 @@ class AdaptableModel:
         dtype = torch.float32 if all_parameters else getattr(torch, config.dtype)
         prompts = opened.chat_template, opened.chat_template_kwargs
         self.tokenizer, model = load_transformers(opened.load_from, dtype, *prompts)
-        self._data_config = opened.data_config
         model = model.to(self.device).eval()
         autocast = all_parameters and config.dtype == "bfloat16"
         self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from metasft.adapt.own_tasks import Adapted, adapt_tasks
+from metasft.adapt.own_tasks import ARMS, Adapted, adapt_tasks, verdicts
 from metasft.adapt.settings import AdaptConfig
 from metasft.cli.errors import ArgumentParser, one_line, report_error
 from metasft.cli.flags import given_flags, parser_of
@@ -46,13 +46,11 @@ def _report(name: str, record: Mapping[str, Any], done: Adapted) -> list[str]:
     figures, examples = record["figures"], record["examples"]["count"]
     lines = [f"{name}: {examples} example{'s' * (examples != 1)}, {record['adaptation']['name']}"]
     lines += [f"  note: {remark}" for remark in done.remarks[name]]
-    for arm, label in (("before", "before"), ("after", "after"), ("fresh_lora", "fresh LoRA, as many steps")):
+    for arm, label in ARMS.items():
         if measured := figures.get(arm):
             lines.append(
                 f"  {label:26} loss {measured['loss']:.3f} nats per response token, exact match "
                 f"{measured['exact_match']:.0%}"
             )
-    lines += [f"  {figures[key]}" for key in ("verdict", "verdict_on_start") if key in figures]
-    if record["settings"]["evaluate"] and not figures:
-        lines.append("  one example leaves nothing to hold out: whether it helped is not measured")
+    lines += [f"  {sentence}" for sentence in verdicts(record)]
     return [*lines, f"  wrote {done.folders[name]}"]

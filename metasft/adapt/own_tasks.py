@@ -7,7 +7,6 @@ interrupted goes on with those that are missing.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,16 @@ from metasft.files.atomic import remove, sole_user
 from metasft.files.paths import user_path
 from metasft.files.untrusted import read_json
 
-logger = logging.getLogger(__name__)
+ARMS = {"before": "before", "after": "after", "fresh_lora": "fresh LoRA, as many steps"}
+"""What the figures of a record compare, in words."""
+
+
+def verdicts(record: Mapping[str, Any]) -> list[str]:
+    """Whether adapting helped, in sentences."""
+    figures = record["figures"]
+    if record["settings"]["evaluate"] and not figures:
+        return ["one example leaves nothing to hold out: whether it helped is not measured"]
+    return [figures[key] for key in ("verdict", "verdict_on_start") if key in figures]
 
 
 @dataclass
@@ -195,7 +203,7 @@ def _adapt_missing(
 
 def _tokenize(task: OwnTask, tokenizer: Any, data_config: Mapping[str, Any], limit: int) -> Any:
     from metasft.adapt.cross_validation import Tokenized
-    from metasft.adapt.packed_runner import TestItem, response_targets
+    from metasft.adapt.packed_runner import TestItem
     from metasft.data.task_sets import TokenizedSet
 
     found = TokenizedSet(task, len(task.conversations), tokenizer, data_config)
@@ -206,12 +214,8 @@ def _tokenize(task: OwnTask, tokenizer: Any, data_config: Mapping[str, Any], lim
                 "--max-length allows: shorten it"
             )
     found.check_template()
-    examples = [found[index] for index in range(len(found))]
-    items = [
-        TestItem(found.prompt_ids(index), example["input_ids"].tolist(), response_targets(example))
-        for index, example in enumerate(examples)
-    ]
-    return Tokenized(task.name, examples, items, task.responses)
+    indices = range(len(found))
+    return Tokenized(task.name, found.batch(indices), [TestItem.of(found, i) for i in indices], task.responses)
 
 
 def _record(config: AdaptConfig, task: OwnTask, source: Any, opened: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,6 +19,9 @@ from metasft.adapt.row_cache import RowCache
 from metasft.model.forward_pass import ForwardPass, running
 from metasft.model.inner_loop import Adaptation
 from metasft.model.packed_attention import PackedSequences
+
+if TYPE_CHECKING:
+    from metasft.data.task_sets import TokenizedSet
 
 Example = Mapping[str, torch.Tensor]
 """One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]."""
@@ -38,6 +41,12 @@ class TestItem(NamedTuple):
     prompt: list[int]
     ids: list[int]
     targets: list[int]
+
+    @classmethod
+    def of(cls, examples: TokenizedSet, index: int) -> TestItem:
+        """The example at ``index``."""
+        example = examples[index]
+        return cls(examples.prompt_ids(index), example["input_ids"].tolist(), response_targets(example))
 
     @property
     def draft(self) -> list[int]:

@@ -24,7 +24,7 @@ from metasft.adapt.chat import Voices
 from metasft.adapt.checks import check_start
 from metasft.adapt.open_model import open_model
 from metasft.adapt.own_examples import SUFFIXES, OwnTask, parse_jsonl, read_task, read_tasks
-from metasft.adapt.own_tasks import adapt_tasks
+from metasft.adapt.own_tasks import ARMS, adapt_tasks, verdicts
 from metasft.adapt.settings import AdaptConfig
 from metasft.adapt.starts import find_model_source
 from metasft.cli.errors import ArgumentParser, one_line, report_error
@@ -34,7 +34,6 @@ MAX_UPLOAD = 4 * 1024**2
 """Bytes of an uploaded file: 50 examples of any length that a model reads have room in it."""
 COLUMNS = ("prompt", "response")
 FIGURES = ("", "loss", "95% interval", "exact match")
-ARMS = {"before": "before", "after": "after", "fresh_lora": "fresh LoRA, as many steps"}
 
 
 # ---- behind the page ------------------------------------------------------------------------------------------------
@@ -86,10 +85,7 @@ class Workshop:
         folder = _next_folder(self.config.output)
         done = adapt_tasks(replace(self.config, output=folder, evaluate=evaluate), [task], on_step)
         record, remarks = done.records[task.name], done.remarks[task.name]
-        figures = record["figures"]
-        said = [figures[key] for key in ("verdict", "verdict_on_start") if key in figures]
-        if evaluate and not figures:
-            said.append("one example leaves nothing to hold out: whether it helped is not measured")
+        figures, said = record["figures"], verdicts(record)
         count = len(task.conversations)
         said.insert(0, f"adapted to {count} example{'s' * (count != 1)}: {record['adaptation']['name']}")
         rows = [_row(label, figures[arm]) for arm, label in ARMS.items() if arm in figures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -51,7 +52,7 @@ def told(doc: str, **bounds: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptationSettings:
+class AdaptationSettings(ABC):
     """A model and its adaptation, one attribute per flag, whose help is the text beside it.
 
     Attributes:
@@ -105,14 +106,14 @@ class AdaptationSettings:
     full: Annotated[bool, told("with base: adapt all parameters in place of a fresh LoRA")] = False
 
     @property
+    @abstractmethod
     def starts(self) -> tuple[str, ...]:
         """Kinds of starts (:mod:`metasft.adapt.starts`) that it takes."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def taken_by(self) -> str:
         """What takes these, for messages."""
-        raise NotImplementedError
 
     @property
     def fresh_lora(self) -> bool:

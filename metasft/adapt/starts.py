@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,25 @@ class Adaptation(NamedTuple):
     steps: int
     origin: str
     factor: float | None = None
+
+
+def candidates(grid: Sequence[str], steps: Sequence[int], learned: tuple[str, float] | None) -> list[Adaptation]:
+    """What a search chooses from: every optimizer and rate of a grid with every number of steps.
+
+    Args:
+        grid: entries such as ``adamw:1e-3``.
+        learned: optimizer and starting rate of learned rates, which the candidates of that optimizer scale.
+    """
+    found = []
+    for optimizer, lr in ((name, float(rate)) for name, rate in (entry.split(":") for entry in grid)):
+        factor = lr_factor(optimizer, lr, learned)
+        found += [Adaptation(optimizer, lr, n, "search", factor) for n in steps]
+    return found
+
+
+def lr_factor(optimizer: str, lr: float, learned: tuple[str, float] | None) -> float | None:
+    """What learned rates are multiplied with: the candidate's rate over the one they started at; None without them."""
+    return lr / learned[1] if learned is not None and learned[0] == optimizer else None
 
 
 def candidate_name(adaptation: Adaptation) -> str:

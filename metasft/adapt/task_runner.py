@@ -13,7 +13,7 @@ from metasft.adapt.adaptable_model import AdaptableModel
 from metasft.adapt.cross_validation import Measured, Tokenized
 from metasft.adapt.open_model import LearnedRates, OpenedModel, open_model
 from metasft.adapt.settings import DEFAULT_LR_LORA, DEFAULT_OPTIMIZER, AdaptConfig
-from metasft.adapt.starts import Adaptation, candidate_name, find_model_source
+from metasft.adapt.starts import Adaptation, candidate_name, candidates, find_model_source
 
 CURVE_SHOTS = (5, 10, 25, 50, 100)
 
@@ -72,13 +72,8 @@ class TaskRunner:
         Args:
             learned: rates that those of their optimizer scale.
         """
-        found = []
-        for entry in self.config.search_grid:
-            optimizer, _, rate = entry.partition(":")
-            factor = float(rate) / learned.start if learned is not None and learned.optimizer == optimizer else None
-            for steps in sorted(self.config.search_steps) or [self.opened.adaptation.steps]:
-                found.append(Adaptation(optimizer, float(rate), steps, "search", factor))
-        return found
+        steps = sorted(self.config.search_steps) or [self.opened.adaptation.steps]
+        return candidates(self.config.search_grid, steps, learned and (learned.optimizer, learned.start))
 
     @property
     def compares(self) -> bool:

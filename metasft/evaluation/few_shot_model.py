@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from metasft.adapt.adaptable_model import AdaptableModel, Job, Outcome
 from metasft.adapt.open_model import OpenedModel
-from metasft.adapt.packed_runner import Example, TestItem, response_targets
+from metasft.adapt.packed_runner import Example, TestItem
 from metasft.data.in_context import in_context
 from metasft.data.task_sets import TokenizedSet
 from metasft.data.unseen_tasks import order_of_shots
@@ -77,10 +77,8 @@ class FewShotModel(AdaptableModel):
             self._tasks[task.name] = task
             self._tests[task.name] = []
             for i in range(len(task.test)):
-                example = checked(test[i], task.test_path, i)
-                self._tests[task.name].append(
-                    TestItem(test.prompt_ids(i), example["input_ids"].tolist(), response_targets(example))
-                )
+                checked(test[i], task.test_path, i)
+                self._tests[task.name].append(TestItem.of(test, i))
 
     def _items(self, cell: CellJob) -> list[TestItem]:
         """The test items as this cell sees them: after its shots, where these come in the prompt."""

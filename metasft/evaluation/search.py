@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metasft.adapt import starts
 from metasft.adapt.starts import Adaptation, candidate_name
 from metasft.config.result_files import read_search_file
 from metasft.data.unseen_tasks import shot_indices
@@ -71,18 +72,12 @@ def read_losses(path: Path, settings: Mapping[str, Any]) -> Losses:
 
 def candidates(settings: Mapping[str, Any]) -> list[Adaptation]:
     """Every optimizer and rate of the grid with every number of steps."""
-    grid = [(optimizer, float(lr)) for optimizer, lr in (entry.split(":") for entry in settings["grid"])]
-    return [
-        Adaptation(optimizer, lr, n, "search", _factor(settings, optimizer, lr))
-        for optimizer, lr in grid
-        for n in settings["steps"]
-    ]
+    return starts.candidates(settings["grid"], settings["steps"], _learned(settings))
 
 
-def _factor(settings: Mapping[str, Any], optimizer: str, lr: float) -> float | None:
-    """What learned rates are multiplied with: the candidate's rate over the one they started at; None without them."""
+def _learned(settings: Mapping[str, Any]) -> tuple[str, float] | None:
     learned = settings.get("learned_rates")
-    return lr / learned["start"] if learned is not None and learned["optimizer"] == optimizer else None
+    return None if learned is None else (learned["optimizer"], learned["start"])
 
 
 def search(model: Any, tasks: Sequence[TestTask], settings: Mapping[str, Any], path: Path) -> Losses:
@@ -209,7 +204,7 @@ def read_search(
     chosen = {n: choice[str(n)] for n in config.adapted_shots}
     adaptations = {}
     for n, c in chosen.items():
-        factor = _factor(settings, c["optimizer"], c["lr"])
+        factor = starts.lr_factor(c["optimizer"], c["lr"], _learned(settings))
         used = "" if learned is None else ", learned rates" if factor is not None else ", not the learned rates"
         adaptations[n] = Adaptation(c["optimizer"], c["lr"], c["steps"], origin + used, factor)
     summary = {
