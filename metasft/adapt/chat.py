@@ -4,7 +4,8 @@
     python adapt.py try adapters/mine adapters/other --base-model models/mine
 
 An adapter is a folder that adapt.py wrote, or anything it takes as a start; a model folder (--full, --merge) works too.
-Answers are greedy. /help lists the commands.
+Answers are greedy. Where all examples of an adapter open with one system message, its prompts do, too, and those of
+the base model open with that of the first adapter. /help lists the commands.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from transformers import TextStreamer
 
 from metasft.adapt.checks import check_start
 from metasft.adapt.open_model import OpenedModel, load_transformers, open_model
-from metasft.adapt.settings import AdaptationSettings
+from metasft.adapt.settings import RECORD_FILE, AdaptationSettings
 from metasft.adapt.starts import find_model_source
 from metasft.cli.errors import ArgumentParser, one_line, report_error
 from metasft.files.paths import user_path
-from metasft.files.untrusted import printable
+from metasft.files.untrusted import printable, read_json
 
 BASE = "base"
 ANSWER_TOKENS = 200
@@ -104,6 +105,8 @@ class Voices:
             self._prompts = prompts
             opened.append(one)
         first = opened[0]
+        systems = [_system_of(path) for path in paths]
+        self._systems = systems if first.adapter is None else [systems[0], *systems]
         self._max_new_tokens = max_new_tokens
         self._context = getattr(model_settings.get_text_config(), "max_position_embeddings", None) or 2**31
         self.tokenizer, model = load_transformers(
@@ -117,7 +120,7 @@ class Voices:
         self._ends = set(self._model.generation_config.eos_token_id)
 
     def answer(self, voice: int, prompt: str, streamer: TextStreamer | None = None) -> Answer:
-        """The greedy answer to a prompt, nothing before it.
+        """The greedy answer to a prompt, with nothing before it but the system message of the examples.
 
         Args:
             voice: index into :attr:`names`.
@@ -126,8 +129,10 @@ class Voices:
         Raises:
             ValueError: the model does not read as many tokens.
         """
+        system = self._systems[voice]
+        opening = [] if system is None else [{"role": "system", "content": system}]
         encoded = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [*opening, {"role": "user", "content": prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
@@ -164,6 +169,16 @@ def _names(paths: Sequence[str]) -> list[str]:
     short = [BASE, *(place.stem if place.suffix == ".pt" else place.name for place in places)]
     names = [name if short.count(name) == 1 else path for name, path in zip(short[1:], paths, strict=True)]
     return [BASE, *map(printable, names)]
+
+
+def _system_of(path: str) -> str | None:
+    """The system message of the examples that adapt.py has made a folder from."""
+    record = user_path(path) / RECORD_FILE
+    if not record.is_file():
+        return None
+    examples = read_json(record, "adapt again").get("examples")
+    found = examples.get("system") if isinstance(examples, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _same_model(one: str, other: str) -> bool:

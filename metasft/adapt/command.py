@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
     if argv and argv[0] in SUBCOMMANDS:
         return import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
     try:
-        done = adapt_tasks(AdaptConfig(**given_flags(parser(description), argv)))
+        config = AdaptConfig(**given_flags(parser(description), argv))
+        done = adapt_tasks(config)
     except (ValueError, OSError) as error:
         return report_error(error)
     for name, record in done.records.items():
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         print(f"error: {one_line(why)}", file=sys.stderr)
     if not done.failed:
         return 0
-    print(f"{len(done.records)} tasks adapted, {len(done.failed)} failed: {', '.join(map(printable, done.failed))}")
+    if config.examples.is_dir():
+        print(f"{len(done.records)} tasks adapted, {len(done.failed)} failed: {', '.join(map(printable, done.failed))}")
     return 1 if done.records else 2
 
 

@@ -53,6 +53,12 @@ class OwnTask:
         return hashlib.sha256(json.dumps(self.conversations, ensure_ascii=False).encode()).hexdigest()
 
     @property
+    def system(self) -> str | None:
+        """The system turn that all conversations open with; None where they differ or have none."""
+        opened = {turns[0]["content"] if turns[0]["role"] == "system" else None for turns in self.conversations}
+        return opened.pop() if len(opened) == 1 else None
+
+    @property
     def responses(self) -> list[str]:
         """What the assistant is to say, of every example."""
         return [turns[-1]["content"] for turns in self.conversations]

@@ -227,7 +227,12 @@ def _record(config: AdaptConfig, task: OwnTask, source: Any, opened: Any) -> dic
         "base_model": opened.load_from,
         "base_model_on_hub": not user_path(opened.load_from).exists(),  # the hub takes no other names in a card
         "adapts": opened.adapts,
-        "examples": {"file": task.path.name, "count": len(task.conversations), "sha256": task.sha256},
+        "examples": {
+            "file": task.path.name,
+            "count": len(task.conversations),
+            "sha256": task.sha256,
+            "system": task.system,
+        },
         "settings": {
             "optimizer": opened.adaptation.optimizer,
             "lr": opened.adaptation.lr,

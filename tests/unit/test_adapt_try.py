@@ -96,6 +96,31 @@ def test_a_merged_or_full_model_answers_as_it_stands(adapters, tiny_model, tmp_p
     assert out.count("mine_merged: ") == 2 and out.endswith("* mine_merged\n")
 
 
+@pytest.mark.parametrize(("systems", "said"), [(("Be brief.",) * 2, "Be brief."), (("Be brief.", "Be kind."), None)])
+def test_a_prompt_opens_with_the_system_message_of_all_examples(systems, said, adapters, tmp_path, monkeypatch):
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": system},
+                {"role": "user", "content": f"Say {n}"},
+                {"role": "assistant", "content": f"= {n}"},
+            ]
+        }
+        for n, system in enumerate(systems)
+    ]
+    adapt(adapters / "one", rows, tmp_path / "mine", device="cpu", evaluate=False)
+    voices = Voices([str(tmp_path / "mine"), str(adapters / "two.5")], device="cpu", max_new_tokens=TOKENS)
+    read = []
+    generate = voices._model.generate
+    monkeypatch.setattr(voices._model, "generate", lambda **k: read.append(k["input_ids"][0]) or generate(**k))
+    for voice, system in ((0, said), (1, said), (2, None)):
+        voices.answer(voice, PROMPT)
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": PROMPT})
+        text = voices.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert voices.tokenizer.decode(read.pop()) == text
+
+
 # ---- the prompt -----------------------------------------------------------------------------------------------------
 
 
