@@ -37,6 +37,7 @@ SECTION_NAMES = (
     "verl_sft",
     "fomaml",
     "update_rule",
+    "top_layers",
     "memory",
     "checkpoint",
     "two_processes",

@@ -19,7 +19,7 @@ from metasft.adapt.settings import AdaptationSettings
 from metasft.adapt.starts import Adaptation
 from metasft.checkpoint.exports import attach_adapter, export_name
 from metasft.data.episodes import ShuffledStream
-from metasft.model.inner_loop import InnerLoop, Rates, names_of, within_scope
+from metasft.model.inner_loop import ALL, InnerLoop, Rates, names_of, within_scope
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class AdaptableModel:
         self._dropout = _has_dropout(self.model)
         self._dtype, self._all_parameters, self._unpacked = dtype, all_parameters, unpacked
         self._learned, self._scope = opened.learned, opened.scope
+        self._num_layers = self.model.config.get_text_config().num_hidden_layers
         self.use(opened.adaptation)
         self.trained_parameters = sum(parameter.numel() for parameter in self._adapter.parameters)
         if self.one_at_a_time_because is not None and not all_parameters:
@@ -133,6 +134,14 @@ class AdaptableModel:
         else:
             logger.warning("packed rows are not used: %s", unpacked)
             self.runner = PaddedRunner(**common, pad=self.tokenizer.pad_token_id)
+        self._lowest_layer = self._scope.lowest_layer(self._num_layers)
+        if self._lowest_layer:
+            why = unpacked or ("the model or its adapter has dropout" if self._dropout else "")
+            if isinstance(self.runner, PackedRunner) and not why:
+                why = self.runner.why_not_in_two_parts(self._lowest_layer, samples)
+            if why:
+                logger.warning("lower layers are computed anew in every update step: %s", why)
+                self._lowest_layer = 0
 
     def use(self, adaptation: Adaptation) -> None:
         """Adapt with this optimizer, rate and number of update steps from now on."""
@@ -156,7 +165,7 @@ class AdaptableModel:
         if adaptation.factor is not None:
             assert self._learned is not None and adaptation.optimizer == self._learned.optimizer, adaptation
             self._rates = self._learned.for_tensors(tensors, adaptation.factor)
-        self._rates = within_scope(self._rates, adaptation.lr, tensors, self._scope)
+        self._rates = within_scope(self._rates, adaptation.lr, self._scope.adapted(tensors, self._num_layers))
 
     @property
     def together(self) -> int:
@@ -175,7 +184,7 @@ class AdaptableModel:
         """
         layers = [module for module in self.model.modules() if hasattr(module, "reset_lora_parameters")]
         before = [parameter.detach().clone() for parameter in self._adapter.parameters]
-        scope, self._scope = self._scope, "all"
+        scope, self._scope = self._scope, ALL
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
@@ -240,9 +249,13 @@ class AdaptableModel:
         keep: Keep | None,
         on_step: OnStep | None,
     ) -> Iterator[tuple[int, int, Outcome]]:
+        started = time.perf_counter()
+        if isinstance(self.runner, PackedRunner):
+            self.runner.lowest_layer = self._lowest_layer if self._scope.kind == "top_layers" else 0
+            jobs = [job._replace(examples=self.runner.with_features(job.examples)) for job in jobs]
+        seconds, done = time.perf_counter() - started, 0
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(len(jobs))}
         adapted = {slot: job for slot, job in zip(slots, jobs, strict=True) if job.examples}
-        seconds = done = 0
         random_state = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
         with self._adapter.adapting(slots[-1] + 1, self._rates) as adaptation, random_state:
             torch.manual_seed(jobs[0].seed)

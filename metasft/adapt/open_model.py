@@ -35,7 +35,7 @@ from metasft.checkpoint.model_folder import check_chat_template, why_not_loaded
 from metasft.checkpoint.tensors import read_tensors
 from metasft.config.prompts import Prompts, chosen_arguments, chosen_template
 from metasft.files.untrusted import read_json, read_template
-from metasft.model.inner_loop import Rates
+from metasft.model.inner_loop import ALL, InnerScope, Rates
 
 # Lengths are checked in words of the evaluation, not of a training's configuration. Turns are tokenised one by one, as
 # in training, whether or not that is how the template renders them together: prompts have to agree with that.
@@ -84,7 +84,7 @@ class OpenedModel:
         device: where it will run.
         chat_template: in place of the tokenizer's own; None: that one.
         chat_template_kwargs: its arguments, as recorded or given.
-        scope: ``all``, or ``lora_b``: the B matrices of the adapter alone.
+        scope: which tensors of the adapter, or of the model, are adapted.
         learned: the inner rates that meta-training learned, where an adaptation can use them.
         recorded: the inner-loop settings that meta-training left beside it, where an adaptation can use them.
     """
@@ -98,7 +98,7 @@ class OpenedModel:
     device: torch.device
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    scope: str = "all"
+    scope: InnerScope = ALL
     learned: LearnedRates | None = None
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,7 +126,7 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
         if base_model is None:
             base_model = adapter.base_model
             check_model_folder(base_model, f"{config.PATH_FLAG} {source.path} was trained on")
-        scope = config.adaptation_scope or adapter.adaptation.get("inner_scope", "all")
+        scope = _scope(config, adapter.adaptation)
         return OpenedModel(
             load_from=base_model,
             base_model=base_model,
@@ -136,7 +136,7 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
                 config, adapter.adaptation, lora=True, learned=adapter.inner_rates is not None
             ),
             learned=_learned(adapter.adaptation, adapter.inner_rates),
-            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}{_SCOPES[scope]}",
+            adapts=f"LoRA of the checkpoint, r={adapter.adapter_config['r']}{_in_words(scope)}",
             scope=scope,
             device=device,
             recorded=adapter.adaptation,
@@ -145,20 +145,21 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
     recorded = recorded_adaptation(source)
     if config.fresh_lora:
         rank, alpha = config.lora_rank or DEFAULT_LORA_RANK, config.lora_alpha or DEFAULT_LORA_ALPHA
-        scope = config.adaptation_scope or "all"
+        scope = _scope(config, {})
         return OpenedModel(
             load_from=source.path,
             base_model=source.path,
             adapter=None,
             fresh_lora=(rank, alpha, config.seed),
             adaptation=resolve_adaptation(config, {}, lora=True),
-            adapts=f"fresh LoRA r={rank} alpha={alpha:g}{_SCOPES[scope]}",
+            adapts=f"fresh LoRA r={rank} alpha={alpha:g}{_in_words(scope)}",
             scope=scope,
             device=device,
             **_prompts(config, None, recorded),
         )
     if config.adaptation_scope == "lora_b":
         raise ValueError("--adaptation-scope is lora_b, and all parameters are adapted here: leave it out")
+    scope = _scope(config, recorded)
     rates_path = Path(source.path) / MODEL_RATES_FILE
     rates = read_rates(rates_path) if rates_path.is_file() else None
     if rates is not None:
@@ -170,14 +171,25 @@ def open_model(config: AdaptationSettings, source: ModelSource) -> OpenedModel:
         fresh_lora=None,
         adaptation=resolve_adaptation(config, recorded, lora=False, learned=rates is not None),
         learned=_learned(recorded, rates),
-        adapts="all parameters",
+        adapts=f"all parameters{_in_words(scope)}",
+        scope=scope,
         device=device,
         recorded=recorded,
         **_prompts(config, None, recorded),
     )
 
 
-_SCOPES = {"all": "", "lora_b": ", B matrices alone"}
+def _scope(config: AdaptationSettings, recorded: Mapping[str, Any]) -> InnerScope:
+    """What is asked for, or else what meta-training recorded."""
+    if config.adaptation_scope is not None:
+        return InnerScope(config.adaptation_scope, config.adaptation_top_layers)
+    return InnerScope(recorded.get("inner_scope", "all"), recorded.get("inner_top_layers"))
+
+
+def _in_words(scope: InnerScope) -> str:
+    if scope.kind == "top_layers":
+        return f" of the top {scope.top_layers} layers"
+    return ", B matrices alone" if scope.kind == "lora_b" else ""
 
 
 def _learned(recorded: Mapping[str, Any], rates: Mapping[str, torch.Tensor] | None) -> LearnedRates | None:

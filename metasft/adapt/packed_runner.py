@@ -16,15 +16,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metasft.adapt.row_cache import RowCache
-from metasft.model.forward_pass import ForwardPass, running
+from metasft.files.untrusted import reason
+from metasft.model.forward_pass import ForwardPass, LowerLayers, running
 from metasft.model.inner_loop import Adaptation
+from metasft.model.lower_layers import base_model, decoder_layers, in_rows, watch_decoder_layers
 from metasft.model.packed_attention import PackedSequences
 
 if TYPE_CHECKING:
     from metasft.data.task_sets import TokenizedSet
 
 Example = Mapping[str, torch.Tensor]
-"""One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]."""
+"""One tokenised example: ``input_ids``, ``position_ids`` and ``loss_mask``, each [tokens]; with ``features``, [tokens,
+hidden size], what the lower layers make of it, update steps start from there."""
+
+
+TWO_PARTS_TOLERANCE = 1e-3
+"""Largest difference of logits relative to the largest logit: the same products are computed in two parts."""
 
 
 class TestItem(NamedTuple):
@@ -136,11 +143,50 @@ class PackedRunner:
     share: bool = True
     budget: Budget = None  # type: ignore[assignment]
     tokens: TokenCount = field(default_factory=TokenCount)
+    lowest_layer: int = 0
+    """Number of the decoder layer that update steps start at, where those below are computed once per example."""
 
     def __post_init__(self) -> None:
         self.budget = self.budget or Budget.of(self.device)
 
     # ---- adaptation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def why_not_in_two_parts(self, lowest_layer: int, samples: Sequence[Sequence[int]]) -> str:
+        """In words, why update steps cannot start at a decoder layer; empty where they can.
+
+        Args:
+            lowest_layer: number of that layer.
+            samples: texts as token ids.
+        """
+        try:
+            watch_decoder_layers(decoder_layers(base_model(self.model)))
+        except (AttributeError, ValueError) as error:
+            return reason(error)
+        packed = PackedSequences([(0, ids) for ids in samples], 1, self.device)
+        expected = self._forward(packed, packed, None, None)
+        lower = LowerLayers(lowest_layer)
+        self._forward(packed, packed, [], [0], lower)
+        found = self._forward(packed, packed, None, None, LowerLayers(lowest_layer, lower.found))
+        share = float((found - expected).abs().max() / expected.abs().max())
+        return "" if share < TWO_PARTS_TOLERANCE else f"its logits are off by {share:.2%}"
+
+    @torch.no_grad()
+    def with_features(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with what the layers below :attr:`lowest_layer` make of them; without one, as they are."""
+        if not self.lowest_layer:
+            return list(examples)
+        found: list[Example] = []
+        for some in self._split([(0, [example]) for example in examples]):
+            packed = PackedSequences(
+                [(0, example["input_ids"].tolist()) for _, (example,) in some], 1, self.device, share=self.share
+            )
+            lower = LowerLayers(self.lowest_layer)
+            self._forward(packed, packed, [], [0], lower)
+            assert lower.found is not None
+            for (_, (example,)), path in zip(some, packed.paths, strict=True):
+                found.append({**example, "features": lower.found[0, path.nodes]})
+        return found
 
     def step(
         self, adaptation: Adaptation, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int
@@ -169,7 +215,12 @@ class PackedRunner:
                 labels += example["input_ids"][targets].tolist()
                 batch_of += [number] * len(targets)
                 output_counts[slot] += len(targets)
-            logits = self._forward(packed, packed, nodes, output_counts)
+            lower = None
+            if self.lowest_layer:
+                features = [example["features"] for _, example, _ in whole]
+                given = in_rows(features, [path.nodes for path in packed.paths], packed.nodes)
+                lower = LowerLayers(self.lowest_layer, given[None])
+            logits = self._forward(packed, packed, nodes, output_counts, lower)
             batch = torch.tensor(batch_of, device=self.device)
             nll = cross_entropy(logits.float(), torch.tensor(labels, device=self.device), reduction="none")
             mean = nll.new_zeros(len(some)).index_add(0, batch, nll) / torch.bincount(batch, minlength=len(some))
@@ -366,14 +417,19 @@ class PackedRunner:
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def _forward(
-        self, rows: PackedSequences | RowCache, entries: Any, nodes: Sequence[int] | None, outputs: Any
+        self,
+        rows: PackedSequences | RowCache,
+        entries: Any,
+        nodes: Sequence[int] | None,
+        outputs: Any,
+        lower: LowerLayers | None = None,
     ) -> torch.Tensor:
         """Logits [nodes, vocabulary] at ``nodes`` (None: everywhere)."""
         if isinstance(rows, PackedSequences):
             self.tokens.sequences += rows.tokens
             self.tokens.computed += rows.nodes
-        keep = 0 if nodes is None else torch.tensor(nodes, device=self.device)
-        with running(ForwardPass(rows, entries.counts, outputs)), self.precision():
+        keep = 0 if nodes is None else torch.tensor(nodes, dtype=torch.long, device=self.device)
+        with running(ForwardPass(rows, entries.counts, outputs, lower=lower)), self.precision():
             logits = self.model(
                 input_ids=entries.input_ids,
                 position_ids=entries.position_ids,

@@ -79,9 +79,13 @@ class AdaptationSettings(ABC):
         Literal["sgd", "adamw"] | None, told("by default what the checkpoint records, else adamw")
     ] = None
     adaptation_scope: Annotated[
-        Literal["all", "lora_b"] | None,
-        told("lora_b: adapt the B matrices of a LoRA alone; by default what the checkpoint records, else all"),
+        Literal["all", "lora_b", "top_layers"] | None,
+        told(
+            "lora_b: adapt the B matrices of a LoRA alone; top_layers: what lies inside the last decoder layers; by "
+            "default what the checkpoint records, else all"
+        ),
     ] = None
+    adaptation_top_layers: Annotated[int | None, told("decoder layers of --adaptation-scope top_layers", ge=1)] = None
     adaptation_batch_size: Annotated[int, told("examples per update step, N where there are fewer", ge=1)] = (
         DEFAULT_BATCH_SIZE
     )
@@ -135,6 +139,10 @@ class AdaptationSettings(ABC):
             chosen_template(self.chat_template, "--chat-template")
         if self.chat_template_kwargs is not None:
             chosen_arguments(self.chat_template_kwargs, "--chat-template-kwargs")
+        if (self.adaptation_scope == "top_layers") != (self.adaptation_top_layers is not None):
+            raise ValueError(
+                "--adaptation-scope top_layers and --adaptation-top-layers belong together: give both, or neither"
+            )
 
     def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
         for flag in flags:

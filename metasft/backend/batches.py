@@ -15,6 +15,7 @@ def make_batch(
     tasks: Sequence[int],
     weights: Sequence[float],
     settings: Mapping[str, Any],
+    features: Sequence[torch.Tensor] | None = None,
 ) -> Any:
     """Tokenised examples -> the batch that the engine takes (jagged tensors plus ``settings``).
 
@@ -23,14 +24,19 @@ def make_batch(
         tasks: which task of the pass each example belongs to.
         weights: of each response token of an example in its task's loss: 1 / response tokens of the task's whole batch.
         settings: veRL's batch settings, and ``least_micro_batches`` from :func:`count_micro_batches`.
+        features: what the lower layers make of each example, from ``MetaFSDPEngine.features``, to go on from there.
     """
     collate = SFTTensorCollator(settings["pad_mode"])
     tensors = {
         **collate(list(examples)),
         "task": torch.tensor(tasks, dtype=torch.long),
         "loss_weight": torch.tensor(weights, dtype=torch.float32),
+        "example": torch.arange(len(examples)),
     }
-    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=dict(settings))
+    others = dict(settings)
+    if features is not None:
+        others["features"] = dict(enumerate(features))  # by number: micro-batches hold some of them, in another order
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=others)
 
 
 def count_micro_batches(shares: Iterable[Sequence[int]], most_tokens: int) -> int:

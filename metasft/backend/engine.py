@@ -36,9 +36,10 @@ from metasft.backend.batches import make_batch
 from metasft.backend.checks import check_shardable, reading_model
 from metasft.checkpoint.exports import load_adapter_folder
 from metasft.model import packed_attention
-from metasft.model.forward_pass import ForwardPass, Output, ResponseTokens, running
+from metasft.model.forward_pass import ForwardPass, LowerLayers, Output, ResponseTokens, running
 from metasft.model.inner_loop import Adaptation, local_tensor, upload
 from metasft.model.layouts import Layout, Probe
+from metasft.model.lower_layers import base_model, in_rows
 from metasft.model.packed_attention import PackedSequences
 from metasft.model.response_loss import losses, watch_output_layer
 from metasft.model.stacked_lora import TaskBatchedLoRA
@@ -49,6 +50,9 @@ MODEL_TYPE = "meta_language_model"
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device=["cuda", "npu", "cpu"])
 class MetaFSDPEngine(FSDPEngineWithLMHead):
     """veRL's FSDP2 engine over a (task groups) x (ranks of a group) mesh.
+
+    :attr:`lowest_layer` is the number of the first decoder layer in which inner steps adapt something, where the layers
+    below are computed once per example (:mod:`metasft.model.lower_layers`); 0 where passes are whole.
 
     ``engine_config.fsdp_size`` is the size of a task group. The ranks of a group hold one model (sharded by FSDP2 when
     there is more than one) and split the examples of an episode; different groups work on different episodes and never
@@ -62,6 +66,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         # The model's own forward, example by example, until metasft.backend.layout_proof has proven something better.
         self.layout = Layout("padded", "own")
         self.output: Output = "logits"
+        self.lowest_layer = 0
         super().__init__(model_config, *args, **kwargs)
 
     # ---- task groups ------------------------------------------------------------------------------------------------
@@ -157,7 +162,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             enable_activation_offloading(
                 module, self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
             )
-        self._drops_out = _drops_out(module)
+        self.drops_out = _drops_out(module)
         self.own_attention = base_model(module).config._attn_implementation
         if (output_layer := module.get_output_embeddings()) is not None:
             watch_output_layer(output_layer)
@@ -226,6 +231,11 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """theta: the parameters that inner and outer steps change, in a fixed order."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return getattr(base_model(self.module).config.get_text_config(), "num_hidden_layers", 0)
+
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         try:
             super().save_checkpoint(local_path, *args, **kwargs)
@@ -277,6 +287,18 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """As :meth:`loss_and_backward`, without gradient."""
         return self._run(batch, num_tasks, None)
 
+    @torch.no_grad()
+    def features(self, batch: Any) -> list[torch.Tensor]:
+        """What the decoder layers below :attr:`lowest_layer` make of each example of a batch, [tokens, hidden size].
+
+        Args:
+            batch: from :func:`make_batch`; its tasks and weights are of no account.
+        """
+        found: dict[int, torch.Tensor] = {}
+        for micro_batch in self._micro_batches(batch):
+            self._forward(micro_batch, None, features=found)
+        return [found[number] for number in range(len(found))]
+
     def hessian_vector(
         self, batch: Any, num_tasks: int, adaptation: Adaptation, vector: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
@@ -312,9 +334,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         for each task by itself. It also asks the ranks of the group which needs most micro-batches, so that all run as
         many; here the batch says so (:func:`count_micro_batches`).
         """
-        tu.assign_non_tensor(batch, sp_size=1)
-        least = tu.get_non_tensor_data(data=batch, key="least_micro_batches", default=None)
-        micro_batches, _ = prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)
+        micro_batches = self._micro_batches(batch)
         means = torch.zeros(num_tasks, dtype=torch.float32, device=get_device_id())
         for number, micro_batch in enumerate(micro_batches, start=1):
             if backward is not None:
@@ -326,18 +346,30 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             means.index_add_(0, response.tasks, nll * response.weights * self.get_data_parallel_size())
         return means
 
+    def _micro_batches(self, batch: Any) -> list[Any]:
+        tu.assign_non_tensor(batch, sp_size=1)
+        least = tu.get_non_tensor_data(data=batch, key="least_micro_batches", default=None)
+        return prepare_micro_batches(batch, same_micro_num_in_dp=False, min_num_micro_batch=least)[0]
+
     def _forward(
-        self, micro_batch: Any, backward: Callable[[torch.Tensor], Any] | None, output: Output | None = None
+        self,
+        micro_batch: Any,
+        backward: Callable[[torch.Tensor], Any] | None,
+        output: Output | None = None,
+        features: dict[int, torch.Tensor] | None = None,
     ) -> tuple[ResponseTokens, torch.Tensor]:
         """Forward, and what ``backward`` does with the loss, of one micro-batch; its response tokens and the loss of
-        each, [n]."""
+        each, [n].
+
+        With ``features`` the lower layers alone, without response tokens; it takes in what they make of each example.
+        """
         device = torch.device(get_device_id())
         packed = self.layout.rows != "padded"
         tu.assign_non_tensor(micro_batch, use_remove_padding=packed)
         micro_batch = self._grouped_by_task(micro_batch)
         # All index arithmetic happens on the host, where the batch still is: nothing waits for the device.
         lengths = micro_batch["input_ids"].offsets().diff()
-        response = self._response_of(micro_batch, lengths, packed, output or self.output)
+        response = self._response_of(micro_batch, lengths, packed, output or self.output, features is not None)
         rows = self._packed_rows(micro_batch, response, device) if self.layout.rows == "shared" else None
         counts = outputs = None
         if self._stacked is not None:
@@ -356,13 +388,20 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             }
         else:
             model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
+        places = self._places(rows, lengths, packed)
+        lower = self._lower_layers(micro_batch, places, model_inputs["input_ids"].shape, features is not None)
         autocast = self._autocast_dtype != torch.float32
-        with running(ForwardPass(rows, counts, outputs, response)):
+        with running(ForwardPass(rows, counts, outputs, response, lower)):
             with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
                 loss, nll = losses(self.module(**model_inputs, use_cache=False).logits, response)
             if backward is not None:
                 # FSDP averages over the ranks of the group, each of which holds a part of the sum.
                 backward(loss * self.get_data_parallel_size())
+        if features is not None:
+            assert lower is not None and lower.found is not None
+            flat = lower.found.reshape(-1, lower.found.shape[-1])
+            for example, place in zip(micro_batch["example"].tolist(), places, strict=True):
+                features[example] = flat.index_select(0, upload(torch.tensor(place), device))
         if backward is None:
             # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
             # computing with them when the shards have changed.
@@ -371,6 +410,27 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
                     part.reshard()
         return response, nll
 
+    def _places(self, rows: PackedSequences | None, lengths: torch.Tensor, packed: bool) -> list[Sequence[int]]:
+        """Of each example, where its tokens are in the flattened batch."""
+        if rows is not None:
+            return [path.nodes for path in rows.paths]
+        sizes = lengths.tolist()
+        width = max(sizes)
+        starts = [sum(sizes[:number]) if packed else number * width for number in range(len(sizes))]
+        return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+    def _lower_layers(
+        self, micro_batch: Any, places: Sequence[Sequence[int]], shape: torch.Size, computes: bool
+    ) -> LowerLayers | None:
+        """The part of the layers that a forward runs; None: all of them."""
+        if computes:
+            return LowerLayers(self.lowest_layer)
+        features = tu.get_non_tensor_data(data=micro_batch, key="features", default=None)
+        if features is None:
+            return None
+        chosen = [features[example] for example in micro_batch["example"].tolist()]
+        return LowerLayers(self.lowest_layer, in_rows(chosen, places, shape.numel()).view(*shape, -1))
+
     def _grouped_by_task(self, micro_batch: Any) -> Any:
         """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""
         task = micro_batch["task"]
@@ -378,10 +438,12 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             return micro_batch
         return tu.index_select_tensor_dict(micro_batch, task.argsort(stable=True))
 
-    def _response_of(self, micro_batch: Any, lengths: torch.Tensor, packed: bool, output: Output) -> ResponseTokens:
+    def _response_of(
+        self, micro_batch: Any, lengths: torch.Tensor, packed: bool, output: Output, empty: bool
+    ) -> ResponseTokens:
         # Position t predicts token t + 1.
         is_response = torch.roll(micro_batch["loss_mask"].values(), shifts=-1, dims=0) != 0
-        flat = is_response.nonzero().squeeze(-1)
+        flat = is_response.nonzero().squeeze(-1)[: 0 if empty else None]
         offsets = micro_batch["input_ids"].offsets()
         row = torch.searchsorted(offsets, flat, right=True) - 1
         return ResponseTokens(
@@ -402,7 +464,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             list(zip(slots, sequences, strict=True)),
             1 if stacked is None else stacked.num_tasks,
             device,
-            share=not self._drops_out,  # sequences that share states would share random masks, too
+            share=not self.drops_out,  # sequences that share states would share random masks, too
         )
         entry = torch.tensor([node for path in rows.paths for node in path.nodes])
         response.index = entry[response.index]
@@ -429,20 +491,19 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             base.set_attn_implementation(self.own_attention)
 
     @torch.no_grad()
-    def token_losses(self, examples: Sequence[Probe], settings: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The loss of each response token of each example, computed together; fp32 on the device."""
-        tasks = [example.task for example in examples]
-        _, nll = self._forward(
-            make_batch([example.tensors for example in examples], tasks, [1.0] * len(examples), settings),
-            None,
-        )
+    def token_losses(
+        self, examples: Sequence[Probe], settings: Mapping[str, Any], *, in_two_parts: bool = False
+    ) -> list[torch.Tensor]:
+        """The loss of each response token of each example, computed together; fp32 on the device.
+
+        Args:
+            in_two_parts: the lower layers first, then those from :attr:`lowest_layer` on.
+        """
+        inputs = [example.tensors for example in examples], [e.task for e in examples], [1.0] * len(examples), settings
+        features = self.features(make_batch(*inputs)) if in_two_parts else None
+        _, nll = self._forward(make_batch(*inputs, features), None)
         lengths = [int((example.tensors["loss_mask"] != 0).sum()) for example in examples]
         return list(nll.float().split(lengths))
-
-
-def base_model(module: Any) -> Any:
-    """The transformers model inside an adapter, or the model itself."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def _drops_out(module: Any) -> bool:

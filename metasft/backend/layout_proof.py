@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from metasft.backend.engine import MetaFSDPEngine, base_model
+from metasft.backend.engine import MetaFSDPEngine
 from metasft.files.untrusted import reason
 from metasft.model.forward_pass import OUTPUTS
 from metasft.model.layouts import Layout, Probe, first_right, looks_ahead, why_wrong
+from metasft.model.lower_layers import base_model, decoder_layers, watch_decoder_layers
 from metasft.model.stacked_lora import TaskBatchedLoRA
 
 TOUCH_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -91,6 +92,33 @@ def choose_layout(engine: MetaFSDPEngine, examples: Sequence[Probe], settings: M
         raise ValueError(f"{model} cannot be trained in batches: {'; '.join(of_layouts)}; use another model")
     engine.use_layout(layout)
     return [*reasons, *of_layouts]
+
+
+def why_not_in_two_parts(
+    engine: MetaFSDPEngine, lowest_layer: int, examples: Sequence[Probe], settings: Mapping[str, Any]
+) -> str:
+    """Try passes that start at a decoder layer, and leave the engine with them if they compute the same losses.
+
+    Args:
+        engine: with a layout from :func:`choose_layout`.
+        lowest_layer: number of that layer.
+        examples, settings: as of :func:`choose_layout`.
+
+    Returns:
+        In words, why every pass is whole; empty where it is not.
+    """
+    try:
+        watch_decoder_layers(decoder_layers(base_model(engine.module)))
+    except (AttributeError, ValueError) as error:
+        return reason(error)
+    expected = engine.token_losses(examples, settings)
+    engine.lowest_layer = lowest_layer
+    why = why_wrong(
+        lambda e: engine.token_losses(e, settings, in_two_parts=True), expected, examples, engine.product_dtype
+    )
+    if why:
+        engine.lowest_layer = 0
+    return why
 
 
 def check_stacked(

@@ -350,7 +350,8 @@ Arguments = Annotated[Any, rule(are_arguments, "arguments of a chat template")]
 class _Recorded(Record):
     inner_optimizer: Literal["sgd", "adamw"] | None = None
     inner_lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
-    inner_scope: Literal["all", "lora_b"] = "all"
+    inner_scope: Literal["all", "lora_b", "top_layers"] = "all"
+    inner_top_layers: Positive | None = None  # where the scope is top_layers
     num_inner_steps: Count | None = None
     inner_batch_size: Positive | None = None
 

@@ -67,8 +67,14 @@ class MetaConfig(Schema):
     )
     num_inner_steps: int = key("K, inner steps per episode", 10, ge=0, le=100_000)
     inner_optimizer: Literal["sgd", "adamw"] = key("inner optimizer", "sgd")
-    inner_scope: Literal["all", "lora_b"] = key(
-        "what inner steps adapt: all that is trained, or the B matrices of a LoRA alone", "all", methods=("meta_lora",)
+    inner_scope: Literal["all", "lora_b", "top_layers"] = key(
+        "what inner steps adapt: all that is trained, the B matrices of a LoRA alone, or what lies inside the last "
+        "inner_top_layers decoder layers",
+        "all",
+        methods=("meta_lora", "fomaml"),
+    )
+    inner_top_layers: int | None = key(
+        "decoder layers that inner_scope=top_layers adapts", None, ge=1, methods=("meta_lora", "fomaml")
     )
     inner_batch_size: int = key("support examples per inner step", 4, ge=1)
     episode_shots: Positive | Annotated[tuple[Positive, Positive], Tuple] | None = key(
@@ -200,6 +206,7 @@ class MetaConfig(Schema):
                     raise ValueError(
                         f"meta.{name}={_written(value)} has no effect with meta.num_inner_steps=0; remove one of them"
                     )
+        self._check_scope(method)
         self._check_order()
         if (self.learned_inner_lr == "none") != (self.inner_lr_meta_lr is None):
             raise ValueError(
@@ -233,6 +240,30 @@ class MetaConfig(Schema):
         if method == "reptile" and self.reptile_step_size is None:
             raise ValueError("meta.reptile_step_size is not set; give eps in (0, 1], for example 0.5")
         return self
+
+    def _check_scope(self, method: Method) -> None:
+        if self.inner_scope == "lora_b" and method != "meta_lora":
+            raise ValueError(
+                f"meta.inner_scope=lora_b has no effect in {METHOD_TITLES[method]}, which adapts no LoRA; use "
+                "top_layers, or remove it"
+            )
+        if self.inner_scope != "top_layers":
+            if self.inner_top_layers is not None:
+                raise ValueError(
+                    f"meta.inner_top_layers={self.inner_top_layers} has no effect with "
+                    f"meta.inner_scope={self.inner_scope}; set meta.inner_scope=top_layers, or remove it"
+                )
+            return
+        if self.inner_top_layers is None:
+            raise ValueError(
+                "meta.inner_top_layers is not set, which meta.inner_scope=top_layers needs; give a number of decoder "
+                "layers, for example a third of the model's"
+            )
+        if self.order == 2:
+            raise ValueError(
+                "meta.inner_scope=top_layers: meta.order=2 needs gradients through all layers; set meta.order=1, or "
+                "meta.inner_scope=all"
+            )
 
     def _check_order(self) -> None:
         if self.order == 1:

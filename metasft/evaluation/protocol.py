@@ -128,7 +128,7 @@ class EvaluationConfig(AdaptationSettings):
                 raise ValueError(f"--{name} has no effect without --search-adaptation: add it, or leave --{name} out")
         if self.shots_in_prompt:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
-            flags += ("adaptation_scope",)
+            flags += ("adaptation_scope", "adaptation_top_layers")
             self._exclude("shots_in_prompt", flags, "nothing is adapted on shots there")
         if self.adaptation_settings is not None:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation")

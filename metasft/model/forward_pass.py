@@ -1,10 +1,11 @@
 """What one pass through the model carries beside the arguments of its forward.
 
-Three places deep inside a model have to know something about the batch: attention, how the entries of a row attend;
-stacked adapters, which rows belong to which task; the output layer, which tokens are trained on. Many architectures
-drop arguments that they do not know, and activation checkpointing calls layers again during the backward, on whichever
-thread autograd runs it. So this is one value of the process, set by :func:`running` around a forward and its backward,
-and this module is the only place where anything travels beside the arguments.
+Four places deep inside a model have to know something about the batch: attention, how the entries of a row attend;
+stacked adapters, which rows belong to which task; decoder layers, whether they take part; the output layer, which
+tokens are trained on. Many architectures drop arguments that they do not know, and activation checkpointing calls
+layers again during the backward, on whichever thread autograd runs it. So this is one value of the process, set by
+:func:`running` around a forward and its backward, and this module is the only place where anything travels beside the
+arguments.
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ class ResponseTokens:
     nll: torch.Tensor | None = None
 
 
+@dataclass
+class LowerLayers:
+    """A pass through a part of the decoder layers (:mod:`metasft.model.lower_layers`).
+
+    Attributes:
+        end: number of the first layer that is not one of the lower ones.
+        given: what the lower layers have made of the batch, in the shape of the model's hidden states: the pass goes on
+            from there. None: the pass runs the lower layers alone.
+        found: then, what they make of it.
+    """
+
+    end: int
+    given: torch.Tensor | None = None
+    found: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """One pass.
@@ -70,12 +87,14 @@ class ForwardPass:
             then count with all their tokens. Those of a task are contiguous and tasks in order. None: one task.
         output_counts: the same at the output layer, where it sees other rows; None: as ``counts``.
         response: the tokens that the output layer computes a loss or logits for; None: logits as the model gives them.
+        lower: where the pass runs a part of the decoder layers.
     """
 
     rows: Rows | None = None
     counts: Sequence[int] | None = None
     output_counts: Sequence[int] | None = None
     response: ResponseTokens | None = None
+    lower: LowerLayers | None = None
 
 
 _current = ForwardPass()

@@ -6,6 +6,7 @@ copied but the trained parameters themselves: with LoRA the frozen base is share
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, Self, TypedDict
@@ -80,19 +81,67 @@ class Rates(NamedTuple):
     are_learned: bool = False
 
 
-def within_scope(rates: Rates | None, lr: float, names: Sequence[str], scope: str) -> Rates | None:
+class InnerScope(NamedTuple):
+    """What inner steps adapt of all that is trained, as ANIL (Raghu et al. 2020, arXiv 1909.09157) adapts a part.
+
+    Attributes:
+        kind: ``all``; ``lora_b``: the B matrices of an adapter; ``top_layers``: what lies inside the last decoder
+            layers, so that the layers below compute the same in every inner step.
+        top_layers: how many, with that kind.
+    """
+
+    kind: str = "all"
+    top_layers: int | None = None
+
+    def __str__(self) -> str:
+        return f"the top {self.top_layers} layers" if self.kind == "top_layers" else self.kind
+
+    def lowest_layer(self, num_layers: int) -> int:
+        """Number of the first decoder layer of ``num_layers`` in which something is adapted.
+
+        Raises:
+            ValueError: there are not more layers than are to be adapted.
+        """
+        if self.kind != "top_layers":
+            return 0
+        assert self.top_layers is not None
+        if self.top_layers >= num_layers:
+            raise ValueError(
+                f"{self.top_layers} top layers are to be adapted, and the model has {num_layers}: adapt fewer, or all"
+            )
+        return num_layers - self.top_layers
+
+    def adapted(self, names: Sequence[str], num_layers: int) -> list[bool]:
+        """Which of the tensors with these names are adapted.
+
+        Raises:
+            ValueError: as of :meth:`lowest_layer`, or none of them is.
+        """
+        if self.kind == "lora_b":
+            return ["lora_B" in name for name in names]
+        lowest = self.lowest_layer(num_layers)
+        # The first number in a name is that of its decoder layer; what has none is no part of one.
+        layers = [re.search(r"\.([0-9]+)\.", name) for name in names]
+        inside = [self.kind == "all" or (found is not None and int(found[1]) >= lowest) for found in layers]
+        if not any(inside):
+            raise ValueError(f"nothing that is trained lies in {self}: adapt more of them, or all")
+        return inside
+
+
+ALL = InnerScope()
+
+
+def within_scope(rates: Rates | None, lr: float, adapted: Sequence[bool]) -> Rates | None:
     """The rates with 0 for what inner steps leave alone.
 
     Args:
-        rates: of every adapted tensor; None: ``lr`` for all of them.
-        names: of these tensors.
-        scope: ``all``, or ``lora_b``: the B matrices of an adapter alone, as ANIL (Raghu et al. 2020, arXiv 1909.09157)
-            adapts only the last layer.
+        rates: of every trained tensor; None: ``lr`` for all of them.
+        adapted: which of these tensors inner steps adapt.
     """
-    if scope == "all":
+    if all(adapted):
         return rates
-    rows = [[lr]] * len(names) if rates is None else rates.values
-    values = [row if "lora_B" in name else [0.0] * len(row) for name, row in zip(names, rows, strict=True)]
+    rows = [[lr]] * len(adapted) if rates is None else rates.values
+    values = [row if inside else [0.0] * len(row) for inside, row in zip(adapted, rows, strict=True)]
     return Rates(values, rates is not None and rates.are_learned)
 
 

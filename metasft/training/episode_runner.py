@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from metasft.backend.engine import MetaFSDPEngine
 from metasft.config.training import MetaConfig
 from metasft.data.episodes import Episode
 from metasft.data.task_sets import TokenizedSet
-from metasft.model.inner_loop import Adaptation
+from metasft.model.inner_loop import Adaptation, Rates
 from metasft.model.second_order import Tape
 from metasft.model.stacked_lora import TaskBatchedLoRA
 from metasft.training.meta_step import split_into_passes
@@ -82,10 +83,42 @@ class EpisodeRunner:
             sizes.append(self.query_sets[episode.task].tokens(episode.query_batch))
         return -(-max(sizes) // group)
 
+    @contextmanager
+    def adapting(self, records: Sequence[EpisodeRecord], rates: Rates | None = None) -> Iterator[Adaptation]:
+        """``inner_loop.adapting()`` for the episodes of one pass.
+
+        Where inner steps adapt the top layers alone, what the layers below make of the support examples is computed
+        here, once for all steps and without a graph.
+        """
+        if self.engine.lowest_layer:
+            self._compute_features(records)
+        with self.inner_loop.adapting(len(records), rates) as adaptation:
+            yield adaptation
+
+    def _compute_features(self, records: Sequence[EpisodeRecord]) -> None:
+        rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+        settings = self._batch_settings
+        wanted: list[list[tuple[EpisodeRecord, int]]] = [[] for _ in range(size)]  # by the ranks of the group
+        for record in records:
+            batches = [self._filled(batch) for batch in record.episode.support_batches]
+            for other, mine in enumerate(wanted):
+                mine += [(record, i) for i in dict.fromkeys(i for batch in batches for i in batch[other::size])]
+        tokens = [[self.support_sets[r.episode.task].tokens([i]) for r, i in mine] for mine in wanted]
+        mine = wanted[rank]
+        if not settings["use_dynamic_bsz"]:  # as many micro-batches of the same size on every rank
+            unit = settings["micro_batch_size_per_gpu"]
+            mine = mine + mine[:1] * (-(-max(map(len, wanted)) // unit) * unit - len(mine))
+        examples = [self.support_sets[record.episode.task].batch([index])[0] for record, index in mine]
+        least = count_micro_batches(tokens, settings["max_token_len_per_gpu"])
+        none = [0] * len(examples)
+        batch = make_batch(examples, none, none, {**settings, "least_micro_batches": least})
+        for (record, index), features in zip(mine, self.engine.features(batch), strict=True):
+            record.features[index] = features
+
     def adapt(
         self, records: Sequence[EpisodeRecord], trajectory: MetaGradient | None = None, tape: Tape | None = None
     ) -> None:
-        """The inner loops of the episodes of one pass, inside ``inner_loop.adapting()``: K steps on their supports.
+        """The inner loops of the episodes of one pass, inside :meth:`adapting`: K steps on their supports.
 
         Args:
             trajectory: takes the support gradients in, before they are clipped.
@@ -98,6 +131,8 @@ class EpisodeRunner:
                 tape.step(indices)
             else:
                 self.inner_loop.step()
+        for record in records:
+            record.features.clear()
 
     def support_backwards(self, records: Sequence[EpisodeRecord]) -> Iterator[Sequence[Sequence[int]]]:
         """Run the backward of each support batch in turn and yield its examples; the caller uses the gradients before
@@ -109,7 +144,9 @@ class EpisodeRunner:
             yield indices
 
     def _support_batch(self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]]) -> Any:
-        return self._batch([self.support_sets[record.episode.task] for record in records], indices, records)
+        sets = [self.support_sets[record.episode.task] for record in records]
+        features = [record.features for record in records] if self.engine.lowest_layer else None
+        return self._batch(sets, indices, records, features)
 
     def _hessian_vector(
         self, records: Sequence[EpisodeRecord], indices: Sequence[Sequence[int]], vector: Sequence[torch.Tensor]
@@ -149,29 +186,33 @@ class EpisodeRunner:
         sets: Sequence[TokenizedSet],
         indices: Sequence[Sequence[int]],
         counted: Sequence[EpisodeRecord] | None = None,
+        features: Sequence[Mapping[int, torch.Tensor]] | None = None,
     ) -> Any:
         """This rank's share of the batches of one pass, a task per entry; counts its tokens in ``counted``.
+
+        With ``features``, by their indices what the lower layers make of the examples, the pass goes on from there.
 
         Batches that the ranks or their fixed micro-batches do not divide, such as 5 shots, are filled up with an
         example that has no weight.
         """
         rank, size = self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
         settings = self._batch_settings
-        unit = size if settings["use_dynamic_bsz"] else size * settings["micro_batch_size_per_gpu"]
         examples: list[Any] = []
+        from_here: list[torch.Tensor] = []
         tasks: list[int] = []
         weights: list[float] = []
         lengths_of_ranks: list[list[int]] = [[] for _ in range(size)]
         for task, (task_set, chosen) in enumerate(zip(sets, indices, strict=True)):
-            fill = -len(chosen) % unit
-            filled = [*chosen, *[chosen[0]] * fill]
+            filled = self._filled(chosen)
             for other, lengths in enumerate(lengths_of_ranks):
                 lengths += [task_set.tokens([index]) for index in filled[other::size]]
             share = task_set.batch(filled[rank::size])
             examples += share
             tasks += [task] * len(share)
             weight = 1.0 / task_set.response_tokens(chosen)
-            weights += [*[weight] * len(chosen), *[0.0] * fill][rank::size]
+            weights += [*[weight] * len(chosen), *[0.0] * (len(filled) - len(chosen))][rank::size]
+            if features is not None:
+                from_here += [features[task][index] for index in filled[rank::size]]
         if counted is not None:
             lengths = [len(example["input_ids"]) for example in examples]
             width = max(lengths) if self.engine.layout.rows == "padded" else 0
@@ -179,4 +220,11 @@ class EpisodeRunner:
                 counted[task].tokens += length
                 counted[task].padding += max(width - length, 0)
         least = count_micro_batches(lengths_of_ranks, settings["max_token_len_per_gpu"])
-        return make_batch(examples, tasks, weights, {**settings, "least_micro_batches": least})
+        settings = {**settings, "least_micro_batches": least}
+        return make_batch(examples, tasks, weights, settings, from_here or None)
+
+    def _filled(self, chosen: Sequence[int]) -> list[int]:
+        """The examples of a batch, and some more where the ranks or their micro-batches do not divide it."""
+        settings, size = self._batch_settings, self.engine.get_data_parallel_size()
+        unit = size if settings["use_dynamic_bsz"] else size * settings["micro_batch_size_per_gpu"]
+        return [*chosen, *[chosen[0]] * (-len(chosen) % unit)]

@@ -30,6 +30,7 @@ class EpisodeRecord:
             not known apart; of this rank's shard.
         tokens: tokens in the forwards that were followed by a backward.
         padding: positions beside them that those forwards computed for nothing.
+        features: of support examples, by index, where inner steps start from what the lower layers make of them.
     """
 
     episode: Episode
@@ -39,6 +40,7 @@ class EpisodeRecord:
     contribution_norm: torch.Tensor | None = None
     tokens: int = 0
     padding: int = 0
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

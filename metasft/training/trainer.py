@@ -35,7 +35,7 @@ from metasft.backend.engine import (
     copy_to_hdfs,
     full_state_dict_on_rank_0,
 )
-from metasft.backend.layout_proof import check_stacked, choose_layout
+from metasft.backend.layout_proof import check_stacked, choose_layout, why_not_in_two_parts
 from metasft.backend.sft_trainer import SFTTrainer
 from metasft.backend.tracking import Tracker
 from metasft.checkpoint.exports import export_name, first_not_finite, save_hf_model, save_meta_lora
@@ -50,6 +50,7 @@ from metasft.files.paths import user_path
 from metasft.model.inner_loop import (
     Adaptation,
     InnerLoop,
+    InnerScope,
     InnerSettings,
     Rates,
     local_tensor,
@@ -123,6 +124,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         with _without_line(str(config)):  # veRL prints the whole configuration; it is saved as config.yaml instead
             super().__init__(config)
         self.inner_loop = self._prove_the_passes()
+        self.adapted = self._adapted()
         self.episodes = EpisodeRunner(
             self.engine,
             self.inner_loop,
@@ -219,6 +221,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             examples = self._examples_to_prove()
             not_used = choose_layout(self.engine, examples, self._batch_settings)
             inner_loop = self._build_inner_loop(examples, not_used)
+            not_used += self._split_the_layers(examples)
         own = self.engine.own_attention
         if self.meta.exact_steps and self.engine.layout.attention == "own" and own not in ("eager", "sdpa"):
             raise ValueError(
@@ -262,6 +265,33 @@ class EpisodicSFTTrainer(SFTTrainer):
     def trained_names(self) -> list[str]:
         """Of ``inner_loop.parameters``."""
         return names_of(self.inner_loop.parameters, self.engine.module)
+
+    def _adapted(self) -> list[bool]:
+        """Which of them inner steps adapt."""
+        with self._naming_the_scope():
+            return self._scope.adapted(self.trained_names, self.engine.num_layers)
+
+    @property
+    def _scope(self) -> InnerScope:
+        return InnerScope(self.meta.inner_scope, self.meta.inner_top_layers)
+
+    @contextlib.contextmanager
+    def _naming_the_scope(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"meta.inner_top_layers={self.meta.inner_top_layers}: {error}") from error
+
+    def _split_the_layers(self, examples: Sequence[Probe]) -> list[str]:
+        """Let passes start at the lowest layer that inner steps adapt; in words, why they cannot."""
+        with self._naming_the_scope():
+            lowest = self._scope.lowest_layer(self.engine.num_layers)
+        if not lowest:
+            return []
+        why = "the model has dropout"  # whose masks every inner step draws anew
+        if not self.engine.drops_out:
+            why = why_not_in_two_parts(self.engine, lowest, examples, self._batch_settings)
+        return [f"lower layers computed once for all inner steps: {why}"] if why else []
 
     def _build_inner_rates(self) -> InnerRates:
         parameters, columns = self.inner_loop.parameters, self.meta.inner_rate_columns
@@ -495,7 +525,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         ):
             # With several groups, the last ones may have no episode.
             for records in self.episodes.passes(mine) if mine else ():
-                with self.inner_loop.adapting(len(records), self._step_rates(are_learned=False)):
+                with self.episodes.adapting(records, self._step_rates(are_learned=False)):
                     self.episodes.adapt(records)
                     self.engine.module.eval()
                     self.episodes.measure_after(records)
@@ -584,7 +614,11 @@ class EpisodicSFTTrainer(SFTTrainer):
         weight = 1.0 / self.meta.meta_batch_size if self.meta.aggregation == "mean" else 1.0
         share = self.meta.trajectory_share((batch.step - 1) / max(1, self.total_training_steps - 1))
         meta_gradient = MetaGradient(
-            self.inner_loop.parameters, weight, trajectory=share, num_inner_steps=self.meta.num_inner_steps
+            self.inner_loop.parameters,
+            weight,
+            trajectory=share,
+            num_inner_steps=self.meta.num_inner_steps,
+            with_support=self.adapted if self.meta.inner_scope == "top_layers" else None,
         )
         updates = self.meta.update_shared
         exact = self.meta.exact_steps
@@ -595,7 +629,7 @@ class EpisodicSFTTrainer(SFTTrainer):
         for records in passes:
             if batch.measures_gain:
                 self.episodes.measure_before(records)
-            with self.inner_loop.adapting(len(records), rates) as adaptation:
+            with self.episodes.adapting(records, rates) as adaptation:
                 tape = Tape(adaptation) if exact else None
                 self.episodes.adapt(records, meta_gradient if share else None, tape)
                 # Inside the block: under activation checkpointing the backward recomputes activations from the
@@ -629,7 +663,7 @@ class EpisodicSFTTrainer(SFTTrainer):
     def _step_rates(self, *, are_learned: bool) -> Rates | None:
         """Of every trained tensor in the inner steps; None: one for all. What is outside the inner scope stays."""
         rates = None if self.inner_rates is None else Rates(self.inner_rates.values.tolist(), are_learned)
-        return within_scope(rates, self.meta.inner_lr, self.trained_names, self.meta.inner_scope)
+        return within_scope(rates, self.meta.inner_lr, self.adapted)
 
     def _in_columns(self, of_steps: torch.Tensor) -> torch.Tensor:
         """Derivatives by the logarithms of the rates, [tensors, S], from those of the last inner steps' rates."""
@@ -750,6 +784,7 @@ class EpisodicSFTTrainer(SFTTrainer):
             "inner_optimizer": self.meta.inner_optimizer,
             "num_inner_steps": self.meta.num_inner_steps,
             "inner_scope": self.meta.inner_scope,
+            "inner_top_layers": self.meta.inner_top_layers,
             "inner_batch_size": self.meta.inner_batch_size,
             "chat_template_kwargs": self._prompts.arguments,
         }

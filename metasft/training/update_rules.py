@@ -26,6 +26,8 @@ class MetaGradient:
         weight: of each task, 1 / meta_batch_size for the mean and 1 for the sum.
         trajectory: w, the share of the support gradients in each task's.
         num_inner_steps: K.
+        with_support: of which tensors support gradients take part; of the others the query gradient alone, with weight
+            1. None: of all.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class MetaGradient:
         *,
         trajectory: float = 0.0,
         num_inner_steps: int = 0,
+        with_support: Sequence[bool] | None = None,
     ) -> None:
         self._parameters = parameters
-        self._weight = weight * (1 - trajectory)
+        self._with_support = [True] * len(parameters) if with_support is None else with_support
+        self._weights = [weight * (1 - trajectory if support else 1) for support in self._with_support]
         self._support_weight = weight * trajectory / num_inner_steps if trajectory else 0.0
         self._sum: list[torch.Tensor | None] = [None] * len(parameters)
 
@@ -45,7 +49,7 @@ class MetaGradient:
     def add_support(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add the gradients (local parts) of one inner step: of a task, or the sum over several."""
         for i, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
-            if gradient is None:
+            if gradient is None or not self._with_support[i]:
                 continue
             if self._sum[i] is None:
                 self._sum[i] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -63,9 +67,9 @@ class MetaGradient:
             total = self._sum[i]
             if total is None:
                 self._sum[i] = first = gradient.to(torch.float32)
-                local_tensor(first).mul_(self._weight)
+                local_tensor(first).mul_(self._weights[i])
             else:
-                local_tensor(total).add_(local_tensor(gradient), alpha=self._weight)
+                local_tensor(total).add_(local_tensor(gradient), alpha=self._weights[i])
 
     def tensors(self) -> list[torch.Tensor]:
         """The local parts of the sums, zeros where no task had a gradient: what is reduced over the task groups."""

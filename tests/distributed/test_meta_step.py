@@ -45,12 +45,17 @@ WORLDS = {
     4: ["group=1", "group=2", "group=4"],
 }
 RATES = ["meta.inner_lr_meta_lr=0.2"]  # at the second meta-step every tensor has a rate of its own
+MICRO_BATCHES = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
+TOP_LAYER = [
+    *("meta.inner_scope=top_layers", "meta.inner_top_layers=1"),
+    *("meta.trajectory_weight=0.5", "meta.inner_clip_grad=0.1"),
+]
 VARIANTS = {
     "packed": [],
     "padded": ["model.use_remove_padding=false"],
     "checkpointed": ["model.enable_gradient_checkpointing=true"],
     "checkpointed_padded": ["model.enable_gradient_checkpointing=true", "model.use_remove_padding=false"],
-    "micro_batches": ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"],
+    "micro_batches": MICRO_BATCHES,
     "token_budget": ["data.max_token_len_per_gpu=160"],  # two or three examples per micro-batch
     "adamw": ["meta.inner_optimizer=adamw"],
     "sum": ["meta.aggregation=sum"],
@@ -72,6 +77,14 @@ VARIANTS = {
         *("meta.inner_scope=lora_b", "meta.trajectory_weight=0.5", "meta.inner_clip_grad=0.1"),
         *("meta.task_batching=false", "meta.task_batch_limit=null"),
     ],
+    # Lower layers computed once: shared rows, packed ones, padded ones; more examples of an episode than a micro-batch.
+    "top_layer": [*TOP_LAYER, "meta.episode_shots=[2,5]"],
+    "top_layer_padded": [*TOP_LAYER, "model.use_remove_padding=false", "model.enable_gradient_checkpointing=true"],
+    "top_layer_micro_batches": [*TOP_LAYER, *MICRO_BATCHES],
+    "top_layer_token_budget": [*TOP_LAYER, "data.max_token_len_per_gpu=160"],
+    "top_layer_adamw": [*TOP_LAYER, "meta.inner_optimizer=adamw"],
+    "top_layer_rates_per_step": [*TOP_LAYER, *RATES, "meta.learned_inner_lr=per_tensor_per_step"],
+    "one_at_a_time_top_layer": [*TOP_LAYER, "meta.task_batching=false", "meta.task_batch_limit=null"],
     "exact": ["meta.order=2"],
     "exact_adamw": ["meta.order=2", "meta.inner_optimizer=adamw"],
     "exact_last": ["meta.order=2", "meta.second_order_steps=1", "model.use_remove_padding=false"],
@@ -136,17 +149,21 @@ RESHARDING = ("no_gain", "gathered", "gathered_no_gain")
 LEFT_FOR_SLOW = {
     1: (
         *("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_adamw", "-rates_per_step_adamw", "-exact_last"),
-        *("-trajectory_padded", "-exact_last_adamw", "-exact_rates", "-lora_b_adamw", "-one_at_a_time_lora_b"),
-        *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "sum", "token_budget", "micro_batches")),
-        *("lora_ml-group1-micro_batches", "lora_ml-group1-limited"),
+        *("-trajectory_padded", "-exact_last_adamw", "-exact_rates", "-lora_b_adamw", "-one_at_a_time_lora_b", "-sum"),
+        *("-micro_batches", "-gathered", "-limited_rates", "-exact_checkpointed", "reptile-group1-adamw"),
+        *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "token_budget", "padded", "adamw")),
+        *("-top_layer_micro_batches", "-top_layer_token_budget", "-top_layer_adamw", "fomaml-group1-top_layer"),
+        *("fomaml-group1-top_layer_rates_per_step", "lora_ml-group1-limited"),
     ),
     2: (
-        *("group1-checkpointed_padded", "group2-no_gain", "group2-gathered_no_gain"),
+        *("group1-checkpointed_padded", "group2-no_gain", "group2-gathered", "group2-gathered_no_gain"),
         *("group1-trajectory", "group1-rates_per_step", "fomaml-group1-packed", "reptile-group1-packed"),
-        *("fomaml-group2-gathered", "reptile-group2-gathered", "lora_ml-group2-packed"),
+        *("fomaml-group2-rates_per_step", "reptile-group2-packed", "lora_ml-group2-packed"),
+        *("-top_layer_token_budget", "-top_layer_micro_batches"),
     ),
     4: (
         *("-trajectory", "-exact", "-rates_per_step"),
+        *("-top_layer_padded", "-top_layer_token_budget", "-top_layer_micro_batches"),
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
         *("reptile-group1-packed", "reptile-group4-checkpointed_padded", "lora_ml-group1-packed"),
@@ -169,6 +186,8 @@ def cases_for(world: int, *, whole: bool = False) -> list[dict]:
             variants = VARIANTS if world == 1 else ("packed", "checkpointed_padded", "trajectory", "rates_per_step")
             if world > group == 1:
                 variants = (*variants, "exact")
+            if world == group > 1:
+                variants = (*variants, "top_layer_padded", "top_layer_token_budget", "top_layer_micro_batches")
             if (world, group) == (4, 2):
                 variants = ("checkpointed_padded",)
             if group == world > 1:
@@ -307,8 +326,10 @@ def optimizer_of(case):
 
 
 def scope_of(case):
-    """In the names of what is adapted."""
-    return "lora_B" if "lora_b" in case["variant"] else ""
+    """Whether the tensor of a name is adapted."""
+    if "top_layer" in case["variant"]:
+        return lambda name: ".layers.1." in name  # of two
+    return lambda name: "lora_B" in name or "lora_b" not in case["variant"]
 
 
 def exact_gradients(reference, case, result):
@@ -329,6 +350,8 @@ def expected(reference, case, result):
         return exact_gradients(reference, case, result)[0]
     aggregation = "sum" if "meta.aggregation=sum" in case["overrides"] else "mean"
     more = {"rates": result.get("rates"), "only": scope_of(case)}
+    if "top_layer" in case["variant"]:
+        more |= {"trajectory": 0.5, "clip": 0.1, "supports": scope_of(case)}
     if case["variant"].endswith("lora_b"):
         more |= {"trajectory": 0.5, "clip": 0.1}
     if case["variant"] == "rates_per_step_padded":
@@ -357,6 +380,7 @@ def test_meta_gradient_matches_the_reference(world, whole, outcomes, references)
         result = load(out, case)
         reference = references(path, "lora" in case["method"])
         errors[case["name"]] = relative_error(measured(case, result), expected(reference, case, result))
+        assert result["lowest_layer"] == ("top_layer" in case["variant"])  # those below are computed once
     worst = max((name for name in errors if not name.endswith("adamw")), key=errors.get)
     print(f"\n{world} processes: {len(errors)} layouts, largest relative error {errors[worst]:.1e} ({worst})")
     for name, error in errors.items():
@@ -383,8 +407,8 @@ def test_the_gradient_of_learned_rates_matches_the_reference(world, whole, outco
         assert len({tuple(rate.tolist()) for rate in rates.values()}) > 1, "the rates are all the same"
         assert {len(rate) for rate in rates.values()} == {2 if "per_step" in case["variant"] else 1}
         reference = references(path, case["method"] == "meta_lora")
-        clip = 0.1 if case["variant"] == "rates_per_step_padded" else None
-        settings = result["theta_before"], result["episodes"], rates, optimizer_of(case), clip
+        clip = 0.1 if case["variant"] in ("rates_per_step_padded", "top_layer_rates_per_step") else None
+        settings = result["theta_before"], result["episodes"], rates, optimizer_of(case), clip, scope_of(case)
         exact = "exact" in case["variant"]
         gradient = exact_gradients(reference, case, result)[1] if exact else reference.rate_gradient(*settings)
         errors[case["name"]] = relative_error(result["rate_gradient"], gradient)

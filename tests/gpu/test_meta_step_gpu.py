@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from meta_reference import Reference, relative_error
+from meta_reference import Reference, anything, relative_error
 from script_runner import ROOT, must_run
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -31,6 +31,7 @@ METHODS = {
     "rates": (*LORA, [*RANK_4, *RATES], 1e-4),
     "trajectory": (*LORA, [*RANK_4, "meta.trajectory_weight=0.5"], 1e-4),
     "lora_b": (*LORA, [*RANK_4, "meta.inner_scope=lora_b"], 1e-4),
+    "top_layer": (*LORA, [*RANK_4, "meta.inner_scope=top_layers", "meta.inner_top_layers=1"], 1e-4),
     "second_order": (*LORA, [*RANK_4, "meta.order=2"], 1e-4),
     "lora_ml": ("lora_ml_trainer.py", "config_lora_ml", 0.3, [*RANK_4, "meta.task_lora_rank=1"], 1e-4),
     "bf16": (*LORA[:2], 0.02, BF16, 0.1),  # ragged blocks: grouped GEMM where there is a kernel for it
@@ -120,8 +121,9 @@ def error_of(case, lr, model, task_dir, folder, *, processes):
     if case["name"] == "second_order":
         return relative_error(result["gradient"], reference.exact_gradient(*drawn, lr)[0])
     weight = 0.5 if case["name"] == "trajectory" else 0.0
-    only = "lora_B" if case["name"] == "lora_b" else ""
-    expected = reference.first_order_gradient(*drawn, lr, trajectory=weight, rates=rates, only=only)
+    scopes = {"lora_b": lambda name: "lora_B" in name, "top_layer": lambda name: ".layers.1." in name}  # of two
+    scope = scopes.get(case["name"], anything)
+    expected = reference.first_order_gradient(*drawn, lr, trajectory=weight, rates=rates, only=scope)
     error = relative_error(result["gradient"], expected)
     if rates is None:
         return error

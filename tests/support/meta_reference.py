@@ -12,6 +12,10 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+def anything(name):
+    return True
+
+
 def load_model(path, lora=None, **overrides):
     """The model in fp32 and eval-free train mode; ``lora``: keyword arguments of ``peft.LoraConfig`` or None."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", **overrides)
@@ -73,19 +77,21 @@ class Reference:
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), loss.item()
 
-    def adapt(self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None, only=""):
+    def adapt(
+        self, theta, task, support_batches, lr, optimizer="sgd", clip=None, rates=None, taken=None, only=anything
+    ):
         """theta_i after one inner step per batch.
 
         ``clip``: largest norm of a step's gradient; ``rates``: name -> a rate, or one for every step, in the place of
-        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step; ``only``: in the names of what is
-        adapted.
+        ``lr``; ``taken``: a list that takes in u_k, name -> tensor, of every step; ``only``: whether the tensor of a
+        name is adapted.
         """
         adapted = dict(theta)
         first = {n: torch.zeros_like(t) for n, t in theta.items()}
         second = {n: torch.zeros_like(t) for n, t in theta.items()}
         for k, indices in enumerate(support_batches, start=1):
             gradients, _ = self.gradient(adapted, self.examples(task, "support", indices))
-            gradients = {n: g if only in n else torch.zeros_like(g) for n, g in gradients.items()}
+            gradients = {n: g if only(n) else torch.zeros_like(g) for n, g in gradients.items()}
             norm = sum((g**2).sum() for g in gradients.values()) ** 0.5
             scale = 1.0 if clip is None else min(1.0, clip / float(norm))
             updates = {}
@@ -104,7 +110,7 @@ class Reference:
                 taken.append(updates)
         return adapted
 
-    def rate_gradient(self, theta, episodes, rates, optimizer="sgd", clip=None):
+    def rate_gradient(self, theta, episodes, rates, optimizer="sgd", clip=None, only=anything):
         """Name -> derivatives of the mean query loss by the logarithms of ``rates``, to first order.
 
         Autograd's, through theta_i,K = theta - sum_k exp(a_k) u_k with constant u_k.
@@ -112,7 +118,7 @@ class Reference:
         total = {n: torch.zeros_like(r) for n, r in rates.items()}
         for task, support_batches, query_batch in episodes:
             taken = []
-            self.adapt(theta, task, support_batches, None, optimizer, clip, rates, taken)
+            self.adapt(theta, task, support_batches, None, optimizer, clip, rates, taken, only)
             logarithms = {n: r.log().requires_grad_(True) for n, r in rates.items()}
             adapted = {}
             for name, start in theta.items():
@@ -125,24 +131,35 @@ class Reference:
         return total
 
     def first_order_gradient(
-        self, theta, episodes, lr, optimizer="sgd", aggregation="mean", trajectory=0.0, clip=None, rates=None, only=""
+        self,
+        theta,
+        episodes,
+        lr,
+        optimizer="sgd",
+        aggregation="mean",
+        trajectory=0.0,
+        clip=None,
+        rates=None,
+        only=anything,
+        supports=anything,
     ):
-        """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w."""
+        """FOMAML and META-LORA. ``episodes``: (task, support_batches, query_batch) triples; ``trajectory``: w, where
+        ``supports`` says so of a name, or else 0."""
         total = {n: torch.zeros_like(t) for n, t in theta.items()}
         for task, support_batches, query_batch in episodes:
             for k in range(len(support_batches) if trajectory else 0):
                 at_k = self.adapt(theta, task, support_batches[:k], lr, optimizer, clip, rates, None, only)
                 gradients, _ = self.gradient(at_k, self.examples(task, "support", support_batches[k]))
                 for name, g in gradients.items():
-                    total[name] += trajectory / len(support_batches) * g
+                    total[name] += (trajectory if supports(name) else 0.0) / len(support_batches) * g
             adapted = self.adapt(theta, task, support_batches, lr, optimizer, clip, rates, None, only)
             gradients, _ = self.gradient(adapted, self.examples(task, "query", query_batch))
             for name, g in gradients.items():
-                total[name] += (1 - trajectory) * g
+                total[name] += (1 - trajectory if supports(name) else 1.0) * g
         scale = 1 / len(episodes) if aggregation == "mean" else 1.0
         return {n: t * scale for n, t in total.items()}
 
-    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None, rates=None, only=""):
+    def exact_gradient(self, theta, episodes, lr, optimizer="sgd", steps=None, rates=None, only=anything):
         """MAML: the query loss after adaptation, differentiated through the last ``steps`` inner steps (None: all).
 
         Returns:
@@ -169,7 +186,7 @@ class Reference:
                         root = (second[n] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
                         update = first[n] / (1 - 0.9 ** (k + 1)) / root
                     rate = lr if logarithms is None else logarithms[n].exp()[min(k, len(rates[n]) - 1)]
-                    at = {**at, n: at[n] - rate * update} if only in n else at
+                    at = {**at, n: at[n] - rate * update} if only(n) else at
             loss = response_loss(self.model, at, self.examples(task, "query", query_batch))
             wanted = list(leaves.values()) + ([] if rates is None else list(logarithms.values()))
             exact = torch.autograd.grad(loss, wanted, materialize_grads=True)

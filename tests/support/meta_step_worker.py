@@ -230,6 +230,7 @@ def run_case(case, out):
         [trainer.episodes._size_in_a_pass(record.episode) for record in records]
         for records in trainer.episodes.passes(captured["meta_batch"].episodes)
     ]
+    result["lowest_layer"] = trainer.engine.lowest_layer
     base = {n: p for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     result["base_grads"] = [n for n, p in base.items() if p.grad is not None]
     in_optimizer = {id(p) for group in trainer.engine.optimizer.param_groups for p in group["params"]}

@@ -217,6 +217,19 @@ def test_the_published_page_is_that_of_the_published_results():
     assert published.read_text(encoding="utf-8") == report.page(report.read(published))
 
 
+def test_the_top_layers_have_a_table(tmp_path):
+    seconds = {"all": [2.0, 2.0], "10": [1.0, 1.0]}
+    result = {
+        "layers": 30,
+        "seconds": {use: {n: spread(v) for n, v in seconds.items()} for use in ("inner_loop", "adaptation")},
+        "ratio": {use: {"10": ratio([1.0, 1.0], [2.0, 2.0])} for use in ("inner_loop", "adaptation")},
+    }
+    report.write(tmp_path / "p.md", report.merge({}, "top_layers", "cpu", "fp32", {**entry(result), "result": result}))
+    half = "1.000 | 0.50 (0.50 to 0.50) |"
+    text = (tmp_path / "p.md").read_text()
+    assert f"| --- | ---: | ---: | ---: | ---: |\n| all | 2.000 |  | 2.000 |  |\n| the top 10 | {half} {half}\n" in text
+
+
 def test_the_update_rule_has_a_table_and_a_picture(tmp_path):
     seconds = {"plain": spread([2.0, 2.0]), "meta.order=2": spread([6.0, 6.0])}
     of_steps = {str(k): {order: spread([k * int(order)] * 2) for order in "12"} for k in (1, 10)}

@@ -149,7 +149,13 @@ def plain_loss(model, examples):
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "fomaml", "lora_b"])
+SCOPES = {
+    "lora_b": lambda name: "lora_B" in name,
+    "top_layers": lambda name: ".layers.1." in name,  # of two
+}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "fomaml", "lora_b", "top_layers", "fomaml_top_layers"])
 def test_a_checkpoint_is_adapted_at_the_rates_that_it_learned(kind, config, adapter, fomaml):
     """Every tensor at its own rates, beyond the last column at that, by a loop of plain subtractions."""
     method, path = {
@@ -157,15 +163,23 @@ def test_a_checkpoint_is_adapted_at_the_rates_that_it_learned(kind, config, adap
         "folder": ("meta_lora", adapter.parent / "adapter_step_7"),
         "fomaml": ("fomaml", fomaml),
         "lora_b": ("meta_lora", adapter),
+        "top_layers": ("meta_lora", adapter),
+        "fomaml_top_layers": ("fomaml", fomaml),
     }[kind]
-    scope = "lora_b" if kind == "lora_b" else None
+    scope = kind.removeprefix("fomaml_") if kind.endswith(tuple(SCOPES)) else None
     changed = without_lora_flags(
-        config, model_type=method, model_path=str(path), adaptation_steps=5, adaptation_scope=scope
+        config,
+        model_type=method,
+        model_path=str(path),
+        adaptation_steps=5,
+        adaptation_scope=scope,
+        adaptation_top_layers=1 if scope == "top_layers" else None,
     )
     model, tasks = load(changed)
     found = run_cell(model, tasks, "calculus", 5)
-    file = fomaml / "inner_rates/rates.safetensors" if kind == "fomaml" else adapter.parent / "adapter_step_7"
-    rates = load_file(file if kind == "fomaml" else file / "inner_rates.safetensors")
+    assert model.runner.lowest_layer == (scope == "top_layers")  # what lies below is computed once
+    file = fomaml / "inner_rates/rates.safetensors" if method == "fomaml" else adapter.parent / "adapter_step_7"
+    rates = load_file(file if method == "fomaml" else file / "inner_rates.safetensors")
     other, _ = load(changed)
     other.model.set_attn_implementation("sdpa")
     trained = {n.replace(".default.", "."): p for n, p in other.model.named_parameters() if p.requires_grad}
@@ -175,9 +189,10 @@ def test_a_checkpoint_is_adapted_at_the_rates_that_it_learned(kind, config, adap
         loss = plain_loss(other.model, [other._shots["calculus"][shots[i]] for i in stream.take(4)])
         assert found.support_losses[step] == pytest.approx(loss.item(), rel=1e-4)
         gradients = torch.autograd.grad(loss, list(trained.values()))
+        adapts = SCOPES.get(scope, lambda name: True)
         with torch.no_grad():
             for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
-                if scope is None or "lora_B" in name:
+                if adapts(name):
                     parameter -= rates[name][min(step, COLUMNS - 1)] * gradient
     tests = [other._test_sets["calculus"][i] for i in range(6)]
     assert found.loss == pytest.approx(plain_loss(other.model, tests).item(), rel=1e-4)
@@ -203,11 +218,21 @@ def test_the_scope_is_what_the_checkpoint_records(config, adapter, fomaml, monke
 
     folder = adapter.parent / "adapter_step_7"
     (folder / "SHA256SUMS").unlink()
-    assert opened(folder).scope == "all"
+    assert opened(folder).scope == ("all", None)
     recorded = json.loads((folder / "adaptation.json").read_text())
     (folder / "adaptation.json").write_text(json.dumps({**recorded, "inner_scope": "lora_b"}))
-    assert (opened(folder).scope, opened(folder, adaptation_scope="all").scope) == ("lora_b", "all")
+    assert opened(folder).scope.kind == "lora_b" and opened(folder, adaptation_scope="all").scope.kind == "all"
     assert opened(folder).adapts.endswith(", B matrices alone")
+    top = {"inner_scope": "top_layers", "inner_top_layers": 1}
+    (folder / "adaptation.json").write_text(json.dumps({**recorded, **top}))
+    assert opened(folder).scope == ("top_layers", 1) and opened(folder).adapts.endswith(" of the top 1 layers")
+    (fomaml / "adaptation.json").write_text(json.dumps({**json.loads((fomaml / "adaptation.json").read_text()), **top}))
+    assert opened(fomaml, model_type="fomaml").scope == ("top_layers", 1)
+    two = without_lora_flags(
+        config, model_type="meta_lora", model_path=str(folder), adaptation_scope="top_layers", adaptation_top_layers=2
+    )
+    with pytest.raises(ValueError, match="2 top layers are to be adapted, and the model has 2: adapt fewer, or all"):
+        load(two)
     with pytest.raises(ValueError, match="--adaptation-scope is lora_b, and all parameters are adapted here"):
         opened(fomaml, model_type="fomaml", adaptation_scope="lora_b")
 
