@@ -80,7 +80,8 @@ def rule(holds: Callable[[Any], bool], words: str) -> AfterValidator:
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if repeated := sorted({value for value in values if values.count(value) > 1}):
-        raise ValueError(f"names {', '.join(map(str, repeated))} more than once; give every one once")
+        names = ", ".join(printable(str(value)) for value in repeated)
+        raise ValueError(f"names {names} more than once; give every one once")
     return values
 
 

@@ -145,7 +145,7 @@ BOUNDS = [
     ("reptile", "meta.episode_shots", [0, 2.5, "few", [5], [0, 5]], "a number or"),
     ("meta_lora", "meta.episode_shots", [[10, 5], 101, [101, 200]], "at most the 100 examples"),
     ("meta_lora", "meta.inner_optimizer", ["lion"], "'sgd' or 'adamw'"),
-    ("meta_lora", "meta.tasks", ["algebra", [], ["a", "a"]], "task"),
+    ("meta_lora", "meta.tasks", ["algebra", [], ["a", "a"], ["a\n", "a\n"]], "task"),
     ("meta_lora", "meta.meta_batch_size", [0, 10**12], "tasks per meta-step"),
     ("meta_lora", "meta.inner_clip_grad", [0], "above 0"),
     ("meta_lora", "meta.task_batch_limit", [0], "at least 1"),
