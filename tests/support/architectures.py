@@ -164,10 +164,11 @@ def build(model_type: str, output: Path, seed: int = 0) -> Path:
 
 
 LORA = ("meta_lora_trainer.py", "config_meta_lora_guide", 0.1, ["model.lora_rank=4", "model.lora_alpha=8"])
-SECOND_ORDER = "order 2"
+SECOND_ORDER, TOP_LAYER = "order 2", "top layer"
 METHODS = {
     "META-LORA": LORA,
     SECOND_ORDER: (*LORA[:3], [*LORA[3], "meta.order=2"]),
+    TOP_LAYER: (*LORA[:3], [*LORA[3], "meta.inner_scope=top_layers", "meta.inner_top_layers=1"]),
     "FOMAML": ("maml_sft_trainer.py", "config_fomaml_math_science", 0.02, []),
 }
 # PEFT wants to be told which modules these may have adapters on.
@@ -225,7 +226,8 @@ def examine(model_type: str, method: str, model: Path, task_dir: Path) -> Verdic
         _, alone = _train(method, model, task_dir, [*overrides, *ONE_AT_A_TIME])
         single, _ = _errors(alone, model, task_dir, targets, method)
     tasks = ", tasks together" if isinstance(trainer.inner_loop, TaskBatchedLoRA) else ""
-    layout = f"{trainer.engine.layout.rows}{tasks}"
+    parts = ", in two parts" if trainer.engine.lowest_layer else ""
+    layout = f"{trainer.engine.layout.rows}{tasks}{parts}"
     return Verdict(error, rounding, single, _change_of_neighbours(trainer), layout)
 
 
@@ -237,6 +239,9 @@ def _errors(seen: dict[str, Any], model: Path, task_dir: Path, targets: Any, met
     def gradient(theta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if method == SECOND_ORDER:
             return reference.exact_gradient(theta, seen["episodes"], lr)[0]
+        if method == TOP_LAYER:
+            inside = dict(zip(theta, seen["adapted"], strict=True))
+            return reference.first_order_gradient(theta, seen["episodes"], lr, only=inside.__getitem__)
         return reference.first_order_gradient(theta, seen["episodes"], lr)
 
     expected = gradient(theta)
@@ -274,7 +279,7 @@ def _train(method: str, model: Path, task_dir: Path, overrides: list[str]) -> tu
 
     trainer.engine.optimizer_step, trainer.train_dataloader.next_meta_batch = optimizer_step, next_meta_batch
     trainer.train_step(1)
-    seen["theta"] = theta_of(trainer)
+    seen["theta"], seen["adapted"] = theta_of(trainer), trainer.adapted
     trainer.train_step(2)
     return trainer, seen
 
@@ -301,14 +306,16 @@ the losses of its neighbours unchanged (below 1e-5 nats) in every row with an er
 itself. *padded*: a row each. *tasks together*: the adapters of several tasks in one pass. The trainers find this out by
 themselves, on the examples of each run, before its first meta-step.
 
-*order 2*: META-LORA differentiated through both inner steps (`meta.order=2`).
+*order 2*: META-LORA differentiated through both inner steps (`meta.order=2`). *top layer*: its inner steps adapt the
+last decoder layer alone (`meta.inner_scope=top_layers`); *in two parts*: the layers below are computed once per example.
 
-Right of {all} types: META-LORA {right[META-LORA]}, with order 2 {right[order 2]}, FOMAML {right[FOMAML]}.
+Right of {all} types: META-LORA {right[META-LORA]}, with order 2 {right[order 2]}, of the top layer {right[top layer]},
+FOMAML {right[FOMAML]}.
 
 Made by `make architectures`; `make test-all` checks all of it.
 
-| model type | META-LORA | error | order 2 | error | FOMAML | error |
-|---|---|---:|---|---:|---|---:|
+| model type | META-LORA | error | order 2 | error | top layer | error | FOMAML | error |
+|---|---|---:|---|---:|---|---:|---|---:|
 """
 
 
