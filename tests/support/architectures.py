@@ -307,7 +307,7 @@ itself. *padded*: a row each. *tasks together*: the adapters of several tasks in
 themselves, on the examples of each run, before its first meta-step.
 
 *order 2*: META-LORA differentiated through both inner steps (`meta.order=2`). *top layer*: its inner steps adapt the
-last decoder layer alone (`meta.inner_scope=top_layers`); *in two parts*: the layers below are computed once per example.
+last decoder layer alone (`meta.inner_scope=top_layers`); *in two parts*: those below are computed once per example.
 
 Right of {all} types: META-LORA {right[META-LORA]}, with order 2 {right[order 2]}, of the top layer {right[top layer]},
 FOMAML {right[FOMAML]}.
