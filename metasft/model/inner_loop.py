@@ -52,10 +52,14 @@ def make_inner_optimizer(parameters: Iterable[Any], name: str, lr: float) -> tor
     Raises:
         ValueError: ``name`` is neither ``sgd`` nor ``adamw``.
     """
+    groups = list(parameters)
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr)
+        return torch.optim.SGD(groups, lr=lr)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        tensors = [t for group in groups for t in (group["params"] if isinstance(group, dict) else [group])]
+        # On a CPU torch's default makes several temporary tensors of the parameters' size in every step.
+        fused = all(t.device.type == "cpu" and not isinstance(t, DTensor) for t in tensors)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=fused or None)
     raise ValueError(f"meta.inner_optimizer={name!r} is unknown; choose one of sgd, adamw")
 
 

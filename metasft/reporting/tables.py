@@ -302,8 +302,8 @@ def mean_of(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     """In words: what scores or rows over all tasks are the mean of, and what their intervals are."""
     new = next((e for e in entries if e.get("of") == NEW_TASKS), None)
     if new is None:
-        return "mean of the unseen tasks", "95% intervals"
-    return f"mean of {new['n_tasks']} unseen tasks in {new['n_groups']} groups", "95% intervals about new tasks"
+        return "mean of the tasks", "95% intervals"
+    return f"mean of {new['n_tasks']} tasks in {new['n_groups']} groups", "95% intervals about new tasks"
 
 
 def scores_of(arms: Sequence[Arm]) -> list[Mapping[str, Any]]:

@@ -381,7 +381,7 @@ def test_a_report_without_the_study_says_nothing_of_it(tmp_path):
     for words in ("FOMAML", "Scenario", "verdict", "Checklists", "Not measured", "Adaptation speed"):
         assert words not in text, words
     for words in (
-        "mean of 16 unseen tasks in 12 groups: accuracy and loss with 95% intervals about new tasks",
+        "mean of 16 tasks in 12 groups: accuracy and loss with 95% intervals about new tasks",
         "How many tasks and seeds decide 3 points",
         "Accuracy at 25 shots [95%, about the task itself]",
         "| rule_03<br>kind_00 | 16.0%<br>echo |",
