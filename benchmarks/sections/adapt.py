@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ArmsDiffer, Settings, interleave, ratio, spread
-from benchmarks.sections.common import RANK, column
+from benchmarks.sections.common import RANK, adaptable_model, column, tokenized
 
 EXAMPLES, STEPS, BATCH, LR = 10, 10, 4, 1e-3
 
@@ -19,33 +19,16 @@ def measure(settings: Settings) -> dict[str, Any]:
     import torch
 
     from benchmarks.peft_loop import PeftLoop
-    from metasft.adapt.adaptable_model import AdaptableModel, Job
-    from metasft.adapt.open_model import open_model
-    from metasft.adapt.settings import AdaptConfig
-    from metasft.adapt.starts import find_model_source
+    from metasft.adapt.adaptable_model import Job
     from metasft.data.episodes import ShuffledStream
-    from metasft.data.task_sets import TokenizedSet
 
     tasks = 3 if settings.quick else 8  # as many as a CPU adapts together
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     with tempfile.TemporaryDirectory() as folder:
-        config = AdaptConfig(
-            model_path=settings.model,
-            examples=Path(settings.task_dir),
-            output=Path(folder),
-            adaptation_steps=STEPS,
-            adaptation_batch_size=BATCH,
-            adaptation_lr=LR,
-            lora_rank=RANK,
-            device=settings.device,
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-            max_length=1024,
-            max_new_tokens=1,
-        )
-        model = AdaptableModel(config, open_model(config, find_model_source(config)))
+        flags = {"adaptation_steps": STEPS, "adaptation_batch_size": BATCH, "adaptation_lr": LR}
+        model = adaptable_model(settings, Path(folder), **flags)
         files = [_write_task(Path(folder), number) for number in range(tasks)]
-        data_config = {"pad_mode": "no_padding", "truncation": "error", "max_length": 1024}
-        sets = [TokenizedSet(file, EXAMPLES, model.tokenizer, data_config) for file in files]
+        sets = [tokenized(file, EXAMPLES, model) for file in files]
         loop = PeftLoop(
             settings.model,
             {file.name: {"support": file} for file in files},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import Settings, TrainerArm
@@ -43,6 +44,34 @@ def model_shape(settings: Settings) -> Any:
     from benchmarks.flops import ModelShape
 
     return ModelShape.from_config(AutoConfig.from_pretrained(settings.model, trust_remote_code=False))
+
+
+def adaptable_model(settings: Settings, folder: Path, **flags: Any) -> Any:
+    """The model with a fresh LoRA as ``adapt.py`` opens it; ``flags`` as of its settings."""
+    from metasft.adapt.adaptable_model import AdaptableModel
+    from metasft.adapt.open_model import open_model
+    from metasft.adapt.settings import AdaptConfig
+    from metasft.adapt.starts import find_model_source
+
+    config = AdaptConfig(
+        model_path=settings.model,
+        examples=Path(settings.task_dir),
+        output=folder,
+        lora_rank=RANK,
+        device=settings.device,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+        max_new_tokens=1,
+        **flags,
+    )
+    return AdaptableModel(config, open_model(config, find_model_source(config)))
+
+
+def tokenized(file: Path, examples: int, model: Any) -> Any:
+    """The first examples of a parquet file for :func:`adaptable_model`."""
+    from metasft.adapt.open_model import UNLIMITED
+    from metasft.data.task_sets import TokenizedSet
+
+    return TokenizedSet(file, examples, model.tokenizer, UNLIMITED)
 
 
 def progress(items: Sequence[Any], name: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import Settings, build_trainer, interleave, process_group, ratio, spread
-from benchmarks.sections.common import RANK, column, model_shape, sample_counts
+from benchmarks.sections.common import RANK, adaptable_model, column, model_shape, sample_counts, tokenized
 
 ALL = "all"
 STEPS, BATCH, TASKS = 10, 4, 4
@@ -77,32 +77,14 @@ def _inner_loop(settings: Settings, folder: Path, top_layers: int | None) -> Any
 
 
 def _adaptation(settings: Settings, folder: Path, top_layers: int | None) -> Any:
-    from metasft.adapt.adaptable_model import AdaptableModel, Job
-    from metasft.adapt.open_model import open_model
-    from metasft.adapt.settings import AdaptConfig
-    from metasft.adapt.starts import find_model_source
+    from metasft.adapt.adaptable_model import Job
     from metasft.data.episodes import ShuffledStream
-    from metasft.data.task_sets import TokenizedSet
 
-    config = AdaptConfig(
-        model_path=settings.model,
-        examples=Path(settings.task_dir),
-        output=folder,
-        adaptation_steps=STEPS,
-        adaptation_batch_size=BATCH,
-        adaptation_scope=None if top_layers is None else "top_layers",
-        adaptation_top_layers=top_layers,
-        lora_rank=RANK,
-        device=settings.device,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-        max_length=1024,
-        max_new_tokens=1,
-    )
-    model = AdaptableModel(config, open_model(config, find_model_source(config)))
+    scope = {} if top_layers is None else {"adaptation_scope": "top_layers", "adaptation_top_layers": top_layers}
+    model = adaptable_model(settings, folder, adaptation_steps=STEPS, adaptation_batch_size=BATCH, **scope)
     shots, jobs = SHOTS["adaptation"], []
-    data_config = {"pad_mode": "no_padding", "truncation": "error", "max_length": 1024}
     for file in sorted(Path(settings.task_dir).glob("*_support.parquet"))[:TASKS]:
-        examples = TokenizedSet(file, shots, model.tokenizer, data_config).batch(range(shots))
+        examples = tokenized(file, shots, model).batch(range(shots))
         jobs.append(Job(examples, ShuffledStream(shots, f"{settings.seed}/{file.name}"), (), 1))
 
     def run() -> dict[str, float]:
