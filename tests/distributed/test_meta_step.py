@@ -150,8 +150,9 @@ LEFT_FOR_SLOW = {
     1: (
         *("-checkpointed", "-offloaded", "-no_gain", "-rates", "-rates_adamw", "-rates_per_step_adamw", "-exact_last"),
         *("-trajectory_padded", "-exact_last_adamw", "-exact_rates", "-lora_b_adamw", "-one_at_a_time_lora_b", "-sum"),
-        *("-micro_batches", "-gathered", "-limited_rates", "-exact_checkpointed", "reptile-group1-adamw"),
-        *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "token_budget", "padded", "adamw")),
+        *("-micro_batches", "-padded", "-exact_adamw", "-gathered", "-limited_rates", "-exact_checkpointed"),
+        "reptile-group1-adamw",
+        *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "token_budget", "adamw")),
         *("-top_layer_micro_batches", "-top_layer_token_budget", "-top_layer_adamw", "fomaml-group1-top_layer"),
         *("fomaml-group1-top_layer_rates_per_step", "lora_ml-group1-limited"),
     ),

@@ -51,6 +51,7 @@ def test_the_notebook_runs(tiny_model, tmp_path, capsys):
     assert (tmp_path / "desk" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_meta_train_on_my_tasks(tiny_model, tmp_path):
     said = must_run(
         EXAMPLES / "meta_train_on_my_tasks.py", "--model", tiny_model, "--output", tmp_path, "--steps", "2"
