@@ -44,6 +44,8 @@ def write_result(
         "inner_optimizer": used["optimizer"],
         "num_inner_steps": used["steps"],
         "inner_batch_size": record["settings"]["batch_size"],
+        "inner_scope": opened.scope.kind,
+        "inner_top_layers": opened.scope.top_layers,
         "chat_template_kwargs": dict(opened.chat_template_kwargs),
     }
 

@@ -221,6 +221,18 @@ def test_flags_go_before_what_the_start_records(start, tiny_model, tmp_path):
     assert (recorded["inner_optimizer"], recorded["num_inner_steps"], recorded["inner_batch_size"]) == ("adamw", 3, 2)
 
 
+def test_the_top_layers_alone_are_adapted_and_again_from_there(start, tmp_path):
+    """Of two layers the upper one, also when the adapter is a start again, which records what was adapted."""
+    adapt(start, sums(5), tmp_path / "once", adaptation_scope="top_layers", adaptation_top_layers=1, **QUICK)
+    adapt(tmp_path / "once", sums(5), tmp_path / "twice", **QUICK)
+    before = load_file(start / "adapter_model.safetensors")
+    for name in ("once", "twice"):
+        after = load_file(tmp_path / name / "adapter_model.safetensors")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {name for name in before if ".layers.1." in name}
+        before = after
+
+
 def test_learned_rates_of_the_start_are_used(tiny_model, tmp_path):
     learned = save_random_adapter(tmp_path / "start", tiny_model, rate_columns=2)
     done = adapt(learned, sums(4), tmp_path / "mine", **QUICK)
