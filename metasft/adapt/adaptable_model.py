@@ -117,7 +117,7 @@ class AdaptableModel:
         self._dropout = _has_dropout(self.model)
         self._dtype, self._all_parameters, self._unpacked = dtype, all_parameters, unpacked
         self._learned, self._scope = opened.learned, opened.scope
-        self._num_layers = self.model.config.get_text_config().num_hidden_layers
+        self._num_layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
         self.use(opened.adaptation)
         self.trained_parameters = sum(parameter.numel() for parameter in self._adapter.parameters)
         if self.one_at_a_time_because is not None and not all_parameters:
