@@ -392,6 +392,7 @@ def _parts() -> dict[str, Callable[[Run], dict[str, Any]]]:
         **{f"meta_step.{dtype}": section("peft_loop", "135m", dtype) for dtype in ("bf16", "fp32")},
         **{f"fomaml.{dtype}": section("fomaml", "135m", dtype) for dtype in ("bf16", "fp32")},
         "update_rule.bf16": section("update_rule", "135m", "bf16"),
+        "top_layers.bf16": section("top_layers", "135m", "bf16"),
         **{f"memory.{arm}": memory("135m", arm) for arm in memory_arms},
         **{f"inner_step.{dtype}": section("inner_step", "135m", dtype) for dtype in ("bf16", "fp32")},
         "meta_step_05b.bf16": section("peft_loop", "05b", "bf16"),
@@ -507,6 +508,11 @@ def _speeds(name: str, result: Mapping[str, Any]) -> Iterator[list[str]]:
         for rule, seconds in result["seconds"].items():
             over = result["ratio"].get(rule, {"median": 1.0})["median"]
             yield [name, rule, f"{seconds['median']:.4f}", "", f"{over:.2f}"]
+    elif kind == "top_layers":
+        for use, arms in result["seconds"].items():
+            for scope, seconds in arms.items():
+                over = result["ratio"][use].get(scope, {"median": 1.0})["median"]
+                yield [name, f"{use}, layers: {scope}", f"{seconds['median']:.4f}", "", f"{over:.2f}"]
     elif kind == "inner_step":
         for cell in result["cells"]:
             for arm, seconds in cell["seconds"].items():

@@ -60,6 +60,7 @@ def adaptable_model(settings: Settings, folder: Path, **flags: Any) -> Any:
         lora_rank=RANK,
         device=settings.device,
         dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+        max_length=1024,
         max_new_tokens=1,
         **flags,
     )
