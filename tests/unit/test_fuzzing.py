@@ -524,7 +524,9 @@ def test_damaged_data_files(listed, examples, tmp_path):
     training = MetaConfig.from_mapping(values, "meta_lora")
 
     def read(name):
-        return find_task_files(training) if "meta_train" in name else read_test_tasks(evaluation)
+        """What is found, as plain values; of files what they hold."""
+        found = find_task_files(training) if "meta_train" in name else read_test_tasks(evaluation)
+        return [[getattr(value, "sha256", value) for value in vars(task).values()] for task in found]
 
     whole = {name: read(name) for name in files}
 
