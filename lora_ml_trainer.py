@@ -60,7 +60,7 @@ class LoRAMLTrainer(EpisodicSFTTrainer):
                 self.episodes.measure_before(records)
             rows = of_tasks[row : row + len(records)]
             row += len(records)
-            with self.inner_loop.adapting(len(records)) as adaptation:
+            with self.episodes.adapting(records) as adaptation:
                 self.task_loras.load(adaptation, [record.episode.task for record in records])
                 for _ in self.episodes.support_backwards(records):
                     rows += self.task_loras.take_gradients(adaptation)

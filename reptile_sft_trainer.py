@@ -32,7 +32,7 @@ class ReptileTrainer(EpisodicSFTTrainer):
         for records in passes:
             if batch.measures_gain:
                 self.episodes.measure_before(records)
-            with self.inner_loop.adapting(len(records)) as adaptation:
+            with self.episodes.adapting(records) as adaptation:
                 self.episodes.adapt(records)
                 if batch.measures_gain:
                     self.episodes.measure_after(records)

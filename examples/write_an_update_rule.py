@@ -28,7 +28,7 @@ class ClippedMetaLoRATrainer(EpisodicSFTTrainer):
         for records in passes:  # of the tasks that share a pass through the model
             if batch.measures_gain:
                 self.episodes.measure_before(records)
-            with self.inner_loop.adapting(len(records)) as adaptation:
+            with self.episodes.adapting(records) as adaptation:
                 self.episodes.adapt(records)
                 self.episodes.query_backward(records)
                 norms = adaptation.gradient_norms()

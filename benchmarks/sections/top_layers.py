@@ -18,7 +18,7 @@ SHOTS = {"inner_loop": 10, "adaptation": 5}
 def measure(settings: Settings) -> dict[str, Any]:
     """Seconds of each scope and their ratio to those of all layers, for the two uses of an inner loop."""
     layers = model_shape(settings).layers
-    scopes = {ALL: None, **{str(max(1, layers // part)): max(1, layers // part) for part in (3, 6)}}
+    scopes = {ALL: None, **{str(count): count for count in (max(1, layers // part) for part in (3, 6))}}
     with tempfile.TemporaryDirectory() as folder:
         with process_group():
             loops = {name: _inner_loop(settings, Path(folder) / name, count) for name, count in scopes.items()}

@@ -134,14 +134,12 @@ class AdaptableModel:
         else:
             logger.warning("packed rows are not used: %s", unpacked)
             self.runner = PaddedRunner(**common, pad=self.tokenizer.pad_token_id)
-        self._lowest_layer = self._scope.lowest_layer(self._num_layers)
-        if self._lowest_layer:
+        if lowest := self._scope.lowest_layer(self._num_layers):
             why = unpacked or ("the model or its adapter has dropout" if self._dropout else "")
             if isinstance(self.runner, PackedRunner) and not why:
-                why = self.runner.why_not_in_two_parts(self._lowest_layer, samples)
+                why = self.runner.start_at(lowest, samples)
             if why:
                 logger.warning("lower layers are computed anew in every update step: %s", why)
-                self._lowest_layer = 0
 
     def use(self, adaptation: Adaptation) -> None:
         """Adapt with this optimizer, rate and number of update steps from now on."""
@@ -185,6 +183,7 @@ class AdaptableModel:
         layers = [module for module in self.model.modules() if hasattr(module, "reset_lora_parameters")]
         before = [parameter.detach().clone() for parameter in self._adapter.parameters]
         scope, self._scope = self._scope, ALL
+        lowest, self.runner.lowest_layer = self.runner.lowest_layer, 0
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
@@ -192,7 +191,7 @@ class AdaptableModel:
                     layer.reset_lora_parameters("default", True)
             yield
         finally:
-            self._scope = scope
+            self._scope, self.runner.lowest_layer = scope, lowest
             for parameter, value in zip(self._adapter.parameters, before, strict=True):
                 parameter.data.copy_(value)
 
@@ -250,8 +249,7 @@ class AdaptableModel:
         on_step: OnStep | None,
     ) -> Iterator[tuple[int, int, Outcome]]:
         started = time.perf_counter()
-        if isinstance(self.runner, PackedRunner):
-            self.runner.lowest_layer = self._lowest_layer if self._scope.kind == "top_layers" else 0
+        if isinstance(self.runner, PackedRunner) and self.runner.lowest_layer:
             jobs = [job._replace(examples=self.runner.with_features(job.examples)) for job in jobs]
         seconds, done = time.perf_counter() - started, 0
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(len(jobs))}

@@ -83,27 +83,22 @@ class OwnTask:
         return said
 
 
-def read_tasks(examples: Path | str | Sequence[Mapping[str, Any]] | Mapping[str, Any], flag: str) -> list[OwnTask]:
-    """The tasks of a file, of a folder of files, of a list of rows, or of several of these lists by name.
+def read_tasks(examples: Sequence[Mapping[str, Any]] | Mapping[str, Any], flag: str) -> list[OwnTask]:
+    """The task of a list of rows, or the tasks of several of these lists by name.
 
     Args:
-        examples: where they are, or the rows themselves.
+        examples: the rows.
         flag: what the caller calls them, for messages.
 
     Raises:
-        ValueError: nothing is there, or two files of a folder have the same name but for the ending.
+        ValueError: nothing is there, or a name is that of no folder.
     """
     if isinstance(examples, Mapping):
         for name in examples:
             if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
                 raise ValueError(f"{flag} names a task {name!r}: give the name of a folder, not hidden and without /")
         return [_task_of(rows, name, Path(f"{flag}[{name!r}]")) for name, rows in examples.items()]
-    if not isinstance(examples, Path | str):
-        return [_task_of(examples, "examples", Path(flag))]
-    path = Path(examples)
-    if not path.exists():
-        raise ValueError(f"{flag} is {path}, which does not exist: give a file or a folder of files")
-    return [read_task(file) for file in files_of(path, flag)]
+    return [_task_of(examples, "examples", Path(flag))]
 
 
 def files_of(path: Path, flag: str) -> list[Path]:
@@ -112,6 +107,8 @@ def files_of(path: Path, flag: str) -> list[Path]:
     Raises:
         ValueError: there is none, or two have the same name but for the ending.
     """
+    if not path.exists():
+        raise ValueError(f"{flag} is {path}, which does not exist: give a file or a folder of files")
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))

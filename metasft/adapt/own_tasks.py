@@ -117,13 +117,13 @@ def adapt_tasks(
 
 
 def _read(config: AdaptConfig, done: Adapted) -> list[OwnTask]:
-    if not config.examples.is_dir():
-        return read_tasks(config.examples, "--examples")
     tasks = []
     for path in files_of(config.examples, "--examples"):
         try:
             tasks.append(read_task(path))
         except (ValueError, OSError) as error:
+            if not config.examples.is_dir():
+                raise
             done.failed[path.name] = str(error)
     return tasks
 

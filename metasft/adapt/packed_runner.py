@@ -152,12 +152,15 @@ class PackedRunner:
     # ---- adaptation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def why_not_in_two_parts(self, lowest_layer: int, samples: Sequence[Sequence[int]]) -> str:
-        """In words, why update steps cannot start at a decoder layer; empty where they can.
+    def start_at(self, lowest_layer: int, samples: Sequence[Sequence[int]]) -> str:
+        """Let update steps start at a decoder layer, if that computes the same.
 
         Args:
             lowest_layer: number of that layer.
-            samples: texts as token ids.
+            samples: texts as token ids, to try it on.
+
+        Returns:
+            In words, why they do not; empty where they do.
         """
         try:
             watch_decoder_layers(decoder_layers(base_model(self.model)))
@@ -169,13 +172,14 @@ class PackedRunner:
         self._forward(packed, packed, [], [0], lower)
         found = self._forward(packed, packed, None, None, LowerLayers(lowest_layer, lower.found))
         share = float((found - expected).abs().max() / expected.abs().max())
-        return "" if share < TWO_PARTS_TOLERANCE else f"its logits are off by {share:.2%}"
+        if not share < TWO_PARTS_TOLERANCE:
+            return f"its logits are off by {share:.2%}"
+        self.lowest_layer = lowest_layer
+        return ""
 
     @torch.no_grad()
     def with_features(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples with what the layers below :attr:`lowest_layer` make of them; without one, as they are."""
-        if not self.lowest_layer:
-            return list(examples)
+        """The examples with what the layers below :attr:`lowest_layer` make of them."""
         found: list[Example] = []
         for some in self._split([(0, [example]) for example in examples]):
             packed = PackedSequences(

@@ -33,6 +33,8 @@ class PaddedRunner:
     max_new_tokens: int
     batch_size: int
     tokens: TokenCount = field(default_factory=TokenCount)
+    lowest_layer: int = 0
+    """As of ``PackedRunner``; here every step runs all layers."""
 
     def step(
         self, adaptation: Adaptation, batches: Sequence[tuple[int, Sequence[Example]]], num_slots: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -144,6 +144,13 @@ class AdaptationSettings(ABC):
                 "--adaptation-scope top_layers and --adaptation-top-layers belong together: give both, or neither"
             )
 
+    def _only_with(self, switch: str, defaults: Mapping[str, Any]) -> None:
+        """Raise ValueError for a flag that is given while the one that it belongs to is not."""
+        for flag, default in defaults.items():
+            if getattr(self, flag) != default and not getattr(self, switch):
+                message = f"--{flag} has no effect without --{switch}: add it, or leave --{flag} out"
+                raise ValueError(message.replace("_", "-"))
+
     def _exclude(self, setting: str, flags: Sequence[str], why: str) -> None:
         for flag in flags:
             if getattr(self, flag):
@@ -208,10 +215,7 @@ class AdaptConfig(AdaptationSettings):
     def check(self) -> None:
         """Raise ValueError naming the first flag with an impossible value."""
         super().check()
-        for flag, default in (("search_grid", OWN_GRID), ("search_steps", ())):
-            if getattr(self, flag) != default and not self.search:
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} has no effect without --search: add it, or leave --{name} out")
+        self._only_with("search", {"search_grid": OWN_GRID, "search_steps": ()})
         if self.search:
             flags = ("adaptation_lr", "adaptation_optimizer")
             self._exclude("search", flags, "it finds both")

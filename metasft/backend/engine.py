@@ -388,8 +388,13 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
             }
         else:
             model_inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": None}
-        places = self._places(rows, lengths, packed)
-        lower = self._lower_layers(micro_batch, places, model_inputs["input_ids"].shape, features is not None)
+        lower, given = None, tu.get_non_tensor_data(data=micro_batch, key="features", default=None)
+        if features is not None or given is not None:
+            examples, places = micro_batch["example"].tolist(), self._places(rows, lengths, packed)
+            lower = LowerLayers(self.lowest_layer)
+            if given is not None:
+                shape = model_inputs["input_ids"].shape
+                lower.given = in_rows([given[example] for example in examples], places, shape.numel()).view(*shape, -1)
         autocast = self._autocast_dtype != torch.float32
         with running(ForwardPass(rows, counts, outputs, response, lower)):
             with torch.autocast(get_device_name(), self._autocast_dtype) if autocast else nullcontext():
@@ -400,7 +405,7 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         if features is not None:
             assert lower is not None and lower.found is not None
             flat = lower.found.reshape(-1, lower.found.shape[-1])
-            for example, place in zip(micro_batch["example"].tolist(), places, strict=True):
+            for example, place in zip(examples, places, strict=True):
                 features[example] = flat.index_select(0, upload(torch.tensor(place), device))
         if backward is None:
             # Without a backward FSDP2 keeps gathered weights where reshard_after_forward=false, and would go on
@@ -414,22 +419,9 @@ class MetaFSDPEngine(FSDPEngineWithLMHead):
         """Of each example, where its tokens are in the flattened batch."""
         if rows is not None:
             return [path.nodes for path in rows.paths]
-        sizes = lengths.tolist()
-        width = max(sizes)
-        starts = [sum(sizes[:number]) if packed else number * width for number in range(len(sizes))]
+        sizes, width = lengths.tolist(), int(lengths.max())
+        starts = (lengths.cumsum(0) - lengths).tolist() if packed else range(0, len(sizes) * width, width)
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-    def _lower_layers(
-        self, micro_batch: Any, places: Sequence[Sequence[int]], shape: torch.Size, computes: bool
-    ) -> LowerLayers | None:
-        """The part of the layers that a forward runs; None: all of them."""
-        if computes:
-            return LowerLayers(self.lowest_layer)
-        features = tu.get_non_tensor_data(data=micro_batch, key="features", default=None)
-        if features is None:
-            return None
-        chosen = [features[example] for example in micro_batch["example"].tolist()]
-        return LowerLayers(self.lowest_layer, in_rows(chosen, places, shape.numel()).view(*shape, -1))
 
     def _grouped_by_task(self, micro_batch: Any) -> Any:
         """The examples of a task side by side, as stacked adapters need them; veRL may have reordered them."""

@@ -122,10 +122,7 @@ class EvaluationConfig(AdaptationSettings):
                 "--full adapts all parameters of --model-type base in place of a fresh LoRA: leave it out, or leave "
                 "--shots-in-prompt, --lora-rank and --lora-alpha out"
             )
-        for flag, default in (("search_grid", SEARCH_GRID), ("search_steps", ())):
-            if getattr(self, flag) != default and not self.search_adaptation:
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} has no effect without --search-adaptation: add it, or leave --{name} out")
+        self._only_with("search_adaptation", {"search_grid": SEARCH_GRID, "search_steps": ()})
         if self.shots_in_prompt:
             flags = ("adaptation_lr", "adaptation_optimizer", "search_adaptation", "adaptation_settings", "speed_steps")
             flags += ("adaptation_scope", "adaptation_top_layers")

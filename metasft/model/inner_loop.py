@@ -97,9 +97,6 @@ class InnerScope(NamedTuple):
     kind: str = "all"
     top_layers: int | None = None
 
-    def __str__(self) -> str:
-        return f"the top {self.top_layers} layers" if self.kind == "top_layers" else self.kind
-
     def lowest_layer(self, num_layers: int) -> int:
         """Number of the first decoder layer of ``num_layers`` in which something is adapted.
 
@@ -121,14 +118,16 @@ class InnerScope(NamedTuple):
         Raises:
             ValueError: as of :meth:`lowest_layer`, or none of them is.
         """
-        if self.kind == "lora_b":
-            return ["lora_B" in name for name in names]
+        if self.kind != "top_layers":
+            return [self.kind == "all" or "lora_B" in name for name in names]
         lowest = self.lowest_layer(num_layers)
         # The first number in a name is that of its decoder layer; what has none is no part of one.
         layers = [re.search(r"\.([0-9]+)\.", name) for name in names]
-        inside = [self.kind == "all" or (found is not None and int(found[1]) >= lowest) for found in layers]
+        inside = [found is not None and int(found[1]) >= lowest for found in layers]
         if not any(inside):
-            raise ValueError(f"nothing that is trained lies in {self}: adapt more of them, or all")
+            raise ValueError(
+                f"nothing that is trained lies in the top {self.top_layers} layers: adapt more of them, or all"
+            )
         return inside
 
 
