@@ -56,17 +56,21 @@ def measure(settings: Settings) -> dict[str, Any]:
             arm.run()  # warm-up
             return arm
 
-        arms = {name: build(tasks, steps, overrides) for name, overrides in progress(list(rules.items()), "rules")}
-        samples = interleave({n: arm.run for n, arm in arms.items()}, settings.repeats, 6 * settings.cell_seconds)
-        # Not tokens: order 2 passes through the support batches again.
-        assert all(arm.episodes == arms[PLAIN].episodes for arm in arms.values()), "the arms saw different examples"
-        del arms
-        gc.collect()
+        # A pair at a time: all arms at once, with the graph of order 2, need 20 GB.
+        seconds: dict[str, dict[str, list[float]]] = {}
+        for name in progress([name for name in rules if name != PLAIN], "rules"):
+            pair = {arm: build(tasks, steps, rules[arm]) for arm in (PLAIN, name)}
+            found = interleave({n: arm.run for n, arm in pair.items()}, settings.repeats, settings.cell_seconds)
+            # Not tokens: order 2 passes through the support batches again.
+            assert pair[name].episodes == pair[PLAIN].episodes, "the arms saw different examples"
+            seconds[name] = {arm: column(values, "seconds") for arm, values in found.items()}
+            del pair
+            gc.collect()
         of_steps: dict[str, dict[str, Any]] = {}
         for count in progress(counts, "inner steps"):
             pair = {order: build(1, count, [f"meta.order={order}"]) for order in ("1", "2")}
-            seconds = interleave({n: arm.run for n, arm in pair.items()}, settings.repeats, settings.cell_seconds)
-            of_steps[str(count)] = {order: spread(column(found, "seconds")) for order, found in seconds.items()}
+            found = interleave({n: arm.run for n, arm in pair.items()}, settings.repeats, settings.cell_seconds)
+            of_steps[str(count)] = {order: spread(column(values, "seconds")) for order, values in found.items()}
             del pair
             gc.collect()
     shared = {"tasks": tasks, "inner_steps": steps, "batch": batch, "support_samples": support_samples(settings)}
@@ -74,11 +78,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     for name, overrides in progress(list(rules.items()), "memory"):
         arm = {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*INSIDE, *overrides]}
         peaks[name] = run_worker("memory", settings, {**shared, "arm": arm})["peak_bytes"]
-    seconds = {name: column(found, "seconds") for name, found in samples.items()}
     return {
         **shared,
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratio": {name: ratio(values, seconds[PLAIN]) for name, values in seconds.items() if name != PLAIN},
+        "seconds": {
+            PLAIN: spread([value for found in seconds.values() for value in found[PLAIN]]),
+            **{name: spread(found[name]) for name, found in seconds.items()},
+        },
+        "ratio": {name: ratio(found[name], found[PLAIN]) for name, found in seconds.items()},
         "peak_bytes": peaks,
         "of_steps": of_steps,
     }

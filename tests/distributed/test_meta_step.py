@@ -155,12 +155,14 @@ LEFT_FOR_SLOW = {
         *(f"fomaml-group1-{variant}" for variant in ("rates_per_step_padded", "token_budget", "adamw")),
         *("-top_layer_micro_batches", "-top_layer_token_budget", "-top_layer_adamw", "fomaml-group1-top_layer"),
         *("fomaml-group1-top_layer_rates_per_step", "lora_ml-group1-limited"),
+        *("fomaml-group1-gathered_no_gain", "reptile-group1-gathered_no_gain"),
     ),
     2: (
         *("group1-checkpointed_padded", "group2-no_gain", "group2-gathered", "group2-gathered_no_gain"),
         *("group1-trajectory", "group1-rates_per_step", "fomaml-group1-packed", "reptile-group1-packed"),
         *("fomaml-group2-rates_per_step", "reptile-group2-packed", "lora_ml-group2-packed"),
-        *("-top_layer_token_budget", "-top_layer_micro_batches"),
+        *("-top_layer_token_budget", "-top_layer_micro_batches", "group1-exact"),
+        *("fomaml-group2-trajectory", "fomaml-group2-top_layer_padded", "lora_ml-group1-packed"),
     ),
     4: (
         *("-trajectory", "-exact", "-rates_per_step"),
@@ -168,6 +170,7 @@ LEFT_FOR_SLOW = {
         *("group1-checkpointed_padded", "group4-packed", "group4-no_gain", "group4-gathered"),
         *("fomaml-group1-packed", "fomaml-group2-checkpointed_padded"),
         *("reptile-group1-packed", "reptile-group4-checkpointed_padded", "lora_ml-group1-packed"),
+        *("fomaml-group4-gathered_no_gain", "reptile-group4-gathered_no_gain", "lora_ml-group2-checkpointed_padded"),
     ),
 }
 """World size -> endings of the names of layouts that only the slow tier runs."""
