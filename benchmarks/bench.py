@@ -39,6 +39,7 @@ SECTION_NAMES = (
     "update_rule",
     "top_layers",
     "memory",
+    "sizes",
     "checkpoint",
     "two_processes",
     "evaluation",

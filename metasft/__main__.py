@@ -24,9 +24,10 @@ COMMANDS = {
     "adapt": ("adapt", "a start and your own examples to an adapter in use"),
     "evaluate": ("evaluate_few_shot", "adapt on N shots of unseen tasks, then test"),
     "compare": ("compare_methods", "plot, table, paired comparison and report of measured results"),
+    "plan": ("metasft.plan", "what a meta-step costs on a machine, by arithmetic"),
     "run": ("run_experiments", "suites of experiments, scheduled on Ray"),
 }
-"""Command -> the module of the script, which is run by its name: the package imports none."""
+"""Command -> the module that is run by its name, mostly a script of the repository: the package imports none."""
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ def support_samples(settings: Settings) -> int:
 def model_shape(settings: Settings) -> Any:
     from transformers import AutoConfig
 
-    from benchmarks.flops import ModelShape
+    from metasft.plan.flops import ModelShape
 
     return ModelShape.from_config(AutoConfig.from_pretrained(settings.model, trust_remote_code=False))
 
@@ -105,7 +105,7 @@ def flops_per_token(
     all_logits: bool = False,
 ) -> float:
     """Operations of one forward and backward over ``batches``, per token of theirs that is no padding."""
-    from benchmarks.flops import step_flops
+    from metasft.plan.flops import step_flops
 
     total = tokens = 0
     for examples in batches:

@@ -38,7 +38,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """META-LORA's inner step, all tasks in one pass and one task at a time, at fixed numbers of tokens."""
     from transformers import AutoTokenizer
 
-    from benchmarks.flops import step_flops
+    from metasft.plan.flops import step_flops
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     shape = model_shape(settings)

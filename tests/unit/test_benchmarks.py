@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arms import ArmsDiffer, compare_gradients, interleave, ratio, spread
-from benchmarks.flops import ModelShape, step_flops
+from metasft.plan.flops import ModelShape, step_flops
 from metasft.reporting import performance as report
 
 # ---------------------------------------------------------------------------------------------------------------- FLOPs

@@ -18,7 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+
+_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "tie_word_embeddings",
+)  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    name: dict(zip(_KEYS, values, strict=True))
+    for name, values in {
+        "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+        "smollm2-360m": (960, 2560, 32, 15, 5, 49152, True),
+        "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
+        "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+        "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+        "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, False),
+    }.items()
+}
+"""Name -> what the configuration of a model says of its matrices."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class ModelShape:
         attention_width: query heads x head size.
         hidden: width of the output layer's input.
         vocabulary: outputs of the output layer.
+        tied: the output matrix is the embedding matrix.
     """
 
     layers: int
@@ -38,6 +57,7 @@ class ModelShape:
     attention_width: int
     hidden: int
     vocabulary: int
+    tied: bool = True
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -60,12 +80,44 @@ class ModelShape:
             attention_width=queries,
             hidden=hidden,
             vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
         )
+
+    @classmethod
+    def of(cls, model: str) -> ModelShape:
+        """Of a name of :data:`SHAPES`, a Hugging Face folder or a model of the hub.
+
+        Raises:
+            ValueError: there is no such model, or it is not of the Llama family.
+        """
+        if model in SHAPES:
+            return cls.from_config(SimpleNamespace(**SHAPES[model]))
+        from transformers import AutoConfig
+
+        try:
+            return cls.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config())
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{model} is no model whose matrices can be counted ({str(error).splitlines()[0]}): give one of "
+                f"{', '.join(SHAPES)}, or a Llama-like model's folder or name on the hub"
+            ) from error
 
     @property
     def matrix_parameters(self) -> int:
         """Parameters of the decoder layers' matrices."""
         return self.layers * sum(i * j for i, j in self.matrices.values())
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, without those of norms and biases."""
+        return self.matrix_parameters + self.hidden * self.vocabulary * (1 if self.tied else 2)
+
+    @property
+    def kept_per_token(self) -> int:
+        """Numbers that a decoder layer keeps of a token for its backward: inputs and outputs of two norms, queries,
+        keys, values, the attention's output, and gate, up, activated gate and product of the MLP."""
+        queries, keys, inner = (self.matrices[name][1] for name in ("q_proj", "k_proj", "gate_proj"))
+        return 4 * self.hidden + 2 * queries + 2 * keys + 4 * inner
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of ``rank`` on every linear layer of the decoder."""
