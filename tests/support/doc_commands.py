@@ -23,6 +23,7 @@ from metasft.experiments import command as experiments
 from metasft.experiments.composition import compose
 from metasft.experiments.plan import CONFIG_DIR, SCRIPTS
 from metasft.experiments.suites import read_scale, read_suites
+from metasft.plan import command as plan
 from metasft.reporting import command as reporting
 
 SHELLS = ("bash", "sh", "shell", "console")
@@ -96,7 +97,8 @@ def _metasft(arguments: Sequence[str]) -> None:
     if arguments and name not in COMMANDS:
         raise ValueError(f"metasft has no command {name}")
     if arguments:
-        _python([f"{COMMANDS[name][0]}.py", *arguments[taken:]])
+        module = COMMANDS[name][0]
+        _python([module if module in _SCRIPTS else f"{module}.py", *arguments[taken:]])
 
 
 def _hydra(arguments: Sequence[str], default: str | None) -> None:
@@ -193,6 +195,11 @@ def _adapt(arguments: Sequence[str]) -> None:
         adaptation.parser().parse_args(arguments)
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    if arguments:
+        plan.read_step(plan.parse_arguments(arguments))
+
+
 _SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     **{script: lambda words, name=name: _hydra(words, name) for script, name in SCRIPTS.values()},
     "prepare_math_science_data.py": _parsed_by(parse_arguments),
@@ -200,6 +207,7 @@ _SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate_few_shot.py": _parsed_by(parser_of(EvaluationConfig).parse_args),
     "compare_methods.py": _parsed_by(_compare),
     "run_experiments.py": _parsed_by(_experiments),
+    "metasft.plan": _parsed_by(_plan),
 }
 _PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
     "python": _python,
