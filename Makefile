@@ -26,11 +26,11 @@ $(MODEL)/config.json: $(STAMP)
 quickstart: $(STAMP) $(MODEL)/config.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh
 
-# Two workers, a file each at a time: most of the time goes into starting the scripts under test. One thread each, or the
-# tiny model's tensors would be passed between threads that wait for each other's cores. In the order of the folders: by
-# default files with few tests, the longest ones, come last, and one worker waits for the other.
+# Three workers for two cores, a file each at a time: scripts under test wait for files and for each other. One thread each,
+# or the tiny model's tensors would be passed between threads that wait for each other's cores. In the order of the
+# folders: by default files with few tests, the longest ones, come last, and the other workers wait for one.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP) $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -130,14 +130,15 @@ def cost(step: MetaStep, shape: ModelShape, *, group: int = 1, groups: int = 1) 
     adapted = shape if step.top_layers is None else replace(shape, layers=min(step.top_layers, shape.layers))
 
     whole, inner = (step_flops(s, [step.tokens], step.response, lora_rank=rank) for s in (shape, adapted))
-    support, query = (tasks * examples / group for examples in (step.inner_batch, step.query_batch))  # examples
+    # Examples of a processor. One that gets none of a batch computes one of weight 0.
+    support, query, drawn = (tasks * math.ceil(n / group) for n in (step.inner_batch, step.query_batch, step.shots))
     exact = 1 + (EXACT - 1) * step.exact_steps / max(1, step.inner_steps)
     again = whole.forward if step.checkpointed else 0
     below = whole.forward - inner.forward  # once per example of an episode
     flops = (
         step.inner_steps * support * exact * (inner.total + again * adapted.layers / shape.layers)
         + query * (whole.total + again + step.gain_share * whole.forward)
-        + tasks * step.shots / group * below
+        + drawn * below
     )
     tokens = step.tokens * (step.inner_steps * support + query * (1 + step.gain_share))
 
@@ -154,7 +155,7 @@ def cost(step: MetaStep, shape: ModelShape, *, group: int = 1, groups: int = 1) 
     reduced = 2 * (groups - 1) / groups * FP32 * trained / group
 
     copies = 4 + (2 + 2 * step.adamw) * (per_pass if rank else 1)  # theta, its gradient and moments; those of a task
-    largest = max(step.inner_batch, step.query_batch) * per_pass / group
+    largest = math.ceil(max(step.inner_batch, step.query_batch) / group) * per_pass
     if step.checkpointed:
         kept = (shape.layers * shape.hidden + shape.kept_per_token) * step.product_bytes
     kept *= max(1, (EXACT - 1) * step.exact_steps)

@@ -59,7 +59,7 @@ def test_tasks_of_a_pass_share_the_weights_that_it_reads():
 
 
 def test_a_task_group_shares_examples_and_holds_a_part_of_the_parameters():
-    full = replace(STEP, lora_rank=0)
+    full = replace(STEP, lora_rank=0, query_batch=4)
     one, groups, sharded = (cost(full, SMALL, group=g, groups=n) for g, n in ((1, 1), (1, 4), (4, 1)))
     assert one.gathered == one.reduced == groups.gathered == sharded.reduced == 0
     assert groups.flops == sharded.flops == one.flops / 4
@@ -67,6 +67,7 @@ def test_a_task_group_shares_examples_and_holds_a_part_of_the_parameters():
     # Weights for the forward and again for the backward, and the gradients, in each of 4 passes of 4 tasks.
     assert sharded.gathered == 16 * 3 / 4 * 3 * 4 * SMALL.parameters
     assert sharded.memory < groups.memory
+    assert cost(full, SMALL, group=8).flops == sharded.flops  # more processors than examples: some compute for nothing
     assert cost(STEP, SMALL, groups=4).reduced == 2 * 3 / 4 * 4 * ADAPTERS
 
 
