@@ -49,6 +49,7 @@ class Settings:
         dtype: ``fp32`` or ``bf16``.
         repeats: timed rounds of all arms.
         largest_cell: tokens of an inner step of all tasks, above which a cell of the inner-step section is left out.
+        token_counts: tokens per task and inner step of the inner-step section; None for all.
         cell_seconds: no further round once a comparison has taken this long (two rounds are always run).
         test_items: per cell of the evaluation's grid.
         seed: of data, episodes and initial adapters.
@@ -64,6 +65,7 @@ class Settings:
     dtype: str = "fp32"
     repeats: int = 5
     largest_cell: int = 16384
+    token_counts: Sequence[int] | None = None
     cell_seconds: float = 120.0
     test_items: int = 16
     seed: int = 1

@@ -3,6 +3,7 @@
     python benchmarks/bench.py                                     # all sections, fp32 and bf16: hours on 2 cores
     python benchmarks/bench.py --sections inner_step --dtype fp32  # one section anew, the others stay as they are
     python benchmarks/bench.py --quick                             # a few small cells, to results/bench/
+    python benchmarks/bench.py --take-in results/gpu_run           # what benchmarks/gpu_run.py measured on a GPU
 
 Every section runs in a process of its own with a fixed number of threads. Arms are checked to compute the same
 meta-gradient, then run in turn (A B, B A, ...); tables give medians, and ratios of medians with the smallest and
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         help="change the inner learning rate of ARM by 10%%: the gradient check must then fail",
     )
     add("--output", type=Path, help="Markdown file (default: docs/performance.md; results/bench/ with --quick)")
-    add("--report-only", action="store_true", help="measure nothing; write the Markdown again from the JSON beside it")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--report-only", action="store_true", help="only write the Markdown again from the JSON beside it")
+    instead("--take-in", type=Path, metavar="FOLDER", help="only take in the output of benchmarks/gpu_run.py on a GPU")
     return parser
 
 
@@ -108,6 +111,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if not arguments.output.with_suffix(".json").is_file():
             raise ValueError(f"--report-only: {arguments.output.with_suffix('.json')} does not exist: measure first")
         return
+    if arguments.take_in is not None:
+        return
     check_model_path(arguments.model)
     if not list(Path(arguments.task_dir).glob("*_support.parquet")):
         raise ValueError(
@@ -123,15 +128,22 @@ def main(argv: list[str] | None = None) -> int:
         arguments.repeats = 2 if arguments.quick else 5
     if arguments.output is None:
         arguments.output = Path("results/bench/performance.md" if arguments.quick else "docs/performance.md")
+    from benchmarks.take_in import read_entries
+    from metasft.reporting.performance import merge, read, write
+
     try:
         _check(arguments)
+        taken = {} if arguments.take_in is None else read_entries(arguments.take_in)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    from metasft.reporting.performance import merge, read, write
-
-    if arguments.report_only:
-        write(arguments.output, read(arguments.output))
+    if arguments.report_only or taken:
+        results = read(arguments.output)
+        for (section, dtype), entry in taken.items():
+            results = merge(results, section, "cuda", dtype, entry)
+        write(arguments.output, results)
+        if taken:
+            print(f"bench: took in {', '.join(' '.join(place) for place in taken)}; wrote {arguments.output}")
         return 0
     require("torch", "verl", "peft", "transformers", "pyarrow")
     try:

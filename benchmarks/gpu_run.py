@@ -3,9 +3,9 @@
 What the machine needs
 ----------------------
 Linux, a CUDA GPU, this folder, and a Python (3.11 or later) with torch (2.7 or later) and transformers. Beside them
-the packages of gpu_requirements.txt, without what those would install themselves: 165 MB of wheels, ray and pyarrow
-most of it. No weights: models are random, in the shapes of SmolLM2-135M and Qwen2.5-0.5B, and their tokenizer knows
-bytes.
+the packages of gpu_requirements.txt, without what those would install themselves: some 225 MB of wheels, ray, pyarrow
+and scipy most of it. No weights: models are random, in the shapes of SmolLM2-135M and Qwen2.5-0.5B, and their
+tokenizer knows bytes. Only the parts rules.* need a real model, and are left out without --model.
 
 On a machine with a package index, and with the same version of Python::
 
@@ -23,9 +23,18 @@ As often as it takes::
     python benchmarks/gpu_run.py --budget-seconds 540  # [--parts gradients meta_step.bf16] [--model gpu_pack/model]
 
 Every part ends within 300 seconds (--part-seconds) and writes <output>/<part>.json with its state, seconds and result;
-its log is <output>/<part>.log. Finished parts are skipped; failed ones, and what the budget cut short, are tried again.
+its log is <output>/<part>.log. Finished parts are skipped; failed ones, and what was cut short, are tried again.
 <output>/table.md shows what there is. --copy-to FOLDER copies all of it after every part, where only one folder comes
 back from the machine. Remove a part's JSON to measure it again.
+
+The parts rules.seed1, rules.seed2 and rules.seed3 are experiments of several trainings and evaluations, which take
+longer than a part may: what is finished stays in <output>/rules_seed<N>, and the same command goes on there.
+
+Into docs/performance.md, on the machine that has docs/performance.json::
+
+    python benchmarks/bench.py --take-in results/gpu_run
+
+takes the finished parts of a run on a GPU that was no rehearsal. Models of the 0.5B shape have no place there.
 
 ``--device cpu --tiny`` rehearses everything without a GPU, where tests/gpu skips itself. For that metasft has to be
 installed (``pip install --no-deps -e .``): it brings veRL's CPU platform. On a GPU it runs from this folder as it is.
@@ -43,6 +52,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +62,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":  # run as a script: its modules are those of a package
     sys.path[0] = str(ROOT)
+
+from benchmarks.arms import WORKLOADS, Settings  # noqa: E402
 
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_requirements.txt"
 
@@ -79,6 +91,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "are", "as", "with", "his", "they")
 LEAST_SECONDS = 45
 """With less of the budget left, no further part is started."""
+LEAVING_SECONDS = 20
+"""What an experiment gets to note how far it has come, out of the time of its part."""
+
+RULES_ARMS = ("rules_base", "rules_lora_mixed", "rules_meta_lora", "rules_in_context")
+RANDOM_WEIGHTS, RANDOM_WORDS = "random weights", "random words"
 
 
 class Failed(Exception):
@@ -89,8 +106,8 @@ class Failed(Exception):
         self.result = result
 
 
-class OutOfBudget(Exception):
-    """The budget ended before the part did."""
+class OutOfTime(Exception):
+    """The time ended before the part did, which goes on when it is tried again."""
 
 
 @dataclass
@@ -116,12 +133,16 @@ class Run:
     part: str = ""
     began: float = 0.0
 
-    def command(self, *arguments: object, codes: Sequence[int] = (0,)) -> int:
+    def command(self, *arguments: object, codes: Sequence[int] = (0,), resumes: bool = False) -> int:
         """Run Python with ``arguments`` in a process group of its own, its output in the part's log.
 
+        Args:
+            codes: exit codes that are no failure.
+            resumes: started again it goes on: it is asked to end before it is ended.
+
         Raises:
-            Failed: it ended with a code that is not among ``codes``, or took too long.
-            OutOfBudget: it was cut short.
+            Failed: it ended with a code that is not among ``codes``, or took longer than a part may.
+            OutOfTime: the budget ended, or, where it ``resumes``, the time of the part.
         """
         environment = {
             **{
@@ -146,20 +167,29 @@ class Run:
                 start_new_session=True,
             )
             limit = min(self.began + self.part_seconds, self.ends)
+            seconds = limit - time.monotonic() - (LEAVING_SECONDS if resumes else 0)
             try:
-                code = process.wait(timeout=max(1.0, limit - time.monotonic()))
+                code = process.wait(timeout=max(1.0, seconds))
             except subprocess.TimeoutExpired:
-                if limit == self.ends:
-                    raise OutOfBudget from None
+                if resumes:
+                    process.terminate()
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=LEAVING_SECONDS)
+                if resumes or limit == self.ends:
+                    raise OutOfTime from None
                 raise Failed(f"it took longer than {self.part_seconds:g} seconds") from None
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         if code not in codes:
-            lines = (self.output / f"{self.part}.log").read_text(errors="replace").splitlines()
-            raise Failed(f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}")
+            raise Failed(self.how_it_ended(code))
         return code
+
+    def how_it_ended(self, code: int) -> str:
+        """The exit code, and the last line of the part's log."""
+        lines = (self.output / f"{self.part}.log").read_text(errors="replace").splitlines()
+        return f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), '')}"
 
     def model_folder(self, shape: str) -> Path:
         """A model of that shape, made where it is not there yet."""
@@ -183,20 +213,23 @@ class Run:
             (folder / "finished").touch()
         return folder
 
-    def settings(self, shape: str, dtype: str) -> dict[str, Any]:
-        from benchmarks.arms import Settings
+    def circumstances(self) -> dict[str, int]:
+        """Settings of every part that its results are published with."""
+        threads = 1 if self.device == "cpu" else max(1, (os.cpu_count() or 2) // 2)
+        return {"threads": threads, "seed": 1, "repeats": 2 if self.tiny else 5}
 
+    def settings(self, shape: str, dtype: str, token_counts: Sequence[int] | None = None) -> dict[str, Any]:
         return asdict(
             Settings(
                 model=str(self.model_folder(shape).resolve()),
                 task_dir=str(self.tasks_folder().resolve()),
                 device=self.device,
                 dtype=dtype,
-                repeats=2 if self.tiny else 5,
-                largest_cell=4096,
+                largest_cell=64 * 1024,
+                token_counts=token_counts,
                 cell_seconds=20.0,
-                threads=1 if self.device == "cpu" else max(1, (os.cpu_count() or 2) // 2),
                 quick=self.tiny,
+                **self.circumstances(),
             )
         )
 
@@ -228,7 +261,7 @@ def _write_tasks(folder: Path, *, tasks: int, support: int, query: int) -> None:
 
 def environment(run: Run) -> dict[str, Any]:
     """What the machine has, and that everything can be imported."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     run.command(
         "-c", "import metasft.training.trainer, maml_sft_trainer, meta_lora_trainer, benchmarks.sections.__main__"
@@ -236,7 +269,10 @@ def environment(run: Run) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"python": sys.version.split()[0], "cores": os.cpu_count()}
-    found["versions"] = {name: version(name) for name in ("torch", "transformers", *_requirements())}
+    found["versions"] = {}
+    for name in ("torch", "transformers", *_requirements()):
+        with suppress(PackageNotFoundError):  # of those that only the parts rules.* need
+            found["versions"][name] = version(name)
     if run.device == "cuda":
         from metasft.model.stacked_lora import choose_strategy
 
@@ -344,12 +380,14 @@ def gradients(run: Run) -> dict[str, Any]:
     return result
 
 
-def section(name: str, shape: str, dtype: str) -> Callable[[Run], dict[str, Any]]:
+def section(
+    name: str, shape: str, dtype: str, token_counts: Sequence[int] | None = None
+) -> Callable[[Run], dict[str, Any]]:
     """A section of ``benchmarks/bench.py``: arms whose gradients are compared, then timed in turn."""
 
     def measure(run: Run) -> dict[str, Any]:
         job, out = run.output / f"{run.part}.job", run.output / f"{run.part}.out"
-        job.write_text(json.dumps(run.settings(shape, dtype)))
+        job.write_text(json.dumps(run.settings(shape, dtype, token_counts)))
         run.command("-m", "benchmarks.sections", name, job, out)
         return _result_of(job, out)["result"]
 
@@ -373,6 +411,46 @@ def memory(shape: str, arm: str) -> Callable[[Run], dict[str, Any]]:
     return measure
 
 
+def rules(seed: int) -> Callable[[Run], dict[str, Any]]:
+    """The suite ``rules`` with one seed: what its report says of META-LORA and of what a user would try first."""
+
+    def measure(run: Run) -> dict[str, Any]:
+        assert run.model is not None, "choose_parts leaves these parts out without a model"
+        folder = run.output / f"rules_seed{seed}"
+        plan = ("--suite", "rules", "--scale", _scale(run), "--seeds", seed, "--arms", *RULES_ARMS)
+        where = ("--model", run.model.resolve(), "--output-dir", folder, "--retry-failed")
+        code = run.command("run_experiments.py", *plan, *where, codes=(0, 1), resumes=True)
+        file = folder / "report" / "report.json"
+        if not file.is_file():
+            raise Failed(run.how_it_ended(code))
+        report = json.loads(file.read_text())
+        arms = {arm: {k: report["arms"][arm][k] for k in ("label", "status", "scores")} for arm in RULES_ARMS}
+        result = {"folder": str(folder), "arms": arms}
+        missing = [f"{arm}: {found['status']}" for arm, found in arms.items() if found["status"] != "measured"]
+        if missing:
+            raise Failed("; ".join(missing), result)
+        return result
+
+    return measure
+
+
+def _scale(run: Run) -> str | Path:
+    """The scale ``cpu``, in a rehearsal ``smoke``; on a GPU a copy in which trainings and evaluations have one, so that
+    one runs at a time."""
+    name = "smoke" if run.tiny else "cpu"
+    if run.device == "cpu":
+        return name
+    import yaml
+
+    scale = yaml.safe_load((ROOT / "data" / "experiments" / "scales" / f"{name}.yaml").read_text())
+    scale["title"] = f"The settings of the scale {name} on a GPU"
+    for kind in ("train", "train_lora", "evaluate"):
+        scale["runs"][kind]["gpus"] = 1
+    file = run.output / f"{name}_on_gpu.yaml"
+    file.write_text(yaml.safe_dump(scale, sort_keys=False))
+    return file
+
+
 def _result_of(job: Path, out: Path) -> dict[str, Any]:
     content = json.loads(out.read_text())
     job.unlink()
@@ -394,14 +472,28 @@ def _parts() -> dict[str, Callable[[Run], dict[str, Any]]]:
         "update_rule.bf16": section("update_rule", "135m", "bf16"),
         "top_layers.bf16": section("top_layers", "135m", "bf16"),
         **{f"memory.{arm}": memory("135m", arm) for arm in memory_arms},
-        **{f"inner_step.{dtype}": section("inner_step", "135m", dtype) for dtype in ("bf16", "fp32")},
+        **{
+            f"inner_step_{tokens}.{dtype}": section("inner_step", "135m", dtype, [tokens])
+            for tokens in sorted(WORKLOADS)
+            for dtype in ("bf16", "fp32")
+        },
         "meta_step_05b.bf16": section("peft_loop", "05b", "bf16"),
         "fomaml_05b.bf16": section("fomaml", "05b", "bf16"),
         **{f"memory_05b.{arm}": memory("05b", arm) for arm in ("meta_lora_bf16", "fomaml_bf16_autocast")},
+        **{f"rules.seed{seed}": rules(seed) for seed in (1, 2, 3)},
     }
 
 
 PARTS = _parts()
+
+
+def choose_parts(named: Sequence[str] | None, model: Path | None) -> list[str]:
+    """The parts to run: those ``named``, or all; without a model those that need one are left out."""
+    chosen = list(PARTS if named is None else named)
+    lacking = [name for name in chosen if name.startswith("rules.")] if model is None else []
+    if named is not None and lacking:
+        print(f"gpu_run: not run, for want of --model: {', '.join(lacking)}", flush=True)
+    return [name for name in chosen if name not in lacking]
 
 
 # ------------------------------------------------------------------------------------------------------- running them
@@ -419,10 +511,11 @@ def run_parts(run: Run, names: Sequence[str], copy_to: Path | None) -> int:
         run.part, run.began = name, time.monotonic()
         (run.output / f"{name}.log").unlink(missing_ok=True)
         record: dict[str, Any] = {"part": name, "device": run.device, "tiny": run.tiny}
-        record |= {"model": str(run.model) if run.model else "random weights", "started": datetime.now(UTC).isoformat()}
+        record |= {"model": str(run.model or RANDOM_WEIGHTS), "task_dir": str(run.task_dir or RANDOM_WORDS)}
+        record |= {**run.circumstances(), "started": datetime.now(UTC).isoformat()}
         try:
             record |= {"state": "finished", "result": PARTS[name](run)}
-        except OutOfBudget:
+        except OutOfTime:
             record |= {"state": "cut short"}
         except Failed as error:
             record |= {"state": "failed", "error": str(error), "result": error.result}
@@ -483,7 +576,26 @@ def table(output: Path) -> str:
     ]
     if rows:
         blocks.append(_markdown(["one process, which holds the whole model", "peak MiB"], rows))
+    blocks += _scores({name: result["arms"] for name, result in results.items() if name.startswith("rules.")})
     return "\n\n".join(blocks) + "\n"
+
+
+def _scores(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the arms' accuracy, mean over the tasks, for every number of shots; nothing without parts."""
+    accuracy = {
+        (part, found["label"]): {
+            score["shots"]: score["accuracy"] for score in found["scores"] if score["task"] == "all"
+        }
+        for part, arms in parts.items()
+        for found in arms.values()
+    }
+    shots = list(dict.fromkeys(number for of_arm in accuracy.values() for number in of_arm))
+    rows = [
+        [*names, *(f"{of_arm[number]:.1%}" if number in of_arm else "" for number in shots)]
+        for names, of_arm in accuracy.items()
+    ]
+    header = ["part", "arm", *(f"accuracy, shots: {number}" for number in shots)]
+    return [_markdown(header, rows)] if rows else []
 
 
 def _speeds(name: str, result: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -513,7 +625,7 @@ def _speeds(name: str, result: Mapping[str, Any]) -> Iterator[list[str]]:
             for scope, seconds in arms.items():
                 over = result["ratio"][use].get(scope, {"median": 1.0})["median"]
                 yield [name, f"{use}, layers: {scope}", f"{seconds['median']:.4f}", "", f"{over:.2f}"]
-    elif kind == "inner_step":
+    elif kind.startswith("inner_step"):
         for cell in result["cells"]:
             for arm, seconds in cell["seconds"].items():
                 over = cell["ratio"].get(arm, {"median": 1.0})["median"]
@@ -576,7 +688,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, default=Path("results/gpu_run"), help="default: %(default)s")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"all, or of {', '.join(PARTS)}")
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", help=f"all, or of {', '.join(PARTS)}")
     add("--budget-seconds", type=float, default=float("inf"), help="end after this long (default: no limit)")
     add("--part-seconds", type=float, default=300.0, help="limit of a part (default: %(default)g)")
     add("--model", type=Path, help="a Hugging Face folder in place of random weights of the 135M shape")
@@ -615,7 +727,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         part_seconds=arguments.part_seconds,
         ends=time.monotonic() + arguments.budget_seconds,
     )
-    failures = run_parts(run, arguments.parts, arguments.copy_to)
+    failures = run_parts(run, choose_parts(arguments.parts, arguments.model), arguments.copy_to)
     print(f"gpu_run: wrote {arguments.output / 'table.md'}")
     return 1 if failures else 0
 

@@ -14,7 +14,7 @@ INNER_LR = 0.005
 """A tenth of the shipped rate, which costs the same time: what two arms round differently grows with every inner step,
 and at the shipped rate 8 steps on random words make 4e-5 of it."""
 
-TOGETHER = ["meta.task_batch_limit=16"]
+TOGETHER = ["meta.task_batch_limit=64"]
 """All tasks of a meta-batch in one pass, whatever their size: left to itself, a CPU takes large ones alone."""
 
 SEQUENTIAL = {"one_at_a_time": ["meta.task_batch_limit=1"], "peft_layers": ["meta.task_batching=false"]}

@@ -24,13 +24,19 @@ from benchmarks.arms import (
 )
 from benchmarks.sections.common import RANK, SEQUENTIAL, TOGETHER, inner_lr, model_shape, progress
 
+TASKS = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64)}
 
-def cells(quick: bool, largest: int) -> list[tuple[int, int]]:
+
+def cells(settings: Settings) -> list[tuple[int, int]]:
     """(tasks, tokens per task and inner step) of the inner-step section, the cheap ones first."""
-    if quick:
-        return [(2, 16), (2, 64)]
-    grid = [(tasks, tokens) for tokens in (16, 64, 256, 1024) for tasks in (1, 2, 4, 8, 16)]
-    chosen = [(tasks, tokens) for tasks, tokens in (*grid, (4, 32)) if tasks * tokens <= largest]
+    if settings.quick:
+        return [(2, tokens) for tokens in settings.token_counts or (16, 64)]
+    grid = [(tasks, tokens) for tokens in (16, 64, 256, 1024) for tasks in TASKS[settings.device]]
+    chosen = [
+        (tasks, tokens)
+        for tasks, tokens in (*grid, (4, 32))
+        if tasks * tokens <= settings.largest_cell and tokens in (settings.token_counts or WORKLOADS)
+    ]
     return sorted(chosen, key=lambda cell: cell[0] * cell[1])
 
 
@@ -45,11 +51,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     measured = []
     with tempfile.TemporaryDirectory() as name, process_group():
         folder = Path(name)
-        for tasks, tokens in progress(cells(settings.quick, settings.largest_cell), "inner step"):
+        chosen = cells(settings)
+        most = max((tasks for tasks, _ in chosen), default=0)
+        for tasks, tokens in progress(chosen, "inner step"):
             load = WORKLOADS[tokens]
             data = folder / str(tokens)
             if not data.exists():
-                write_tasks(data, tokenizer, load, 16, support=12, query=2, seed=settings.seed)
+                write_tasks(data, tokenizer, load, most, support=12, query=2, seed=settings.seed)
             # Small cells take several steps, so that a timed run is long against what surrounds it.
             steps = max(1, min(8, 1024 // (tasks * tokens)))
             arms = {}
