@@ -34,6 +34,12 @@ def measure(settings: Settings) -> dict[str, Any]:
     tasks, steps, batch = (2, 2, 4) if settings.quick else (4, 5, 4)
     counts = [] if settings.quick else list(STEPS)
     rules = {name: RULES[name] for name in (PLAIN, "meta.order=2")} if settings.quick else RULES
+    shared = {"tasks": tasks, "inner_steps": steps, "batch": batch, "support_samples": support_samples(settings)}
+    # First, while this process is small: it keeps what it has once used.
+    peaks = {}
+    for name, overrides in progress(list(rules.items()), "memory"):
+        arm = {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*INSIDE, *overrides]}
+        peaks[name] = run_worker("memory", settings, {**shared, "arm": arm})["peak_bytes"]
     with tempfile.TemporaryDirectory() as folder, process_group():
 
         def build(num_tasks: int, num_steps: int, overrides: Sequence[str]) -> TrainerArm:
@@ -73,11 +79,6 @@ def measure(settings: Settings) -> dict[str, Any]:
             of_steps[str(count)] = {order: spread(column(values, "seconds")) for order, values in found.items()}
             del pair
             gc.collect()
-    shared = {"tasks": tasks, "inner_steps": steps, "batch": batch, "support_samples": support_samples(settings)}
-    peaks = {}
-    for name, overrides in progress(list(rules.items()), "memory"):
-        arm = {"method": "meta_lora", "dtype": settings.dtype, "overrides": [*INSIDE, *overrides]}
-        peaks[name] = run_worker("memory", settings, {**shared, "arm": arm})["peak_bytes"]
     return {
         **shared,
         "seconds": {
