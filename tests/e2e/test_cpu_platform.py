@@ -76,6 +76,14 @@ def test_importing_verl_selects_the_cpu_when_there_is_no_accelerator():
     assert python(code) == ["cpu" if no_accelerator else "cuda"]
 
 
+@pytest.mark.skipif(not no_accelerator, reason="the platform steps aside for an accelerator")
+def test_onednn_keeps_few_shapes_unless_the_user_says_how_many():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    code = f"import os, verl, metasft.backend.cpu_platform as p; print(os.environ['{name}'])\n"
+    code += f"os.environ['{name}'] = '9'; p.activate(); print(os.environ['{name}'])"
+    assert python(code) == ["64", "9"]
+
+
 @pytest.mark.slow
 def test_the_plugin_steps_aside_for_an_accelerator_or_the_users_choice():
     """The accelerator is pretended (torch reports one); the plugin must leave veRL's own detection alone."""
