@@ -224,8 +224,8 @@ def activate() -> bool:
     # veRL looks its engines up by device. Its FSDP engine is registered for accelerators only, but runs on a CPU
     # unchanged; this is veRL's own switch for choosing the registration to use.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
-    # oneDNN keeps the compiled code of 1024 shapes of a product, some 300 MB with batches of ever other sizes. A pass has
-    # fewer than 64, and what it does not find again costs no measurable time. Read when the first product is computed.
+    # oneDNN keeps the compiled code of 1024 shapes of a product: 300 MB, with batches of ever other sizes. A pass has
+    # fewer than 64, and what it does not find again costs no measurable time. Read at the first product.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     _normalise_backend_string()
     return True
