@@ -230,7 +230,8 @@ sum is an upper bound.
 
 `python benchmarks/predicted.py` compares it with every cell of [performance.md](performance.md). Of a section, three
 numbers are fitted, those of the machine; what is tested is whether the arithmetic orders and scales its cells.
-**{right} of {len(found)} cells are within {TOLERANCE:.0%}.** GPUs: not measured.
+**{right} of {len(found)} cells are within {TOLERANCE:.0%}.** The others are of sections that were measured beside other
+work, where twice the tokens can take five times as long. GPUs: not measured.
 
 {pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}
 """
