@@ -75,7 +75,9 @@ def trained(script, folder, *more, batch=4):
     return export["lora"], line["meta/grad_norm"]
 
 
-@pytest.mark.parametrize("batching", ["null", "false"])  # several tasks in a pass, one at a time
+@pytest.mark.parametrize(
+    "batching", ["null", pytest.param("false", marks=pytest.mark.slow)]
+)  # several tasks in a pass, one at a time
 def test_write_an_update_rule(batching, tiny_model, task_dir, tmp_path):
     data = [f"meta.task_dir={task_dir}", f"meta.task_batching={batching}"]
     plain = ["meta_lora_trainer.py", "--config-name", "config_meta_lora_guide", f"model.path={tiny_model}", *data]

@@ -283,7 +283,7 @@ KINDS = {
 }
 
 
-@tiers(400, 10_000)
+@tiers(200, 10_000)
 @pytest.mark.parametrize("name", KINDS)
 def test_any_mapping_is_valid_or_a_sentence(name, examples):
     kind, context = KINDS[name]
