@@ -351,5 +351,6 @@ def test_every_suite_runs_at_the_smallest_scale(tmp_path, capsys):
     assert f"{len(runs)} runs: {len(runs)} finished" in finished.stdout
     assert commands_in(printed) == [run["command"] for run in runs.values()]
     report = json.loads((out / "report" / "report.json").read_text())
-    assert {arm["status"] for arm in report["arms"].values()} == {"measured"} and len(report["suites"]) == 5
+    assert {arm["status"] for arm in report["arms"].values()} == {"measured"}
+    assert set(report["suites"]) == {path.stem for path in (ROOT / "data" / "experiments").glob("*.yaml")}
     assert (out / "report" / "index.html").stat().st_size > 10_000
