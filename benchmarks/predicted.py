@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":  # run as a script: its modules are those of a package
     sys.path[0] = str(ROOT)
 
+from benchmarks.sections.common import TOGETHER  # noqa: E402
+from benchmarks.sections.memory import MEMORY_ARMS  # noqa: E402
 from metasft.plan.flops import ModelShape  # noqa: E402
 from metasft.plan.machines import MACHINES, Machine  # noqa: E402
 from metasft.plan.meta_step import MetaStep, cost  # noqa: E402
@@ -138,15 +140,15 @@ def _sizes(result: Any, usual: MetaStep) -> Iterator[tuple[Any, ...]]:
 
 def _memory(result: Any, usual: MetaStep) -> Iterator[tuple[Any, ...]]:
     for arm, found in result["arms"].items():
-        if arm.startswith(("meta_lora", "fomaml")):
-            lora, narrow = arm.startswith("meta_lora"), "bf16" in arm
-            alone = "one_at_a_time" in arm or "lean" in arm
+        of_arm = MEMORY_ARMS[arm]
+        if of_arm["method"] in ("meta_lora", "fomaml"):
+            lora, narrow = of_arm["method"] == "meta_lora", of_arm["dtype"] == "bf16"
             step = replace(
                 usual,
                 lora_rank=16 if lora else 0,
                 inner_steps=result["inner_steps"],
-                tasks_per_pass=1 if alone else 4,
-                adamw="adamw" in arm,
+                tasks_per_pass=4 if of_arm.get("overrides") == TOGETHER else 1,
+                adamw="meta.inner_optimizer=adamw" in of_arm.get("overrides", ()),
                 weight_bytes=2 if lora and narrow else 4,
                 product_bytes=2 if narrow else 4,
             )

@@ -10,8 +10,9 @@ from typing import Any
 from metasft.cli.errors import ArgumentParser, report_error
 from metasft.cli.hydra_entry import CONFIGS, why_not_composed
 from metasft.config.schema import validated
-from metasft.config.training import METHOD_TITLES, METHODS, Method, TrainingConfig, check_model_path
+from metasft.config.training import METHOD_TITLES, METHODS, TrainingConfig, check_model_path
 from metasft.experiments.composition import compose
+from metasft.experiments.plan import SCRIPTS
 from metasft.plan.flops import SHAPES, ModelShape
 from metasft.plan.machines import GB, MACHINES, Machine
 from metasft.plan.meta_step import MetaStep, cost
@@ -23,12 +24,6 @@ DESCRIPTION = """What a meta-step costs: tokens, operations, bytes moved and sen
 A row for every size of a task group (meta.task_group_size), whose members share the examples of a task and hold a part
 of the parameters each. Settings are those of the trainer, key=value.
 """
-CONFIG_NAMES: dict[Method, str] = {
-    "meta_lora": "config_meta_lora_example",
-    "fomaml": "config_fomaml_math_science",
-    "reptile": "config_reptile_math_science",
-    "lora_ml": "config_lora_ml",
-}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,7 +75,7 @@ def read_step(arguments: argparse.Namespace) -> MetaStep:
     Raises:
         ValueError: it cannot be composed, or a value in it cannot be used.
     """
-    name = arguments.config_name or CONFIG_NAMES[arguments.method]
+    name = arguments.config_name or SCRIPTS[arguments.method][1]
     try:
         config = compose(CONFIGS, name, tuple(arguments.settings), f"plan of {arguments.method}")
     except ValueError as error:

@@ -45,9 +45,7 @@ def test_operations_of_a_meta_step_are_those_counted_by_hand():
     example = 2 * forward + attention - unread + 2 * 10 * ADAPTERS
     found = cost(STEP, SMALL)
     assert found.flops == 4 * (3 * 4 + 2) * example and found.tokens == 4 * (3 * 4 + 2) * 10
-    measuring = cost(
-        replace(STEP, gain_share=0.5), SMALL
-    )  # the query loss before adaptation, at every second meta-step
+    measuring = cost(replace(STEP, gain_share=0.5), SMALL)  # the loss before adaptation, at every second meta-step
     assert measuring.flops - found.flops == 4 * 2 * forward / 2
 
 
