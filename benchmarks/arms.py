@@ -312,6 +312,26 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     }
 
 
+def write_random_model(name: str, folder: Path) -> None:
+    """Random weights in the shape that ``metasft.plan`` knows by this name; its tokenizer knows bytes."""
+    from metasft.plan.flops import SHAPES
+    from metasft.tiny_model import build_tiny_model
+
+    shape = SHAPES[name]
+    build_tiny_model(
+        folder,
+        architecture="qwen2" if name.startswith("qwen2") else "llama",
+        tie_word_embeddings=shape["tie_word_embeddings"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"],
+        vocab_size=shape["vocab_size"],
+        initializer_range=0.02,
+    )
+
+
 # --------------------------------------------------------------------------------------------------- synthetic tasks
 
 

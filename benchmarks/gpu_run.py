@@ -63,31 +63,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if Path(sys.path[0]).resolve() == ROOT / "benchmarks":  # run as a script: its modules are those of a package
     sys.path[0] = str(ROOT)
 
-from benchmarks.arms import WORKLOADS, Settings  # noqa: E402
+from benchmarks.arms import WORKLOADS, Settings, write_random_model  # noqa: E402
 
 REQUIREMENTS = ROOT / "benchmarks" / "gpu_requirements.txt"
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {  # SmolLM2-135M
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_layers": 30,
-        "num_heads": 9,
-        "num_kv_heads": 3,
-        "vocab_size": 49152,
-        "initializer_range": 0.02,
-    },
-    "05b": {  # Qwen2.5-0.5B
-        "architecture": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_layers": 24,
-        "num_heads": 14,
-        "num_kv_heads": 2,
-        "vocab_size": 151936,
-        "initializer_range": 0.02,
-    },
-}
+SHAPES = {"135m": "smollm2-135m", "05b": "qwen2.5-0.5b"}
+"""In the names of parts -> as metasft.plan knows it."""
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "are", "as", "with", "his", "they")
 LEAST_SECONDS = 45
 """With less of the budget left, no further part is started."""
@@ -199,7 +180,10 @@ class Run:
         if not (folder / "finished").exists():
             from metasft.tiny_model import build_tiny_model
 
-            build_tiny_model(folder, **({} if self.tiny else SHAPES[shape]))
+            if self.tiny:
+                build_tiny_model(folder)
+            else:
+                write_random_model(SHAPES[shape], folder)
             (folder / "finished").touch()
         return folder
 

@@ -8,10 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Settings, TrainerArm, build_trainer, interleave, process_group, ratio, spread
+from benchmarks.arms import (
+    Settings,
+    TrainerArm,
+    build_trainer,
+    interleave,
+    process_group,
+    ratio,
+    spread,
+    write_random_model,
+)
 from benchmarks.sections import memory, peft_loop, verl_sft
 from benchmarks.sections.common import RANK, TOGETHER, column, progress, sample_counts
-from metasft.plan.flops import SHAPES
 
 MODELS = ("smollm2-360m", "qwen2.5-0.5b")
 
@@ -21,11 +29,15 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     The sections of the smaller model measure the last two; their arms have to compute the same meta-gradient here, too.
     """
+    from transformers import AutoTokenizer
+
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in progress(MODELS[:1] if settings.quick else MODELS, "sizes"):
             path = Path(folder) / name
-            write_random_model(name, path, settings.model)
+            write_random_model(name, path)
+            # Words in place of bytes, and no more of them than the model has embeddings.
+            AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False).save_pretrained(path)
             of_size = replace(settings, model=str(path), quick=True)
             found[name] = {
                 "fomaml": _against_fomaml(of_size),
@@ -34,18 +46,6 @@ def measure(settings: Settings) -> dict[str, Any]:
                 "memory": memory.measure(of_size)["arms"],
             }
     return {"tasks": 2, "inner_steps": 2, "examples": 4, "rank": RANK, "models": found}
-
-
-def write_random_model(name: str, folder: Path, tokenizer: str) -> None:
-    """A Llama of the matrices of ``name``, with the tokenizer of another model, whose vocabulary is no larger."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    config = LlamaConfig(**SHAPES[name], bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
 
 
 def _against_fomaml(settings: Settings) -> dict[str, Any]:
